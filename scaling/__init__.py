@@ -1,0 +1,1 @@
+"""Equivariant models, sequence parallelism, training and measurement."""

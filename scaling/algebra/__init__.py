@@ -1,0 +1,1 @@
+"""Cl(3,0) layers in closed form."""

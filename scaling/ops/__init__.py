@@ -1,0 +1,1 @@
+"""Operators that mix along the sequence; with a shard they call their twin in parallel/."""

@@ -1,0 +1,1 @@
+"""Process groups, counted collectives and the distributed twins of ops/."""
