@@ -5,7 +5,7 @@ Axes: b rows (samples), v vector channels, s scalar channels, n local tokens.
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -47,15 +47,15 @@ class GeometricBatch:
         if self.segment is None:
             self.segment = torch.zeros_like(self.index)
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+    def map(self, function: Callable[[Tensor], Tensor]) -> "GeometricBatch":
         """The batch with `function` applied to every field; tokens stay last."""
-        return type(self)(**{f.name: function(getattr(self, f.name)) for f in fields(self)})
+        return GeometricBatch(**{f.name: function(getattr(self, f.name)) for f in fields(self)})
 
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "GeometricBatch":
         """Moved to `device`; floating-point fields also to `dtype`."""
         return self.map(lambda x: _move(x, device, dtype))
 
-    def replace(self, **changes: Any) -> Self:
+    def replace(self, **changes: Any) -> "GeometricBatch":
         return replace(self, **changes)
 
 
@@ -75,9 +75,9 @@ class Sample:
     def per_token(self) -> bool:
         return self.target.ndim == 3
 
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Sample":
         """Moved to `device`; floating-point fields also to `dtype`."""
-        return type(self)(
+        return Sample(
             self.inputs.to(device, dtype),
             _move(self.target, device, dtype),
             _move(self.weight, device, dtype),

@@ -1,0 +1,157 @@
+"""Collectives with exact adjoints, every call counted.
+
+Each differentiable collective's backward is its true transpose (all_to_all with swapped counts,
+all_reduce(sum) with itself, all_gather with reduce_scatter(sum)) and is never scaled: then the sum
+of the ranks' losses has the same gradient as one process computing it.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Group = dist.ProcessGroup | None
+
+
+@dataclass
+class Count:
+    calls: int = 0
+    bytes: int = 0
+    """Sent to other ranks by this one."""
+    seconds: float = 0.0
+    """Time in which this rank waited for the collective (host time; with NCCL only the launch)."""
+
+
+class Traffic:
+    """What this rank has exchanged since the last reset, by operator."""
+
+    def __init__(self) -> None:
+        self._counts: defaultdict[str, Count] = defaultdict(Count)
+
+    def record(self, operator: str, sent: int, seconds: float) -> None:
+        count = self._counts[operator]
+        count.calls += 1
+        count.bytes += sent
+        count.seconds += seconds
+
+    def snapshot(self) -> dict[str, Count]:
+        return {name: Count(**vars(count)) for name, count in self._counts.items()}
+
+    def reset(self) -> None:
+        self._counts.clear()
+
+
+traffic = Traffic()
+
+
+def group_size(group: Group) -> int:
+    return dist.get_world_size(group) if dist.is_initialized() else 1
+
+
+def group_rank(group: Group) -> int:
+    return dist.get_rank(group) if dist.is_initialized() else 0
+
+
+def all_to_all_blocks(x: Tensor, group: Group, operator: str) -> Tensor:
+    """Sends x[p] to rank p; block r of the result came from rank r. x: (size, ...), not recorded by
+    autograd: its transpose is itself."""
+    # A strided buffer would be scrambled silently; NCCL knows no complex numbers.
+    send = torch.view_as_real(x.contiguous()) if x.is_complex() else x.contiguous()
+    receive = torch.empty_like(send)
+    start = perf_counter()
+    dist.all_to_all_single(receive, send, group=group)
+    foreign = send.shape[0] - 1
+    traffic.record(operator, foreign * send[0].nbytes, perf_counter() - start)
+    return torch.view_as_complex(receive) if x.is_complex() else receive
+
+
+def all_to_all(
+    x: Tensor,
+    send_counts: Sequence[int],
+    receive_counts: Sequence[int],
+    group: Group,
+    operator: str,
+) -> Tensor:
+    """Sends send_counts[p] leading rows of x to rank p, in order; differentiable.
+
+    x: (sum(send_counts), ...). Returns (sum(receive_counts), ...), ordered by source rank.
+    """
+    return _AllToAll.apply(x, list(send_counts), list(receive_counts), group, operator)
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, send: list[int], receive: list[int], group: Group, operator: str
+    ) -> Tensor:
+        ctx.arguments = (receive, send, group, operator)
+        return _exchange_rows(x, send, receive, group, operator)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _exchange_rows(grads[0], *ctx.arguments), None, None, None, None
+
+
+def _exchange_rows(
+    x: Tensor, send: list[int], receive: list[int], group: Group, operator: str
+) -> Tensor:
+    source = x.contiguous()
+    wire = source.view(torch.uint8) if x.dtype == torch.bool else source
+    result = wire.new_empty(sum(receive), *x.shape[1:])
+    start = perf_counter()
+    dist.all_to_all_single(result, wire, receive, send, group=group)
+    row_bytes = wire[0].nbytes if len(wire) else 0
+    foreign = sum(send) - send[group_rank(group)]
+    traffic.record(operator, foreign * row_bytes, perf_counter() - start)
+    return result.view(torch.bool) if x.dtype == torch.bool else result
+
+
+def all_reduce_sum(x: Tensor, group: Group, operator: str) -> Tensor:
+    """Sum over the ranks of a group, the same on each; differentiable."""
+    return x if group_size(group) == 1 else _AllReduceSum.apply(x, group, operator)
+
+
+class _AllReduceSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group, operator: str) -> Tensor:
+        ctx.arguments = (group, operator)
+        return _reduce(x, dist.ReduceOp.SUM, group, operator)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _reduce(grads[0], dist.ReduceOp.SUM, *ctx.arguments), None, None
+
+
+def all_reduce_max(x: Tensor, group: Group, operator: str) -> Tensor:
+    """Largest value over the ranks of a group, the same on each; without a gradient."""
+    return x if group_size(group) == 1 else _reduce(x.detach(), dist.ReduceOp.MAX, group, operator)
+
+
+def _reduce(x: Tensor, operation: Any, group: Group, operator: str) -> Tensor:
+    result = x.clone(memory_format=torch.contiguous_format)
+    start = perf_counter()
+    dist.all_reduce(result, operation, group=group)
+    size = group_size(group)  # a ring sends each byte twice, less the own share
+    traffic.record(operator, 2 * (size - 1) * result.nbytes // size, perf_counter() - start)
+    return result
+
+
+def all_gather(x: Tensor, group: Group, operator: str) -> Tensor:
+    """Every rank's x, stacked: (size, ...); differentiable (its transpose sums over the ranks)."""
+    return _AllGather.apply(x, group, operator)
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group, operator: str) -> Tensor:
+        ctx.arguments = (group, operator)
+        return all_to_all_blocks(x.expand(group_size(group), *x.shape), group, operator)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return all_to_all_blocks(grads[0], *ctx.arguments).sum(0), None, None

@@ -1,0 +1,45 @@
+"""Ranks arranged as data parallel × sequence parallel, with groups named by what they are for."""
+
+import torch.distributed as dist
+
+from data_pipeline.errors import ConfigError
+from scaling.parallel.collectives import Group, group_rank, group_size
+
+
+class Mesh:
+    """dp × sp ranks; the ranks that share a sequence are neighbours: rank = dp_rank · sp + sp_rank.
+
+    Collective: every rank of the world builds the same mesh at the same time.
+
+    Attributes:
+        sequence_group: the ranks that share this rank's sequences.
+        data_group: the ranks that hold the same tokens' places of other sequences.
+
+    Raises:
+        ConfigError: dp · sp is not the number of ranks.
+    """
+
+    def __init__(self, dp: int, sp: int) -> None:
+        self.world, self.rank = group_size(None), group_rank(None)
+        if dp < 1 or sp < 1 or dp * sp != self.world:
+            raise ConfigError(
+                f"dp({dp}) * sp({sp}) = {dp * sp}, but the world has {self.world} rank"
+                f"{'s' * (self.world != 1)}; {_ways_out(dp, sp, self.world)}"
+            )
+        self.dp, self.sp = dp, sp
+        self.dp_rank, self.sp_rank = divmod(self.rank, sp)
+        self.sequence_group: Group = None
+        self.data_group: Group = None
+        if self.world > 1:
+            rows = [list(range(d * sp, (d + 1) * sp)) for d in range(dp)]
+            columns = [list(range(s, self.world, sp)) for s in range(sp)]
+            self.sequence_group, _ = dist.new_subgroups_by_enumeration(rows)
+            self.data_group, _ = dist.new_subgroups_by_enumeration(columns)
+
+
+def _ways_out(dp: int, sp: int, world: int) -> str:
+    if dp >= 1 and world % dp == 0:
+        return f"try parallel.sp={world // dp}, or start {max(dp * sp, 1)} ranks"
+    if sp >= 1 and world % sp == 0:
+        return f"try parallel.dp={world // sp}, or start {max(dp * sp, 1)} ranks"
+    return f"try parallel.dp=1 parallel.sp={world}"

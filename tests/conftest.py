@@ -1,0 +1,102 @@
+"""What all tests share: a pool of ranks that lives as long as the session."""
+
+import os
+import traceback
+from collections.abc import Callable, Iterator
+from multiprocessing import get_context
+from multiprocessing.connection import wait
+from pathlib import Path
+from time import monotonic
+from typing import Any
+from uuid import uuid4
+
+import pytest
+import torch
+import torch.distributed as dist
+
+POOL = 8
+PATIENCE = 100.0  # seconds for one case, below pytest's own limit
+
+torch.set_num_threads(1)
+
+
+class RankPool:
+    """Eight gloo ranks on this machine. A case runs on a group of them, which need not be the first
+    ones: an operator that confuses group ranks and global ranks is found."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.processes: list[Any] = []
+        self.pipes: list[Any] = []
+
+    def __call__(
+        self, function: Callable[..., Any], world: int, *args: Any, first_rank: int | None = None
+    ) -> list[Any]:
+        """Runs function(group, *args) on `world` ranks; their results, or the first error."""
+        if not self.processes:
+            self.start()
+        first = POOL - world if first_rank is None else first_rank
+        for pipe in self.pipes:
+            pipe.send((function, first, world, args))
+        results: dict[int, Any] = {}
+        deadline = monotonic() + PATIENCE
+        while len(results) < POOL:
+            ready = wait(set(self.pipes) - {self.pipes[r] for r in results}, deadline - monotonic())
+            error = "" if ready else f"no answer from ranks {set(range(POOL)) - set(results)}"
+            for pipe in ready:
+                rank = self.pipes.index(pipe)
+                results[rank], said = pipe.recv()
+                error = error or (said and f"rank {rank}: {said}")
+            if error:  # the others may wait for the failed one: the next case gets a new pool
+                self.stop()
+                pytest.fail(error, pytrace=False)
+        return [results[rank] for rank in range(first, first + world)]
+
+    def start(self) -> None:
+        context = get_context("fork")  # shares the imports
+        rendezvous = self.folder / uuid4().hex
+        for rank in range(POOL):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, rendezvous, theirs), daemon=True)
+            process.start()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def stop(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+        self.processes, self.pipes = [], []
+
+
+def _serve(rank: int, rendezvous: Path, pipe: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=POOL)
+    groups: dict[tuple[int, int], Any] = {}
+    while True:
+        function, first, world, args = pipe.recv()
+        if (first, world) not in groups:
+            groups[first, world] = dist.new_group(list(range(first, first + world)))
+        result, error = None, None
+        try:
+            if first <= rank < first + world:
+                result = function(groups[first, world], *args)
+        except BaseException:  # reported to the test, on every rank
+            error = traceback.format_exc()
+        pipe.send((result, error))
+
+
+@pytest.fixture(scope="session")
+def distributed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
+    pool = RankPool(tmp_path_factory.mktemp("pool"))
+    yield pool
+    pool.stop()
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def pytest_configure() -> None:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu" if not torch.cuda.is_available() else "cuda")
