@@ -1,4 +1,4 @@
-"""Configuration: YAML picks values, dataclasses say which exist, overrides come from the command line.
+"""Configuration: YAML picks values, dataclasses say which exist, the command line overrides.
 
 Hydra composes `configs/<command>.yaml` with its groups in this process: no dated folders, nothing
 written. Checking has two passes: fields (types, ranges, names) before anything heavy is imported,
@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 
 from data_pipeline.errors import ConfigError
 from scaling.train.settings import EngineSettings, OptimSettings, TrainSettings
-
 
 T = TypeVar("T")
 
@@ -237,25 +236,12 @@ def check_choice(
             raise ConfigError(f"{section}.{key} is missing; {section}={name} needs it")
 
 
-def resolve_mesh(parallel: ParallelSettings, world: int) -> tuple[int, int]:
-    """Second pass: (dp, sp) for a world of that many ranks; null fills what the other leaves."""
+def mesh_sizes(parallel: ParallelSettings, world: int) -> tuple[int, int]:
+    """(dp, sp) for that many ranks, null filled by what the other leaves; `Mesh` checks them."""
     dp, sp = parallel.dp, parallel.sp
     if sp is None:
-        sp = world // dp if dp and world % dp == 0 else world if dp is None else 1
-    if dp is None:
-        dp = max(world // sp, 1)
-    if dp * sp != world:
-        raise ConfigError(
-            f"parallel.dp({dp}) * parallel.sp({sp}) = {dp * sp}, but the world has {world} "
-            f"rank{'s' if world > 1 else ''}; try {_nearest_mesh(dp, sp, world)}"
-        )
-    return dp, sp
-
-
-def _nearest_mesh(dp: int, sp: int, world: int) -> str:
-    divisors = [d for d in range(1, world + 1) if world % d == 0]
-    keep = min(divisors, key=lambda d: abs(d - sp))
-    return f"parallel.dp={world // keep} parallel.sp={keep}, or start {dp * sp} processes"
+        sp = max(world // dp, 1) if dp else world
+    return (max(world // sp, 1) if dp is None else dp), sp
 
 
 def to_yaml(config: object) -> str:
@@ -304,8 +290,9 @@ def usage(config_name: str, schema: type, about: str) -> str:
     groups = sorted(
         each for each in folder.iterdir() if each.is_dir() and f"- {each.name}:" in text
     )
-    lines = [about, "", f"usage: python -m launch {config_name} [group=option] [key=value] ...",
-             "       --cfg prints the resulting configuration and stops", "", "groups:"]  # fmt: skip
+    command = f"python -m launch {config_name} [group=option] [key=value] ..."
+    stop = "       --cfg prints the resulting configuration and stops"
+    lines = [about, "", f"usage: {command}", stop, "", "groups:"]
     lines += [
         f"  {g.name:<12}{', '.join(sorted(f.stem for f in g.glob('*.yaml')))}" for g in groups
     ]

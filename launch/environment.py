@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from data_pipeline.errors import ConfigError, LongfoldError
 
-
 if TYPE_CHECKING:
     import torch
 

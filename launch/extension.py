@@ -22,7 +22,6 @@ from pathlib import Path
 
 from data_pipeline.errors import ConfigError
 
-
 NAME = "deepspeed_shm_comm"
 BUILD_TIMEOUT_S = 600.0
 _YOUNG_S = 5.0
@@ -109,8 +108,8 @@ def _await_lock(lock: Path, deadline: float) -> None:
             return
         if not _is_open_somewhere(lock) and age > _YOUNG_S:
             raise ConfigError(
-                f"stale build lock, {age:.0f} s old and held by no process: DeepSpeed would wait for "
-                f"it forever; remove it: rm {lock}"
+                f"stale build lock, {age:.0f} s old and held by no process, DeepSpeed would wait "
+                f"for it forever; remove it: rm {lock}"
             )
         _check_deadline(deadline, lock.parent)
         time.sleep(0.2)

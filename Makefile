@@ -1,0 +1,69 @@
+# make train     install into .venv, build the data store, train (ARGS="key=value ..." overrides)
+# make test      the whole test suite (ARGS="tests/unit -k name" passes on to pytest)
+# make lint      ruff, pyright and codespell alone
+# make sweep     measure tokens/s, bytes and memory over lengths and ranks
+# make clean     remove .venv and build outputs; runs/ and stores/ stay
+#
+# PYTHON=python3.12       another interpreter (3.11 is tested)
+# TORCH='torch==2.13.0'   the torch requirement as pip takes it; for another build of it (CPU only,
+#                         a certain CUDA) add the index that PyTorch's site names:
+#                         TORCH='torch==2.13.0 --index-url <address>'
+# NPROC=2                 processes that share each sequence
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+TORCH ?= torch==2.13.0
+NPROC ?= 2
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+ACCELERATE_CONFIG ?= configs/accelerate/cpu_deepspeed_zero1.yaml
+
+.PHONY: help install train sweep test lint clean FORCE
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
+install: $(VENV)/installed
+	@$(BIN)/python -m launch.extension
+
+# Port 0: a free one, so that two jobs on one machine do not collide.
+train: install
+	@$(BIN)/python -m launch prepare
+	$(BIN)/accelerate launch --config_file $(ACCELERATE_CONFIG) --num_processes $(NPROC) \
+	  --main_process_port 0 -m launch.train $(ARGS)
+
+sweep: install
+	$(BIN)/python -m launch sweep $(ARGS)
+
+test: $(VENV)/installed-dev
+	@$(BIN)/python -m launch.extension
+	$(BIN)/python -m pytest --jaxtyping-packages=scaling,data_pipeline,beartype.beartype $(ARGS)
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+	$(BIN)/codespell
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+# torch comes first and alone: what is installed then is kept, whichever build it is.
+$(VENV)/installed: $(VENV)/torch-choice pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	  "Python 3.11 or newer is needed, this is %d.%d; try PYTHON=python3.11" % sys.version_info[:2])'
+	@echo "installing into $(VENV), once (a minute or two) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) $(TORCH)
+	@$(PIP) -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	@echo "installing what the tests need, once (a minute) ..."
+	@$(PIP) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(VENV)/torch-choice: FORCE
+	@mkdir -p $(VENV)
+	@echo '$(TORCH)' | cmp -s - $@ || echo '$(TORCH)' > $@
