@@ -1,0 +1,208 @@
+"""The order of samples and each rank's slice of them, as arithmetic on one integer.
+
+Sample number `cursor` of a training run is item permuted(cursor mod size) of epoch cursor div
+size. Nothing but the cursor needs saving, and how many ranks share the work changes nothing.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Self
+
+from data_pipeline.batch import Sample
+from data_pipeline.errors import ConfigError, RunError
+from data_pipeline.keyed import evaluation_key, hash64, permuted
+from data_pipeline.task import Task
+
+AHEAD = 2
+"""Optimiser steps prepared while the model works."""
+
+
+@dataclass
+class MicroBatch:
+    """What one rank holds at once."""
+
+    sample: Sample
+    """Tokens [N r // P, N (r + 1) // P) of the rows padded to N, for sequence rank r of P."""
+    length: int
+    """N: tokens of the longest row."""
+    tokens: int
+    """Tokens of all rows before padding, of all sequence ranks together."""
+
+
+class Stream:
+    """Endless optimiser steps for one rank: lists of micro-batches to accumulate.
+
+    The batch of a step is `batch_size` consecutive samples of the order, so it depends on neither
+    dp, sp nor micro_batch_size. An epoch's end may lie inside a batch; every sample comes once an
+    epoch. One thread prepares steps ahead; only steps handed out move the cursor.
+
+    Raises:
+        ConfigError: batch_size cannot be shared evenly, the split is empty, or its longest item
+            exceeds max_length (names it).
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        split: str,
+        *,
+        batch_size: int,
+        micro_batch_size: int,
+        seed: int,
+        max_length: int,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        sp_rank: int = 0,
+        sp_size: int = 1,
+    ):
+        together = dp_size * micro_batch_size
+        if batch_size < 1 or micro_batch_size < 1 or batch_size % together:
+            raise ConfigError(_uneven(batch_size, micro_batch_size, dp_size))
+        _check_lengths(task, split, max_length)
+        self.data_wait_s = 0.0
+        """Seconds that the last step was waited for."""
+        self._task, self._split, self._seed = task, split, seed
+        self._batch_size, self._micro = batch_size, micro_batch_size
+        self._first_rows = range(dp_rank * micro_batch_size, batch_size, together)
+        self._sp = (sp_rank, sp_size)
+        self._cursor = 0
+        self._ahead: deque[Future[list[MicroBatch]]] = deque()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="stream")
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> list[MicroBatch]:
+        began = time.perf_counter()
+        self._prepare()
+        try:
+            step = self._ahead.popleft().result()
+        except BaseException:
+            self._forget()
+            raise
+        self._cursor += self._batch_size
+        self.data_wait_s = time.perf_counter() - began
+        self._prepare()
+        return step
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place of the next step in the order, and what the order follows from."""
+        return {"cursor": self._cursor, "seed": self._seed, "digest": self._task.digest}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from there.
+
+        Raises:
+            RunError: the state belongs to another seed or to other data.
+        """
+        for key, mine in self.state_dict().items():
+            if key != "cursor" and state[key] != mine:
+                raise RunError(
+                    f"the checkpoint's data {key} is {state[key]}, this run's is {mine}: start "
+                    "another run, or go back to the data and task options of the checkpoint"
+                )
+        self._forget()
+        self._cursor = state["cursor"]
+
+    def close(self) -> None:
+        """Ends the thread; the stream gives nothing more."""
+        self._forget()
+        self._thread.shutdown()
+
+    def _prepare(self) -> None:
+        while len(self._ahead) < AHEAD:
+            cursor = self._cursor + len(self._ahead) * self._batch_size
+            self._ahead.append(self._thread.submit(self._step, cursor))
+
+    def _forget(self) -> None:
+        for step in self._ahead:
+            step.cancel()
+        self._ahead.clear()
+
+    def _step(self, cursor: int) -> list[MicroBatch]:
+        return [
+            self._micro_batch(range(cursor + row, cursor + row + self._micro))
+            for row in self._first_rows
+        ]
+
+    def _micro_batch(self, places: range) -> MicroBatch:
+        items = [self._item(place) for place in places]
+        keys = [hash64("sample", self._seed, place) for place in places]
+        return _micro_batch(self._task, self._split, items, keys, *self._sp)
+
+    def _item(self, place: int) -> int:
+        size = self._task.size(self._split)
+        epoch, place = divmod(place, size)
+        return permuted(place, size, hash64(self._seed, epoch, self._split, self._task.digest))
+
+
+def evaluation_batches(
+    task: Task,
+    split: str,
+    *,
+    micro_batch_size: int,
+    max_length: int,
+    dp_rank: int = 0,
+    dp_size: int = 1,
+    sp_rank: int = 0,
+    sp_size: int = 1,
+) -> Iterator[MicroBatch]:
+    """Every sample of a split once, the longest first, with keys of its own for ever.
+
+    Rows that the last micro-batches lack are empty, so that every data-parallel rank gets the
+    same number of micro-batches.
+
+    Raises:
+        ConfigError: the split is empty or its longest item exceeds max_length (names it).
+    """
+    _check_lengths(task, split, max_length)
+    size, together = task.size(split), dp_size * micro_batch_size
+    # Rows of like length together need little padding.
+    order = sorted(range(size), key=lambda item: -task.length(split, item))
+    for start in range(dp_rank * micro_batch_size, -(-size // together) * together, together):
+        found: list[int | None] = [*order[start : start + micro_batch_size]]
+        items = found + [None] * (micro_batch_size - len(found))
+        keys = [0 if item is None else evaluation_key(split, item) for item in items]
+        yield _micro_batch(task, split, items, keys, sp_rank, sp_size)
+
+
+def _micro_batch(
+    task: Task,
+    split: str,
+    items: Sequence[int | None],
+    keys: Sequence[int],
+    sp_rank: int,
+    sp_size: int,
+) -> MicroBatch:
+    lengths = [task.length(split, item) for item in items if item is not None]
+    # Rows that are all empty still give every sequence rank a token to work on.
+    length = max(lengths, default=sp_size)
+    start, stop = length * sp_rank // sp_size, length * (sp_rank + 1) // sp_size
+    return MicroBatch(task.sample(split, items, keys, start, stop), length, sum(lengths))
+
+
+def _check_lengths(task: Task, split: str, max_length: int) -> None:
+    if not task.size(split):
+        raise ConfigError(f"the {split} split of task {task.name} holds no samples")
+    item = task.longest(split)
+    length = task.length(split, item)
+    if length > max_length:
+        raise ConfigError(
+            f"{task.describe(split, item)} has {length} tokens, more than "
+            f"train.max_length={max_length}; raise it to {length} or leave the sample out"
+        )
+
+
+def _uneven(batch_size: int, micro_batch_size: int, dp_size: int) -> str:
+    together = max(dp_size * micro_batch_size, 1)
+    near = sorted(
+        {max(batch_size // together, 1) * together, (batch_size // together + 1) * together}
+    )
+    return (
+        f"train.batch_size={batch_size} is not a multiple of dp({dp_size}) * "
+        f"train.micro_batch_size({micro_batch_size}); try train.batch_size="
+        f"{' or '.join(map(str, near))}"
+    )

@@ -1,0 +1,78 @@
+"""What a training task gives: samples by number, in slices, and what trivial answers score."""
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import Any, Protocol, runtime_checkable
+
+from data_pipeline.batch import Sample
+from data_pipeline.denoising import Denoising
+from data_pipeline.errors import ConfigError
+from data_pipeline.recall import Recall
+
+
+@runtime_checkable
+class Task(Protocol):
+    """Splits ("train", "validation", "test") of items 0 .. size - 1."""
+
+    name: str
+    vectors: int
+    """Vector channels of the inputs."""
+    scalars: int
+    """Scalar channels of the inputs."""
+    unit: float
+    """Mean squared error per coordinate of the trivial answer; losses are divided by it."""
+    digest: str
+    """Hash of all that the samples follow from."""
+
+    def size(self, split: str) -> int: ...
+
+    def length(self, split: str, item: int) -> int:
+        """Tokens of an item."""
+        ...
+
+    def longest(self, split: str) -> int:
+        """An item that no other exceeds in length."""
+        ...
+
+    def describe(self, split: str, item: int) -> str:
+        """An item's name in messages."""
+        ...
+
+    def sample(
+        self, split: str, items: Sequence[int | None], keys: Sequence[int], start: int, stop: int
+    ) -> Sample:
+        """Tokens [start, stop) of one row per item, padded behind its end (mask False, weight 0).
+
+        None is an empty row. Random parts are functions of (key, item, token), so that slices of
+        any cut join to the same rows. Per-sequence targets and weights come with every slice.
+        """
+        ...
+
+    def baselines(self, split: str) -> dict[str, float]:
+        """What trivial answers score on the evaluation's samples, in `unit`."""
+        ...
+
+
+TASKS = {"denoising": Denoising, "recall": Recall}
+
+
+def build_task(name: str, **options: Any) -> Task:
+    """The task of that name.
+
+    Raises:
+        ConfigError: no such task or option (names the nearest), or a value that cannot be.
+        StoreError: its data cannot be opened.
+    """
+    if name not in TASKS:
+        raise ConfigError(f"task.name={name} is unknown{_nearest(name, TASKS)}")
+    known = TASKS[name].__dataclass_fields__
+    for option in options:
+        if option not in known:
+            raise ConfigError(f"task.{option} is no option of {name}{_nearest(option, known)}")
+    return TASKS[name](**options)
+
+
+def _nearest(word: str, known: Any) -> str:
+    close = get_close_matches(word, known, 1)
+    meant = f"; did you mean {close[0]}?" if close else ""
+    return f" (there are {', '.join(known)}){meant}"
