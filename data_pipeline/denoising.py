@@ -94,7 +94,7 @@ class Denoising:
             residue[row, here] = self._tokens("residue", chain, low, high)
             segment[row, here] = self._tokens("segment", chain, low, high)
             noise[row, :, here] = normals(hash64("noise", key), low, high)[:, :3].T
-        observed = np.isfinite(clean).all(1)
+        observed = np.all(np.isfinite(clean), axis=1)
         clean = np.where(observed[:, None], clean, 0)
         noised = clean + np.float32(self.sigma) * noise * observed[:, None]
         index = np.arange(start, stop)
@@ -121,7 +121,7 @@ class Denoising:
         tuning = [self._moments("train", kind) for kind in kinds]
         asked = [self._moments(split, kind) for kind in kinds]
         observed = sum(count for _, count in asked)
-        errors = {"identity": sum(m[-1, -1] for m, _ in asked)}
+        errors = {"identity": sum(float(m[-1, -1]) for m, _ in asked)}
         k = self.neighbours
         for reach in sorted({1, k}):
             near = [*range(k - reach, k + reach), -1]
@@ -129,9 +129,9 @@ class Denoising:
             for (fit, _), (m, _) in zip(tuning, asked, strict=True):
                 fit, m = fit[np.ix_(near, near)], m[np.ix_(near, near)]
                 weights = np.append(-np.linalg.lstsq(fit[:-1, :-1], fit[:-1, -1])[0], 1.0)
-                error += weights @ m @ weights
+                error += float(weights @ m @ weights)
             errors[f"tuned local average, k={reach}"] = error
-        return {name: float(error / observed / self.unit) for name, error in errors.items()}
+        return {name: error / observed / self.unit for name, error in errors.items()}
 
     def _moments(self, split: str, kind: int) -> tuple[np.ndarray, int]:
         """Over the atoms of one kind: summed products of the differences and the step to the

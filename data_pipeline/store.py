@@ -25,7 +25,7 @@ import numpy as np
 from data_pipeline import clusters
 from data_pipeline.bundle import BundledSource, encode
 from data_pipeline.errors import StoreError
-from data_pipeline.structures import Chain, Notes, file_sha256
+from data_pipeline.structures import Chain, Notes, bond_lengths, file_sha256
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -94,24 +94,28 @@ class Store:
         return chunk
 
 
-def ensure(path: str | Path, source: Source) -> tuple[Store, bool]:
-    """The store of `source` at `path`, and whether it had to be built.
+def ensure(path: str | Path, source: Source) -> tuple[dict[str, Any], bool]:
+    """The manifest of the store of `source` at `path`, and whether it had to be built.
 
     Raises:
         StoreError: another source's store is there, or a damaged one.
     """
     path = Path(path)
     if not path.exists():
-        build(path, source)
-        return Store(path), True
-    there, wanted = read_manifest(path)["source"], source.identity()
+        try:
+            return build(path, source), True
+        except StoreError:
+            if not path.exists():  # else another process was faster: is it the same store?
+                raise
+    manifest, wanted = read_manifest(path), source.identity()
+    there = manifest["source"]
     if there != wanted:
         keys = [key for key in there | wanted if there.get(key) != wanted.get(key)]
         raise StoreError(
             f"{path} was built from another source (differs in {', '.join(keys)}); "
             f"delete it (rm -r {path}) to build it anew, or choose another store=..."
         )
-    return Store(path), False
+    return manifest, False
 
 
 def ensure_bundled(path: str | Path) -> bool:
@@ -122,10 +126,20 @@ def ensure_bundled(path: str | Path) -> bool:
     return ensure(path, BundledSource())[1]
 
 
-def build(path: Path, source: Source) -> None:
-    """Writes, verifies, syncs and renames; whatever breaks it leaves nothing at `path`."""
+def build(path: Path, source: Source) -> dict[str, Any]:
+    """Writes, verifies, syncs and renames; whatever breaks it leaves nothing at `path`.
+
+    Killed at once, it leaves a folder NAME.tmp-... that nothing reads.
+
+
+    Returns:
+        The manifest.
+    Raises:
+        StoreError: the folder cannot be written, or something came to `path` meanwhile.
+    """
     notes: Notes = defaultdict(list)
-    arrays = _arrays(source.chains(notes))
+    chains = source.chains(notes)
+    arrays = _arrays(chains)
     draft = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")
     try:
         draft.mkdir(parents=True)
@@ -136,6 +150,7 @@ def build(path: Path, source: Source) -> None:
             "digest": _digest(content),
             "source": source.identity(),
             "counts": _counts(arrays),
+            "bonds": bond_lengths(chains),
             "left_out": notes,
             "content": content,
             "files": {
@@ -152,6 +167,7 @@ def build(path: Path, source: Source) -> None:
         _sync(draft)
         os.replace(draft, path)
         _sync_file(path.parent)
+        return manifest
     except OSError as error:
         raise StoreError(f"cannot write the store {path}: {error}") from error
     finally:

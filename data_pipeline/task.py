@@ -1,7 +1,6 @@
 """What a training task gives: samples by number, in slices, and what trivial answers score."""
 
 from collections.abc import Sequence
-from difflib import get_close_matches
 from typing import Any, Protocol, runtime_checkable
 
 from data_pipeline.batch import Sample
@@ -60,19 +59,12 @@ def build_task(name: str, **options: Any) -> Task:
     """The task of that name.
 
     Raises:
-        ConfigError: no such task or option (names the nearest), or a value that cannot be.
+        ConfigError: no such task or option, or a value that cannot be.
         StoreError: its data cannot be opened.
     """
     if name not in TASKS:
-        raise ConfigError(f"task.name={name} is unknown{_nearest(name, TASKS)}")
+        raise ConfigError(f"there is no task {name}; there are {', '.join(TASKS)}")
     known = TASKS[name].__dataclass_fields__
-    for option in options:
-        if option not in known:
-            raise ConfigError(f"task.{option} is no option of {name}{_nearest(option, known)}")
+    if unknown := set(options) - set(known):
+        raise ConfigError(f"task {name} has no {', '.join(unknown)}; it has {', '.join(known)}")
     return TASKS[name](**options)
-
-
-def _nearest(word: str, known: Any) -> str:
-    close = get_close_matches(word, known, 1)
-    meant = f"; did you mean {close[0]}?" if close else ""
-    return f" (there are {', '.join(known)}){meant}"
