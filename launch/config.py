@@ -253,11 +253,18 @@ def to_yaml(config: object) -> str:
 
 
 def command_line(
-    arguments: Sequence[str], config_name: str, schema: type[T], about: str
+    arguments: Sequence[str],
+    config_name: str,
+    schema: type[T],
+    about: str,
+    check: Callable[[T], None] = lambda config: None,
 ) -> tuple[T, list[str]]:
     """The configuration of a command, and the overrides that chose it.
 
     Answers --help and --cfg (print, then exit); drops the --local_rank of DeepSpeed's launcher.
+
+    Args:
+        check: further checks, before anything is printed.
     """
     overrides: list[str] = []
     flags: set[str] = set()
@@ -277,6 +284,7 @@ def command_line(
         print(usage(config_name, schema, about))
         sys.exit(0)
     config = compose(config_name, overrides, schema)
+    check(config)
     if "--cfg" in flags:
         print(to_yaml(config), end="")
         sys.exit(0)

@@ -115,13 +115,15 @@ def choose_device(wanted: str, ranks: Ranks) -> "torch.device":
     """
     import torch
 
+    if wanted == "auto" and os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
+        wanted = "cpu"
     gpus = torch.cuda.device_count() if wanted != "cpu" else 0
     if wanted == "cuda" and gpus == 0:
         raise ConfigError("device=cuda, but PyTorch sees no GPU here; use device=auto or cpu")
     if gpus == 0:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         return torch.device("cpu")
-    if ranks.local_rank >= torch.cuda.device_count():
+    if ranks.local_rank >= gpus:
         raise ConfigError(
             f"local rank {ranks.local_rank} has no GPU of its own, this machine shows {gpus}; "
             f"start {gpus} processes here, or use device=cpu"
@@ -176,10 +178,10 @@ def _export(ranks: Ranks) -> None:
 
 
 def _meeting_place(ranks: Ranks) -> dict[str, Any]:
-    import torch.distributed as dist
+    from torch._C._distributed_c10d import HashStore
 
     if ranks.master is None:  # alone: no port, so that two such jobs never collide
-        return {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        return {"store": HashStore(), "rank": 0, "world_size": 1}
     return {"init_method": "env://"}
 
 
@@ -196,8 +198,21 @@ def run_command(command: Callable[[list[str]], None], arguments: list[str]) -> i
         return _fail(f"error: {error}", BAD_INPUT)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
-    except Exception:
-        return _fail(traceback.format_exc().rstrip(), 1)
+    except Exception as error:
+        return _fail(_lost_rank(error) or traceback.format_exc().rstrip(), 1)
+
+
+def _lost_rank(error: Exception) -> str | None:
+    """One line where the cause is another rank, whose own message says more than our traceback."""
+    text = str(error)
+    if re.search(r"[Cc]onnection (closed|reset) by peer|[Bb]roken pipe", text):
+        return "error: another rank ended first; its message says why"
+    if re.search(r"[Tt]imed out (waiting|after)", text):
+        return (
+            f"error: another rank did not come within parallel.timeout_s ({text.splitlines()[0]}); "
+            "its message, if any, says why"
+        )
+    return None
 
 
 def _fail(text: str, code: int) -> int:
