@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float32
@@ -166,10 +166,12 @@ def read_chains(path: Path, notes: Notes | None = None) -> list[Chain]:
         if not positions:
             continue
         name = f"{_stem(path) or path.name}/{chain.name}"
-        if any(code.islower() for code, _ in positions):
+        if any(position.letter.islower() for position in positions):
             notes["chains with residues read as their parent"].append(name)
-        letters = "".join(code.upper() for code, _ in positions)
-        xyz = np.array([atoms for _, atoms in positions], np.float32)
+        if any(position.repeated for position in positions):
+            notes["chains that repeat atoms, of which the first was read"].append(name)
+        letters = "".join(position.letter.upper() for position in positions)
+        xyz = np.array([position.xyz for position in positions], np.float32)
         chains.append(Chain(name, letters, xyz))
     return chains
 
@@ -220,12 +222,23 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _positions(gemmi: ModuleType, chain: Any) -> Iterator[tuple[str, list[list[float]]]]:
-    """Letter (lower case: modified) and backbone of each residue position of a polymer.
+class _Position(NamedTuple):
+    """One residue of a chain."""
+
+    letter: str
+    """Lower case where it is the parent's."""
+    xyz: list[list[float]]
+    repeated: bool
+    """An atom is there twice at the same location."""
+
+
+def _positions(gemmi: ModuleType, chain: Any) -> Iterator[_Position]:
+    """The residues of a polymer.
 
     Where several locations, or several residues, share a position, the one with the most
     backbone atoms counts, then the highest occupancy, then the first; never a mixture.
     """
+    missing = [np.nan] * 3
     # A position is its number with insertion code; the same number farther on is another residue.
     for _, residues in groupby(chain, key=lambda residue: str(residue.seqid)):
         best, score = None, (-1, -1.0)
@@ -236,14 +249,14 @@ def _positions(gemmi: ModuleType, chain: Any) -> Iterator[tuple[str, list[list[f
                 continue
             atoms = [atom for atom in residue if atom.name in ATOMS]
             for location in sorted({a.altloc for a in atoms} - {"\0"}) or ["\0"]:
-                here = {a.name: a for a in atoms if a.altloc in ("\0", location)}
+                chosen = [a for a in atoms if a.altloc in ("\0", location)]
+                here = {a.name: a for a in reversed(chosen)}
                 this = (len(here), sum(a.occ for a in here.values()))
                 if this > score:
-                    best, score = (_letter(kind), here), this
+                    xyz = [here[a].pos.tolist() if a in here else missing for a in ATOMS]
+                    best, score = _Position(_letter(kind), xyz, len(chosen) > len(here)), this
         if best is not None:
-            letter, here = best
-            missing = [np.nan] * 3
-            yield letter, [here[a].pos.tolist() if a in here else missing for a in ATOMS]
+            yield best
 
 
 def _letter(kind: Any) -> str:

