@@ -1,0 +1,158 @@
+"""One DeepSpeed configuration out of ours, the user's keys and the file that accelerate names.
+
+Ours decides. A foreign key that says the same, or "auto", is welcome; one that says something
+else is an error that names both values; one that we do not set is passed on.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.errors import ConfigError
+
+# DeepSpeed believes every rank to be data-parallel: its own switches for sequence parallelism
+# scale gradients by the number of sequence ranks or let ranks drift apart.
+FORBIDDEN = {
+    "optimizer": "choose it by optim.*",
+    "scheduler": "choose it by optim.*",
+    "sequence_parallel_size": "sequence parallelism is parallel.sp, DeepSpeed must not know it",
+    "data_parallel_size": "data parallelism is parallel.dp",
+    "tensor_parallel": "there is no tensor parallelism here",
+}
+# What our values are called where the user writes them.
+OUR_NAMES = {
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.batch_size / (dp · train.micro_batch_size)",
+    "train_batch_size": "DeepSpeed's count (every rank a data-parallel one)",
+    "gradient_clipping": "optim.gradient_clipping",
+    "zero_optimization.stage": "engine.zero_stage",
+    "fp16.enabled": "train.precision",
+    "bf16.enabled": "train.precision",
+}
+ENVIRONMENT = {
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "zero_optimization.stage",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "gradient_accumulation_steps",
+    "ACCELERATE_GRADIENT_CLIPPING": "gradient_clipping",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "zero_optimization.offload_optimizer.device",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "zero_optimization.offload_param.device",
+}
+
+
+def deepspeed_config(
+    user: Mapping[str, Any],
+    *,
+    zero_stage: int,
+    micro_batch_size: int,
+    accumulation: int,
+    gradient_clipping: float,
+    world: int,
+    bucket_size: int,
+    environment: Mapping[str, str] = os.environ,
+) -> dict[str, Any]:
+    """The dictionary for `deepspeed.initialize`.
+
+    Args:
+        user: further keys (`engine.deepspeed_config`), nested as DeepSpeed's JSON is.
+        bucket_size: elements of a gradient bucket, unless the user says another: DeepSpeed's own
+            half a billion would be the largest buffer of a small model.
+
+    Raises:
+        ConfigError: a key contradicts ours, or is about something that DeepSpeed must not know.
+    """
+    ours = {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": micro_batch_size * accumulation * world,
+        # Always written: DeepSpeed's default clips at 1.
+        "gradient_clipping": gradient_clipping,
+        "zero_optimization.stage": zero_stage,
+        "zero_allow_untested_optimizer": True,
+        "fp16.enabled": False,
+        "bf16.enabled": False,
+    }
+    merged: dict[str, Any] = {
+        "zero_optimization.reduce_bucket_size": bucket_size,
+        "zero_optimization.allgather_bucket_size": bucket_size,
+    }
+    for source, keys in _foreign(user, environment):
+        for key, value in keys.items():
+            root = key.split(".")[0]
+            if value == "auto":
+                continue
+            if root in FORBIDDEN:
+                raise ConfigError(f"{source} sets {root}; leave it out: {FORBIDDEN[root]}")
+            if key in ours and ours[key] != value:
+                name = OUR_NAMES.get(key, "Longfold")
+                raise ConfigError(
+                    f"{source} says {key} = {value!r}, but {name} = {ours[key]!r}; make them "
+                    'equal, or write "auto" there'
+                )
+            merged[key] = value
+    return _nested(merged | ours)
+
+
+def check_launcher(engine: str, precision: str, environment: Mapping[str, str]) -> None:
+    """What `accelerate launch` was told must be what this run does.
+
+    Raises:
+        ConfigError: it names another engine or another precision; both are named.
+    """
+    if environment.get("ACCELERATE_USE_DEEPSPEED") == "true" and engine != "deepspeed":
+        raise ConfigError(
+            f"accelerate was told to use DeepSpeed, but engine.name = {engine!r}; "
+            "say engine=deepspeed, or launch without --use_deepspeed"
+        )
+    mixed = environment.get("ACCELERATE_MIXED_PRECISION", "no")
+    if mixed != "no" and mixed != precision:
+        raise ConfigError(
+            f"accelerate says mixed_precision = {mixed!r}, but train.precision = {precision!r}; "
+            f"say --mixed_precision no, or train.precision=bf16"
+        )
+
+
+def _foreign(
+    user: Mapping[str, Any], environment: Mapping[str, str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every source of keys besides our own, by the name a user knows it by; keys dotted."""
+    yield "engine.deepspeed_config", dict(_dotted(user))
+    if path := environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
+        try:
+            content = json.loads(Path(path).read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"accelerate's deepspeed_config_file {path!r} cannot be read ({error}); "
+                "correct the path or the JSON"
+            ) from error
+        yield f"accelerate's deepspeed_config_file {path!r}", dict(_dotted(content))
+    for variable, key in ENVIRONMENT.items():
+        if (value := environment.get(variable, "none")) != "none":
+            yield f"accelerate ({variable})", {key: _number(value)}
+
+
+def _dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _dotted(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for key, value in flat.items():
+        *parents, leaf = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return tree
+
+
+def _number(text: str) -> Any:
+    """A variable's text as JSON where it is JSON: numbers, true, false; else itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

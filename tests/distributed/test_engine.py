@@ -1,0 +1,349 @@
+"""Whatever averages the gradients, the parameters move as one process would move them.
+
+The model is small, but has all that can go wrong: a sum over the sequence inside, weights that
+differ by rank, a row without weight, a parameter that is never used. Run as a script
+(by torchrun), the file tests DeepSpeed, which wants a world of its own.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from data_pipeline.errors import ConfigError, RunError
+from scaling.parallel.collectives import all_reduce_sum
+from scaling.parallel.deepspeed_config import deepspeed_config
+from scaling.parallel.engine import Engine, build_engine
+from scaling.parallel.loss import engine_loss, global_sums
+
+ROWS, FEATURES, TOKENS = 8, 5, 13
+RATE = 0.2
+
+
+class Toy(nn.Module):
+    """(b, f, n) -> local weighted sum of squares, and the outputs."""
+
+    def __init__(self, group=None) -> None:
+        super().__init__()
+        self.first = nn.Linear(FEATURES, 7)
+        self.second = nn.Linear(7, FEATURES)
+        self.gain = nn.Parameter(torch.tensor([0.7]))
+        self.spare = nn.Parameter(torch.ones(3))
+        self.group = group
+
+    def forward(self, x: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = torch.tanh(self.first(x.mT))
+        total = hidden.sum(1, keepdim=True)
+        if self.group is not None:
+            total = all_reduce_sum(total, self.group, "test")
+        out = self.second(hidden + self.gain * total / TOKENS).mT
+        return (weight * (out - target).square().sum(1)).sum(), out
+
+
+def batch(step: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    random = torch.Generator().manual_seed(step)
+    x, target = torch.randn(2, ROWS, FEATURES, TOKENS, generator=random, dtype=torch.float64)
+    weight = torch.rand(ROWS, TOKENS, generator=random, dtype=torch.float64)
+    weight[step % ROWS] = 0
+    weight[:, 9:] *= 0.1
+    return x.to(dtype), target.to(dtype), weight.to(dtype)
+
+
+def make_optimizer(name: str):
+    if name == "sgd":
+        return lambda parameters: torch.optim.SGD(parameters, lr=RATE)
+    return lambda parameters: torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.1)
+
+
+def toy(dtype: torch.dtype, group=None) -> Toy:
+    torch.manual_seed(3)
+    return Toy(group).to(dtype)
+
+
+def one_process(steps: range, dtype: torch.dtype, optimizer: str, clipping: float):
+    """The plain loop that everybody knows. Returns the parameters and the gradient norms."""
+    model, norms = toy(dtype), []
+    torch_optimizer = make_optimizer(optimizer)(model.parameters())
+    for step in steps:
+        x, target, weight = batch(step, dtype)
+        model.spare.grad = torch.zeros_like(model.spare)
+        (model(x, target, weight)[0] / weight.sum()).backward()
+        norms.append(nn.utils.clip_grad_norm_(model.parameters(), clipping or 1e9).item())
+        torch_optimizer.step()
+        torch_optimizer.zero_grad()
+    return {name: p.detach() for name, p in model.named_parameters()}, norms
+
+
+class Share:
+    """A rank's rows and tokens. The last dp · sp ranks of the world train, the others look on;
+    sequence ranks are neighbours. Collective over the world."""
+
+    def __init__(self, dp: int, sp: int) -> None:
+        self.dp, self.sp = dp, sp
+        first = dist.get_world_size() - dp * sp
+        rows = [list(range(first + d * sp, first + (d + 1) * sp)) for d in range(dp)]
+        self.group = dist.new_group([rank for row in rows for rank in row])
+        sequence_groups = [dist.new_group(row) for row in rows]
+        self.dp_rank, self.sp_rank = divmod(dist.get_rank() - first, sp)
+        self.trains = self.dp_rank >= 0
+        self.sequence_group = sequence_groups[max(self.dp_rank, 0)]
+
+    def micro_batches(self, tensors: tuple[Tensor, ...], accumulation: int):
+        size = ROWS // (self.dp * accumulation)
+        tokens = slice(TOKENS * self.sp_rank // self.sp, TOKENS * (self.sp_rank + 1) // self.sp)
+        for number in range(accumulation):
+            start = (number * self.dp + self.dp_rank) * size
+            yield [x[start : start + size][..., tokens] for x in tensors]
+
+
+def train(engine: Engine, share: Share, steps: range, dtype: torch.dtype, accumulation: int):
+    norms = []
+    for step in steps:
+        window = list(share.micro_batches(batch(step, dtype), accumulation))
+        (weight,) = global_sums(sum(w.sum() for *_, w in window), group=engine.group)
+        for number, micro_batch in enumerate(window):
+            with engine.accumulate(last=number == accumulation - 1):
+                local_sum, _ = engine(*micro_batch)
+                engine.backward(engine_loss(local_sum, weight, engine.world))
+        norms.append(engine.step(RATE))
+    return norms
+
+
+def relative(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """Largest relative difference of a tensor, with a floor of 1e-3 of the whole state's norm."""
+    floor = 1e-3 * torch.cat([x.flatten() for x in b.values()]).norm()
+    return max(float((a[k] - b[k]).norm() / b[k].norm().clamp(min=floor)) for k in b)
+
+
+def compare_trajectories(
+    share: Share, dtype: torch.dtype, tolerance: float, name="ddp", zero_stage=0, group=None
+) -> None:
+    """20 steps, with accumulation and active clipping, equal the plain loop."""
+    for accumulation, clipping in [(1, 0.0), (2, 0.05)]:
+        engine = build_engine(
+            name,
+            toy(dtype, share.sequence_group),
+            make_optimizer("sgd"),
+            zero_stage=zero_stage,
+            gradient_clipping=clipping,
+            micro_batch_size=ROWS // (share.dp * accumulation),
+            accumulation=accumulation,
+            environment={},
+            group=group,
+        )
+        norms = train(engine, share, range(20), dtype, accumulation)
+        expected, expected_norms = one_process(range(20), dtype, "sgd", clipping)
+        values, _ = engine.state()
+        if dist.get_rank(group) == 0:
+            assert relative(values, expected) <= tolerance, (name, zero_stage, accumulation)
+        assert torch.allclose(torch.tensor(norms), torch.tensor(expected_norms), rtol=1e-5)
+
+
+@pytest.mark.parametrize("dp, sp", [(1, 1), (1, 3), (2, 2)])
+def test_ddp_moves_parameters_as_one_process_does(distributed, dp, sp):
+    distributed(compare_ddp, 8, dp, sp)
+
+
+def compare_ddp(world, dp: int, sp: int) -> None:
+    share = Share(dp, sp)
+    if share.trains:
+        compare_trajectories(share, torch.float64, 1e-10, group=share.group)
+        compare_trajectories(share, torch.float32, 1e-5, group=share.group)
+
+
+def test_deepspeed_moves_parameters_as_one_process_does_and_hands_its_state_over(tmp_path):
+    """ZeRO 0 to 3 on dp 2 x sp 2 and sp 2; then ZeRO-1's state continues in one DDP process, one
+    process's state continues in every stage."""
+    values, optimizer = state_of_one_process(range(3))
+    torch.save((values, optimizer), tmp_path / "one.pt")
+    expected, _ = one_process(range(6), torch.float32, "adamw", 0.0)
+    for world in (2, 4):
+        launch(world, str(tmp_path))
+        for written in tmp_path.glob(f"world{world}-stage*.pt"):
+            values, optimizer = torch.load(written, weights_only=True)
+            engine = one_process_engine()
+            engine.load_state(values, optimizer)
+            again, optimizer_again = engine.state()
+            assert relative(again, values) == 0
+            for name, state in optimizer.items():
+                for key, value in state.items():
+                    assert torch.equal(optimizer_again[name][key], value)
+            train_alone(engine, range(3, 6))
+            assert relative(engine.state()[0], expected) <= 1e-5, written.name
+    assert len(list(tmp_path.glob("world*.pt"))) == 2 * 4
+
+
+def one_process_engine() -> Engine:
+    return build_engine(
+        "ddp",
+        toy(torch.float32),
+        make_optimizer("adamw"),
+        gradient_clipping=0.0,
+        micro_batch_size=ROWS,
+        accumulation=1,
+        environment={},
+    )
+
+
+def train_alone(engine: Engine, steps: range) -> None:
+    for step in steps:
+        x, target, weight = batch(step, torch.float32)
+        with engine.accumulate(last=True):
+            engine.backward(engine_loss(engine(x, target, weight)[0], weight.sum().item(), 1))
+        engine.step(RATE)
+
+
+def state_of_one_process(steps: range):
+    engine = one_process_engine()
+    train_alone(engine, steps)
+    return engine.state()
+
+
+def launch(world: int, *arguments: str) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(world), __file__, *arguments]
+    root = str(Path(__file__).parents[2])
+    environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert run.returncode == 0, run.stdout + run.stderr
+    said = run.stdout + run.stderr  # DeepSpeed announces itself on no rank
+    assert "DeepSpeed" not in said and "Warning" not in said and "WARNING" not in said, said
+
+
+def test_a_rank_without_weight_keeps_the_graph_and_no_weight_at_all_is_an_error():
+    local_sum = torch.ones(3, requires_grad=True)
+    engine_loss((local_sum * torch.zeros(3)).sum(), 2.0, 4).backward()
+    assert torch.equal(local_sum.grad, torch.zeros(3))
+    assert engine_loss(torch.tensor(3.0), 2.0, 4).item() == 6.0
+    with pytest.raises(RunError, match="loss weights of this step sum to 0"):
+        engine_loss(local_sum.sum(), 0.0, 4)
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing():
+    engine = one_process_engine()
+    before, _ = engine.state()
+    engine.backward(engine.parameters["gain"].sum() * float("inf"))
+    assert engine.step(RATE) == float("inf")
+    assert relative(engine.state()[0], before) == 0
+
+
+OURS = {
+    "zero_stage": 1,
+    "micro_batch_size": 4,
+    "accumulation": 2,
+    "gradient_clipping": 0.5,
+    "world": 3,
+    "bucket_size": 100,
+}
+
+
+def test_deepspeed_configuration_joins_its_sources(tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text(
+        '{"gradient_clipping": "auto", "zero_optimization": {"stage": 1, "overlap_comm": false}}'
+    )
+    environment = {
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path),
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1",
+        "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
+    }
+    user = {"zero_optimization": {"reduce_bucket_size": 7}, "train_batch_size": 24}
+    config = deepspeed_config(user, **OURS, environment=environment)
+    assert config["gradient_clipping"] == 0.5 and config["gradient_accumulation_steps"] == 2
+    assert config["zero_optimization"] == {
+        "stage": 1,
+        "overlap_comm": False,
+        "reduce_bucket_size": 7,
+        "allgather_bucket_size": 100,
+    }
+
+
+@pytest.mark.parametrize(
+    "user, environment, said",
+    [
+        ({"gradient_clipping": 1.0}, {}, r"gradient_clipping = 1\.0, but .* = 0\.5"),
+        ({"zero_optimization": {"stage": 3}}, {}, "stage = 3, but engine.zero_stage = 1"),
+        ({"sequence_parallel_size": 2}, {}, "parallel.sp"),
+        ({"optimizer": {"type": "Adam"}}, {}, "optim"),
+        ({}, {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, "ZERO_STAGE.* = 2, but .* = 1"),
+        ({}, {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "none.json"}, r"none\.json.*cannot be read"),
+    ],
+)
+def test_a_contradiction_names_both_values(user, environment, said):
+    with pytest.raises(ConfigError, match=said) as error:
+        deepspeed_config(user, **OURS, environment=environment)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name, precision, environment, said",
+    [
+        ("ddp", "float32", {"ACCELERATE_USE_DEEPSPEED": "true"}, "engine=deepspeed"),
+        ("ddp", "float32", {"ACCELERATE_MIXED_PRECISION": "bf16"}, "'bf16'.*'float32'"),
+        ("deepspeed", "float64", {}, "engine=ddp"),
+        ("deepspeed", "float32", {}, "needs torch.distributed"),
+        ("horovod", "float32", {}, "unknown engine 'horovod'"),
+    ],
+)
+def test_engines_that_cannot_work_say_so(name, precision, environment, said):
+    with pytest.raises(ConfigError, match=said):
+        build_engine(
+            name,
+            toy(torch.float32),
+            make_optimizer("sgd"),
+            gradient_clipping=0.0,
+            micro_batch_size=1,
+            accumulation=1,
+            precision=precision,
+            environment=environment,
+        )
+
+
+def under_deepspeed(folder: Path) -> None:
+    """What each rank of a launched world does."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    world = dist.get_world_size()
+    dp, sp = world // 2, 2
+    expected, _ = one_process(range(6), torch.float32, "adamw", 0.0)
+    share = Share(dp, sp)
+    for stage in range(4):
+        compare_trajectories(share, torch.float32, 1e-5, "deepspeed", stage)
+
+        def fresh(stage=stage) -> Engine:
+            return build_engine(
+                "deepspeed",
+                toy(torch.float32, share.sequence_group),
+                make_optimizer("adamw"),
+                gradient_clipping=0.0,
+                micro_batch_size=ROWS // dp,
+                accumulation=1,
+                zero_stage=stage,
+                # Stage 3 would keep parameters this small whole on every rank.
+                deepspeed={"zero_optimization": {"stage3_param_persistence_threshold": 0}},
+                environment={},
+            )
+
+        engine = fresh()
+        assert engine.state()[1] == {}  # before the first step there is nothing to remember
+        train(engine, share, range(3), torch.float32, 1)
+        state = engine.state()
+        if dist.get_rank() == 0:
+            torch.save(state, folder / f"world{world}-stage{stage}.pt")
+        engine = fresh()
+        engine.load_state(*torch.load(folder / "one.pt", weights_only=True))
+        train(engine, share, range(3, 6), torch.float32, 1)
+        values, _ = engine.state()
+        if dist.get_rank() == 0:
+            assert relative(values, expected) <= 1e-5, stage
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    under_deepspeed(Path(sys.argv[1]))
