@@ -18,7 +18,7 @@ import uuid
 from collections import defaultdict
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -35,6 +35,7 @@ CACHED_CHUNKS = 64
 """Decoded chunks that a reader keeps: at most 50 MB."""
 
 
+@runtime_checkable
 class Source(Protocol):
     """Where chains come from."""
 
@@ -75,11 +76,12 @@ class Store:
 
     def read(self, array: str, chain: int, start: int, stop: int) -> np.ndarray:
         """Rows [start, stop) of a chain; decodes only the chunks that hold them."""
+        assert 0 <= start <= stop <= self.lengths[chain]
         first, last = int(self.offsets[chain]) + start, int(self.offsets[chain]) + stop
         rows = self._arrays[array].chunks[0]
         parts = [
             self._chunk(array, n)[max(first - n * rows, 0) : last - n * rows]
-            for n in range(first // rows, -(-last // rows))
+            for n in range(first // rows, max(last - 1, first) // rows + 1)
         ]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
@@ -163,7 +165,7 @@ def build(path: Path, source: Source) -> dict[str, Any]:
             },
         }
         (draft / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-        verify(draft)
+        manifest = verify(draft)
         _sync(draft)
         os.replace(draft, path)
         _sync_file(path.parent)

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 from data_pipeline.batch import Sample
 from data_pipeline.errors import ConfigError, RunError
@@ -72,7 +72,7 @@ class Stream:
         self._ahead: deque[Future[list[MicroBatch]]] = deque()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="stream")
 
-    def __iter__(self) -> Self:
+    def __iter__(self) -> "Stream":
         return self
 
     def __next__(self) -> list[MicroBatch]:

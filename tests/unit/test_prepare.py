@@ -1,0 +1,107 @@
+"""The prepare command: what it prints, reuses and refuses."""
+
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from data_pipeline.errors import ConfigError, StoreError
+from data_pipeline.store import Store
+from launch.prepare import main
+
+
+def run(capsys, *arguments: str) -> str:
+    main(list(arguments))
+    return capsys.readouterr().out
+
+
+def test_builds_reuses_verifies_and_shows(tmp_path, capsys):
+    """Counts, split and bond lengths are printed; the second time nothing is built."""
+    store = f"store={tmp_path / 'new' / 'store'}"
+    built = run(capsys, store)
+    for text in (
+        "115 in 96 clusters",
+        "25,199",
+        "N-CA 1.46",
+        "CA-C 1.52",
+        "C-N 1.33",
+        "CA-CA 3.80",
+    ):
+        assert text in built
+    rows = {row[0]: row for row in re.findall(r"^  (\w+) +(\d+) +(\d+) +([\d,]+) ", built, re.M)}
+    assert list(rows) == ["train", "validation", "test"]
+    assert sum(int(row[1]) for row in rows.values()) == 115
+    again = run(capsys, store)
+    assert "reused" in again and built.split("\n", 1)[1] == again.split("\n", 1)[1]
+    assert float(re.search(r"\(([\d.]+) s\)", again)[1]) < 0.5
+    assert "verified" in run(capsys, store, "action=verify")
+    assert "opened" in run(capsys, store, "action=inspect")
+
+
+def test_structures_become_a_store_of_their_own(tmp_path, capsys):
+    """Files of one folder; a changed file, or other options, is another source."""
+    gemmi = pytest.importorskip("gemmi", reason="reading structures needs the extra `proteins`")
+    folder, random = tmp_path / "files", np.random.default_rng(0)
+    folder.mkdir()
+    for file in range(4):
+        chain = gemmi.Chain("A")
+        for number in range(30):
+            residue = gemmi.Residue()
+            residue.name = str(random.choice(["ALA", "GLY", "TRP", "LYS", "SER", "VAL"]))
+            residue.seqid = gemmi.SeqId(number + 1, " ")
+            for i, name in enumerate(("N", "CA", "C", "O")):
+                atom = gemmi.Atom()
+                atom.name, atom.element = name, gemmi.Element(name[0])
+                atom.pos = gemmi.Position(1.4 * (3 * number + i), file, 0)
+                residue.add_atom(atom)
+            chain.add_residue(residue)
+        structure, model = gemmi.Structure(), gemmi.Model(1)
+        model.add_chain(chain)
+        structure.add_model(model)
+        structure.setup_entities()
+        structure.write_pdb(str(folder / f"{file}.pdb"))
+    arguments = ["source=structures", f"source.path={folder}", f"store={tmp_path / 'store'}"]
+    assert "4 in 4 clusters" in run(capsys, *arguments)
+    assert Store(tmp_path / "store").name(2) == "2/A"
+    assert "reused" in run(capsys, *arguments)
+    with pytest.raises(StoreError, match="differs in min_length"):
+        run(capsys, *arguments, "source.min_length=20")
+    with (folder / "3.pdb").open("a") as file:
+        file.write("REMARK\n")
+    with pytest.raises(StoreError, match="differs in files"):
+        run(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["source=sidechainnet"], "bundled, structures"),
+        (["source=structures"], r"source\.path is missing"),
+        (["source.path=files"], "source=structures"),
+        (
+            ["source=structures", "source.path=files", "source.min_lenght=9"],
+            r"source\.min_length\?",
+        ),
+        (["source=structures", "source.path=files", "source.min_complete=2.0"], "min_complete=2"),
+        (["action=check"], "action='check'"),
+        (["stroe=x"], "did you mean store"),
+    ],
+)
+def test_bad_input_is_named(tmp_path, monkeypatch, arguments, message):
+    """One line that says what to change."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=message) as caught:
+        main(arguments)
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+
+
+def test_command_line_reports_errors_in_one_line(tmp_path):
+    """As a process: exit code 2, one line, no traceback."""
+    command = [sys.executable, "-m", "launch", "prepare", "action=inspect", f"store={tmp_path}/no"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2 and result.stdout == ""
+    assert (
+        result.stderr.startswith("error: there is no store at") and result.stderr.count("\n") == 1
+    )

@@ -1,0 +1,169 @@
+"""Stores: what was written is what is read, clusters stay whole, and damage is refused."""
+
+import json
+import shutil
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_pipeline import store as store_module
+from data_pipeline.bundle import BundledSource, decode
+from data_pipeline.clusters import SPLITS, cluster, split
+from data_pipeline.errors import StoreError, StructureError
+from data_pipeline.store import (
+    MANIFEST,
+    Store,
+    build,
+    ensure,
+    ensure_bundled,
+    read_manifest,
+    verify,
+)
+from data_pipeline.structures import RESIDUES, Chain
+
+
+class SmallSource:
+    """Random chains, one with a missing atom; `seed` stands for the files."""
+
+    def __init__(self, seed: int = 0, lengths=(40, 90, 31, 64, 50, 33)):
+        self.seed, self.lengths = seed, lengths
+
+    def identity(self):
+        return {"kind": "small", "files": {"seed": str(self.seed)}}
+
+    def chains(self, notes):
+        random = np.random.default_rng(self.seed)
+        chains = []
+        for i, length in enumerate(self.lengths):
+            sequence = "".join(random.choice(list(RESIDUES + "X"), length))
+            xyz = np.cumsum(random.normal(size=(length, 4, 3)), 0).astype(np.float32)
+            xyz[3, i % 4] = np.nan
+            chains.append(Chain(f"file{i}/A", sequence, xyz))
+        return chains
+
+
+@pytest.fixture(scope="module")
+def bundled(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("stores") / "bundled"
+    assert ensure_bundled(path)
+    return path
+
+
+def test_store_gives_back_what_was_written(tmp_path, monkeypatch):
+    """Every slice is bit-equal, missing atoms included, across chunk borders too."""
+    monkeypatch.setattr(store_module, "CHUNK", 64)  # 16 residues a chunk of xyz
+    source = SmallSource()
+    manifest = build(tmp_path / "small", source)
+    assert verify(tmp_path / "small") == manifest == read_manifest(tmp_path / "small")
+    store = Store(tmp_path / "small")
+    for number, chain in enumerate(source.chains(defaultdict(list))):
+        length = len(chain.sequence)
+        assert store.name(number) == chain.id and store.lengths[number] == length
+        for start, stop in ((0, length), (5, 6), (15, 31), (length - 1, length), (16, 16)):
+            xyz = store.read("xyz", number, start, stop)
+            np.testing.assert_array_equal(xyz, chain.xyz[start:stop])
+            letters = decode(store.read("residue", number, start, stop))
+            assert letters == chain.sequence[start:stop]
+            segment = store.read("segment", number, start, stop)
+            np.testing.assert_array_equal(segment, np.cumsum(chain.breaks)[start:stop])
+    assert [p.name for p in tmp_path.iterdir()] == ["small"]
+
+
+def test_second_build_reuses_and_another_source_is_refused(tmp_path, bundled):
+    """The digest follows from the content alone; a failed build leaves nothing."""
+    assert not ensure_bundled(bundled)
+    with pytest.raises(StoreError, match=r"another source .*rm -r"):
+        ensure(bundled, SmallSource())
+    digests = [build(tmp_path / str(n), SmallSource(n // 2))["digest"] for n in range(3)]
+    assert digests[0] == digests[1] != digests[2]
+    with pytest.raises(StructureError, match="needs 3"):
+        build(tmp_path / "tiny", SmallSource(lengths=(40, 40)))
+    with pytest.raises(StoreError, match="cannot write"):
+        build(Path("/dev/null/store"), SmallSource())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["0", "1", "2"]
+
+
+def damage_by_flipping(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize(
+    "damage, opening, message",
+    [
+        (lambda s: (s / MANIFEST).unlink(), True, "no manifest.json"),
+        (lambda s: (s / MANIFEST).write_text("{"), True, "is no manifest"),
+        (lambda s: shutil.rmtree(s), True, "no store at"),
+        (lambda s: (s / "xyz/c/1/0/0").unlink(), True, "xyz/c/1/0/0 is missing"),
+        (lambda s: (s / "xyz/c/0/0/0").write_bytes(b""), True, "0 bytes instead of"),
+        (lambda s: damage_by_flipping(s / "xyz/c/0/0/0"), False, "sha256 differs"),
+        (lambda s: damage_by_flipping(s / "segment/c/0"), False, "sha256 differs"),
+    ],
+)
+def test_damaged_stores_are_refused(bundled, tmp_path, damage, opening, message):
+    """Missing, cut and foreign files stop the opening; flipped bits stop verify."""
+    path = tmp_path / "copy"
+    shutil.copytree(bundled, path)
+    damage(path)
+    if opening:
+        with pytest.raises(StoreError, match=message):
+            Store(path)
+    with pytest.raises(StoreError, match=message) as caught:
+        verify(path)
+    assert "prepare store=" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_other_versions_and_false_content_are_refused(bundled, tmp_path):
+    """The manifest's version rules; a digest that is not the content's is found by verify."""
+    path = tmp_path / "copy"
+    shutil.copytree(bundled, path)
+    manifest = json.loads((path / MANIFEST).read_text())
+    (path / MANIFEST).write_text(json.dumps(manifest | {"version": 0}))
+    with pytest.raises(StoreError, match="version 0, this program reads 1"):
+        Store(path)
+    (path / MANIFEST).write_text(json.dumps(manifest | {"digest": "0"}))
+    with pytest.raises(StoreError, match="contradicts itself"):
+        verify(path)
+
+
+def test_flipped_bits_and_vanished_chunks_stop_the_reader(bundled, tmp_path):
+    """What was whole at opening may break later: the checksum and the fill value tell."""
+    path = tmp_path / "copy"
+    shutil.copytree(bundled, path)
+    store = Store(path)
+    damage_by_flipping(path / "xyz/c/0/0/0")
+    with pytest.raises(StoreError, match="chunk 0 is damaged"):
+        store.read("xyz", 0, 0, 5)
+    (path / "xyz/c/0/0/0").unlink()
+    with pytest.raises(StoreError, match="chunk 0 vanished"):
+        store.read("xyz", 0, 0, 5)
+
+
+def test_splits_share_no_cluster_and_held_out_ones_are_a_tenth(bundled):
+    """By cluster, not by chain; validation is not one family; the order of chains is nothing."""
+    store = Store(bundled)
+    sequences = [c.sequence for c in BundledSource().chains(defaultdict(list))]
+    groups = cluster(sequences)
+    members = {name: set(groups[store.chains(name)]) for name in SPLITS}
+    assert sum(len(m) for m in members.values()) == len(set().union(*members.values())) == 96
+    for name in ("validation", "test"):
+        residues = store.lengths[store.chains(name)]
+        assert 0.09 <= residues.sum() / store.lengths.sum() <= 0.1
+        assert len(members[name]) > 10
+    order = np.random.default_rng(0).permutation(len(sequences))
+    shuffled = [sequences[i] for i in order]
+    again = split(shuffled, cluster(shuffled))
+    np.testing.assert_array_equal(again, split(sequences, groups)[order])
+
+
+def test_clusters_join_what_shares_a_quarter_of_its_kmers():
+    """Containment counts the smaller set, linkage is single, X makes no 4-mer."""
+    random = np.random.default_rng(1)
+    a, b, c = ("".join(random.choice(list(RESIDUES), 80)) for _ in range(3))
+    bridge = a[:40] + b[:40]
+    assert cluster([a, b, c, a[10:40], "XX" + "X" * 30]).tolist() == [0, 1, 2, 0, 3]
+    assert cluster([a, c, b, bridge]).tolist() == [0, 1, 0, 0]
+    assert cluster([a, a[:15] + c]).tolist() == [0, 1]  # 12 of 77 4-mers
