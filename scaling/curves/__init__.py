@@ -1,0 +1,1 @@
+"""Measured curves drawn: figures and TensorBoard scalars made from rows of numbers."""
