@@ -8,6 +8,7 @@ import torch
 from jaxtyping import TypeCheckError
 
 from data_pipeline.errors import ConfigError
+from data_pipeline.features import edges
 from data_pipeline.recall import Recall
 from data_pipeline.task import build_task
 
@@ -99,3 +100,13 @@ def test_options_are_checked():
         build_task("recall", length=3)
     assert build_task("recall", tokens=9).size("train") == 1 << 20
     assert np.unique([Recall(9).digest, Recall(10).digest, Recall(9, seed=1).digest]).size == 3
+
+
+def test_edge_features_decay_from_both_ends():
+    """Parity, then exp(-d/decay) of the distance from either end; zero outside the row."""
+    found = edges(np.arange(2, 12), np.array([9, 5, 0]))
+    for row, length in enumerate((9, 5, 0)):
+        for column, i in enumerate(range(2, 12)):
+            both = [(np.exp(-i / d), np.exp(-(length - 1 - i) / d)) for d in (2, 8, 32)]
+            expected = [(-1) ** i, *(x for pair in both for x in pair)] if i < length else [0] * 7
+            np.testing.assert_allclose(found[row, :, column], expected, rtol=1e-6)

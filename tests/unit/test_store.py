@@ -25,10 +25,10 @@ from data_pipeline.structures import RESIDUES, Chain
 
 
 class SmallSource:
-    """Random chains, one with a missing atom; `seed` stands for the files."""
+    """Random chains with missing atoms; `seed` stands for the files, step 0 makes no break."""
 
-    def __init__(self, seed: int = 0, lengths=(40, 90, 31, 64, 50, 33)):
-        self.seed, self.lengths = seed, lengths
+    def __init__(self, seed: int = 0, lengths=(40, 90, 31, 64, 50, 33), step: float = 1.0):
+        self.seed, self.lengths, self.step = seed, lengths, step
 
     def identity(self):
         return {"kind": "small", "files": {"seed": str(self.seed)}}
@@ -38,8 +38,8 @@ class SmallSource:
         chains = []
         for i, length in enumerate(self.lengths):
             sequence = "".join(random.choice(list(RESIDUES + "X"), length))
-            xyz = np.cumsum(random.normal(size=(length, 4, 3)), 0).astype(np.float32)
-            xyz[3, i % 4] = np.nan
+            xyz = np.cumsum(self.step * random.normal(size=(length, 4, 3)), 0).astype(np.float32)
+            xyz[3, 1 + 2 * (i % 2)] = np.nan
             chains.append(Chain(f"file{i}/A", sequence, xyz))
         return chains
 
@@ -76,13 +76,14 @@ def test_second_build_reuses_and_another_source_is_refused(tmp_path, bundled):
     assert not ensure_bundled(bundled)
     with pytest.raises(StoreError, match=r"another source .*rm -r"):
         ensure(bundled, SmallSource())
+    build(tmp_path / "zeros", SmallSource(step=0.0))  # chunks of fill values are written too
     digests = [build(tmp_path / str(n), SmallSource(n // 2))["digest"] for n in range(3)]
     assert digests[0] == digests[1] != digests[2]
     with pytest.raises(StructureError, match="needs 3"):
         build(tmp_path / "tiny", SmallSource(lengths=(40, 40)))
     with pytest.raises(StoreError, match="cannot write"):
         build(Path("/dev/null/store"), SmallSource())
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["0", "1", "2"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["0", "1", "2", "zeros"]
 
 
 def damage_by_flipping(path: Path) -> None:
@@ -143,7 +144,7 @@ def test_flipped_bits_and_vanished_chunks_stop_the_reader(bundled, tmp_path):
 
 
 def test_splits_share_no_cluster_and_held_out_ones_are_a_tenth(bundled):
-    """By cluster, not by chain; validation is not one family; the order of chains is nothing."""
+    """By cluster, not by chain; validation is not one family."""
     store = Store(bundled)
     sequences = [c.sequence for c in BundledSource().chains(defaultdict(list))]
     groups = cluster(sequences)
@@ -153,10 +154,19 @@ def test_splits_share_no_cluster_and_held_out_ones_are_a_tenth(bundled):
         residues = store.lengths[store.chains(name)]
         assert 0.09 <= residues.sum() / store.lengths.sum() <= 0.1
         assert len(members[name]) > 10
-    order = np.random.default_rng(0).permutation(len(sequences))
-    shuffled = [sequences[i] for i in order]
-    again = split(shuffled, cluster(shuffled))
-    np.testing.assert_array_equal(again, split(sequences, groups)[order])
+
+
+def test_split_follows_from_the_set_of_sequences():
+    """Sixty pairs of relatives in any order fall to the same splits."""
+    random = np.random.default_rng(0)
+    single = ["".join(random.choice(list(RESIDUES), 60)) for _ in range(60)]
+    sequences = single + [sequence[10:] for sequence in single]
+    reference = split(sequences, cluster(sequences))
+    assert np.bincount(reference).tolist() == [96, 12, 12]
+    for _ in range(3):
+        order = random.permutation(120)
+        shuffled = [sequences[i] for i in order]
+        np.testing.assert_array_equal(split(shuffled, cluster(shuffled)), reference[order])
 
 
 def test_clusters_join_what_shares_a_quarter_of_its_kmers():

@@ -162,6 +162,8 @@ def test_evaluation_gives_every_sample_once(denoising):
             for parts in zip(*(ranks[d, s] for s in range(sp)), strict=True)
             for row in range(micro)
         ]
+        for found in ranks.values():
+            assert [b.length for b in found] == sorted((b.length for b in found), reverse=True)
         assert all(len(p.sample.inputs.mask[0]) > 0 for found in ranks.values() for p in found)
         whole = sorted(
             (x[:, m].numpy().tobytes() for x, m in zip(rows, masks, strict=True) if m.any())
