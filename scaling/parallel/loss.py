@@ -3,7 +3,8 @@
 Invariant: an engine averages gradients over all ranks, sequence ranks included, so the average of
 the ranks' losses must be the objective. With local_sum_r over the tokens that rank r counts,
 
-    objective = sum_r local_sum_r / global_weight        loss_r = world · local_sum_r / global_weight
+    objective = sum_r local_sum_r / global_weight
+    loss_r    = world · local_sum_r / global_weight
 
 for one micro-batch; with accumulation the same holds for the sum over the window's micro-batches,
 if `global_weight` is the weight of the whole window. Neither the number of ranks, nor how tokens

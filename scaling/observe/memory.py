@@ -1,0 +1,40 @@
+"""How much memory this process has held at most."""
+
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Largest memory so far: of CUDA's allocator, or resident memory of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return _status("VmHWM") or _largest_resident()
+
+
+def reset_peak(device: torch.device) -> int:
+    """Forgets the peak where the system lets us (CUDA, Linux); returns the bytes held now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return peak_bytes(device)
+    return _status("VmRSS")
+
+
+def _status(key: str) -> int:
+    """A size from the kernel's account of this process, 0 where there is none."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith(key)), 0)
+
+
+def _largest_resident() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

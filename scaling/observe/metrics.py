@@ -1,0 +1,145 @@
+"""metrics.jsonl, the truth about a run: one JSON object a line, each (step, split) once.
+
+Training rows, every log_every steps and at the last step:
+    step            optimiser steps so far             split           "train"
+    loss            of this step, over all ranks, in units of the trivial answer
+    grad_norm       before clipping                    lr              learning rate
+    tokens          valid tokens of this step, over all ranks, each counted once
+    tokens_per_s    of the steps since the last row; evaluation and saving are not counted
+and, per step, means since the last row, each of the rank where it is largest:
+    step_s data_wait_s forward_s backward_s optimizer_s
+    comm_s, comm_bytes       the sequence's exchanges; gradients are not counted
+    peak_bytes               memory so far
+Validation rows: step, split, loss, tokens, step_s (of the evaluation), equivariance_error.
+
+The first steps of a process (allocations, thread pools, DDP's buckets) are left out of rates and
+times, unless a row has no others.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from scaling.observe.memory import peak_bytes
+from scaling.parallel.collectives import traffic
+from scaling.parallel.loss import global_maxima
+
+Row = dict[str, Any]
+
+WARMUP_STEPS = 2
+PARTS = ("data_wait_s", "forward_s", "backward_s", "optimizer_s", "comm_s", "comm_bytes")
+
+
+class MetricsFile:
+    """Appends rows; a row is on disk when `append` returns."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, row: Row) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def rows(self) -> list[Row]:
+        """All whole rows; a last line that a killed process left half-written is not one."""
+        if not self.path.exists():
+            return []
+        lines = self.path.read_text().split("\n")
+        return [json.loads(line) for line in lines[:-1] if line]
+
+    def truncate(self, step: int) -> list[Row]:
+        """Drops rows after `step`, at once or not at all. Returns the rest."""
+        rows = [row for row in self.rows() if row["step"] <= step]
+        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+        return rows
+
+
+@dataclass
+class StepMeter:
+    """Times of the steps since the last row, on this rank."""
+
+    device: torch.device
+    steps_seen: int = 0
+    _steps: list[Row] = field(default_factory=list)
+    _parts: Row = field(default_factory=dict)
+    _began: float = 0.0
+
+    def start(self) -> None:
+        """A step begins; its data is waited for inside."""
+        traffic.reset()
+        self._parts = dict.fromkeys(PARTS, 0.0)
+        self._began = self._now()
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Adds the time inside to `name`_s of this step."""
+        began = self._now()
+        yield
+        self._parts[f"{name}_s"] += self._now() - began
+
+    def finish(self, tokens: int, data_wait_s: float) -> None:
+        """The step is over."""
+        exchanged = traffic.snapshot().values()
+        self._parts |= {
+            "data_wait_s": data_wait_s,
+            "comm_s": sum(count.seconds for count in exchanged),
+            "comm_bytes": sum(count.bytes for count in exchanged),
+            "step_s": self._now() - self._began,
+            "tokens": tokens,
+            "warm": self.steps_seen >= WARMUP_STEPS,
+        }
+        self._steps.append(self._parts)
+        self.steps_seen += 1
+
+    def row(self) -> Row:
+        """Tokens of the last step; rates and times since the last row. Collective."""
+        steps, self._steps = self._steps, []
+        warm = [step for step in steps if step["warm"]] or steps
+        names = ("step_s", *PARTS)
+        means = [sum(step[name] for step in warm) / len(warm) for name in names]
+        *means, peak = global_maxima(*means, peak_bytes(self.device), device=self.device)
+        seconds = means[0] * len(warm)
+        return {
+            "tokens": steps[-1]["tokens"],
+            "tokens_per_s": sum(step["tokens"] for step in warm) / seconds,
+            **dict(zip(names, means, strict=True)),
+            "peak_bytes": int(peak),
+        }
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # kernels run on after their launch
+        return perf_counter()
+
+
+def write_atomically(path: Path, content: str) -> None:
+    """The file is the old one or the new one, whenever the power fails."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames inside the folder last."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def of_split(rows: Iterable[Row], split: str) -> list[Row]:
+    return [row for row in rows if row["split"] == split]

@@ -1,0 +1,226 @@
+"""Checkpoints that know neither the number of ranks nor the engine.
+
+    checkpoints/latest             the name of the newest complete one
+    checkpoints/step-00000100/
+        model.pt                   parameters and buffers by name, whole
+        optimizer.pt               optimiser state by parameter name, whole
+        state.json                 step, data cursor, random state, identity of the run, checksums
+
+The first rank writes, into `step-N.tmp`; once it is on disk it is renamed, `latest` is replaced,
+and only then are older ones deleted: a process killed at any moment leaves a complete one. Every
+rank reads (the run directory must be visible to all, as the data is).
+
+Random state is one for all ranks: whatever is random for a token is a function of the token.
+"""
+
+import base64
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from data_pipeline.errors import RunError
+from data_pipeline.stream import Stream
+from scaling.observe.metrics import sync_folder, write_atomically
+from scaling.parallel.engine import Engine
+
+FORMAT = 1
+PREFIX = "model."
+
+
+@dataclass
+class Checkpoints:
+    """The checkpoints of one run."""
+
+    folder: Path
+    keep: int
+    """How many are kept, at least 1."""
+
+    def latest_step(self) -> int | None:
+        """Step of the newest complete checkpoint. Only the first rank's answer counts."""
+        latest = self.folder / "latest"
+        if not latest.exists():
+            return None
+        name = latest.read_text().strip()
+        if not (self.folder / name).is_dir():
+            raise RunError(
+                f"{latest} names {name}, which is not there; write the name of one of "
+                f"{', '.join(self._names()) or 'none'} into it, or remove the run to start anew"
+            )
+        return int(name.removeprefix("step-"))
+
+    def save(self, step: int, engine: Engine, stream: Stream, identity: dict[str, Any]) -> None:
+        """Writes a checkpoint of all ranks. Collective; it is complete on return."""
+        parameters, optimizer = engine.state()
+        buffers = {
+            name: value.cpu()
+            for name, value in engine.module.state_dict().items()
+            if name not in engine.parameters
+        }
+        state = {
+            "format": FORMAT,
+            "step": step,
+            "stream": stream.state_dict(),
+            "random": random_state(),
+            "identity": identity,
+        }
+        model = _rename(parameters | buffers, _without_prefix)
+        first_rank_does(
+            lambda: self._write(step, model, _rename(optimizer, _without_prefix), state)
+        )
+
+    def load(self, engine: Engine, stream: Stream) -> int:
+        """Goes on from the newest checkpoint, if there is one. Returns its step, else 0.
+
+        Raises:
+            RunError: it is damaged, or belongs to another model or other data.
+        """
+        step = first_rank_says(self.latest_step)
+        if step is None:
+            return 0
+        folder = self.folder / _name(step)
+        state, model, optimizer = _read(folder)
+        names = engine.module.state_dict().keys()
+        model = _rename(model, PREFIX.__add__)
+        if model.keys() != names:
+            wrong = sorted(model.keys() ^ names)
+            raise RunError(
+                f"{folder} holds another model: {wrong[0].removeprefix(PREFIX)} and "
+                f"{len(wrong) - 1} other names differ; use the model that wrote it"
+            )
+        engine.load_state(
+            {name: model[name] for name in engine.parameters},
+            _rename(optimizer, PREFIX.__add__),
+        )
+        with torch.no_grad():
+            for name, buffer in engine.module.named_buffers():
+                if name in model:
+                    buffer.copy_(model[name])
+        stream.load_state_dict(state["stream"])
+        set_random_state(state["random"])
+        return state["step"]
+
+    def _write(self, step: int, model: Any, optimizer: Any, state: dict[str, Any]) -> None:
+        self.folder.mkdir(exist_ok=True)
+        for leftover in self.folder.glob("*.tmp"):  # of a killed process
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        target = self.folder / _name(step)
+        temporary = target.with_suffix(".tmp")
+        temporary.mkdir()
+        checksums = {}
+        for name, content in (("model.pt", model), ("optimizer.pt", optimizer)):
+            with (temporary / name).open("wb") as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+            checksums[name] = _checksum(temporary / name)
+        write_atomically(
+            temporary / "state.json", json.dumps(state | {"checksums": checksums}, indent=1)
+        )
+        if target.exists():  # the same step again, after a resumed run was rolled back
+            shutil.rmtree(target)
+        temporary.rename(target)
+        sync_folder(self.folder)
+        write_atomically(self.folder / "latest", target.name + "\n")
+        for name in self._names()[: -max(self.keep, 1)]:
+            shutil.rmtree(self.folder / name)
+
+    def _names(self) -> list[str]:
+        found = self.folder.glob("step-*")
+        return sorted(path.name for path in found if path.is_dir() and path.suffix != ".tmp")
+
+
+def random_state() -> dict[str, str]:
+    """PyTorch's generators, as text."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return {name: base64.b64encode(x.numpy().tobytes()).decode() for name, x in state.items()}
+
+
+def set_random_state(state: dict[str, str]) -> None:
+    """Restores those generators that are there now as well."""
+    tensors = {
+        name: torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+        for name, text in state.items()
+    }
+    torch.set_rng_state(tensors["cpu"])
+    if "cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda"])
+
+
+def first_rank_says(function: Callable[[], Any]) -> Any:
+    """What the function returns on the first rank, on every rank; so are its errors. Collective."""
+    answer: list[Any] = [None, None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            answer[0] = function()
+        except RunError as error:
+            answer[1] = error
+        except OSError as error:  # a full disk must not leave the others waiting
+            answer[1] = RunError(f"cannot write to the run directory: {error}; make room and rerun")
+    if dist.is_initialized():
+        dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
+
+
+def first_rank_does(function: Callable[[], Any]) -> None:
+    """Runs it on the first rank while the others wait; its errors are everybody's. Collective."""
+    first_rank_says(function)
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        if state["format"] != FORMAT:
+            raise RunError(f"{folder} has format {state['format']}, this program reads {FORMAT}")
+        for name, checksum in state["checksums"].items():
+            if _checksum(folder / name) != checksum:
+                raise ValueError(f"the checksum of {name} is wrong")
+        model, optimizer = (
+            torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
+            for name in ("model.pt", "optimizer.pt")
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if isinstance(error, RunError):
+            raise
+        others = [path.name for path in sorted(folder.parent.glob("step-*")) if path != folder]
+        way_out = f"write {others[-1]!r} into" if others else "there is no older one: remove"
+        raise RunError(
+            f"the checkpoint {folder} is damaged ({_one_line(error)}); {way_out} "
+            f"{folder.parent / 'latest' if others else folder.parent.parent} and start again"
+        ) from error
+    return state, model, optimizer
+
+
+def _checksum(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _without_prefix(name: str) -> str:
+    return name.removeprefix(PREFIX)
+
+
+def _rename(tree: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    return {change(name): value for name, value in tree.items()}
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

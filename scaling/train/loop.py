@@ -1,0 +1,169 @@
+"""The training loop, and what one optimiser step is."""
+
+import math
+from contextlib import closing
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from data_pipeline.batch import Sample
+from data_pipeline.errors import ConfigError, RunError
+from data_pipeline.stream import MicroBatch, Stream
+from data_pipeline.task import Task
+from scaling.observe.metrics import Row, StepMeter
+from scaling.observe.progress import Summary
+from scaling.parallel.engine import Engine, build_engine
+from scaling.parallel.loss import engine_loss, global_sums
+from scaling.parallel.mesh import Mesh
+from scaling.train.checkpoint import Checkpoints
+from scaling.train.evaluate import Evaluation
+from scaling.train.objective import Objective
+from scaling.train.optim import learning_rate, optimizer_maker
+from scaling.train.report import Reporter
+from scaling.train.run import RunDirectory
+from scaling.train.settings import EngineSettings, OptimSettings, TrainSettings
+from scaling.train.stop import StopRequest
+
+
+def fit(
+    model: nn.Module,
+    task: Task,
+    mesh: Mesh,
+    train: TrainSettings,
+    optim: OptimSettings,
+    engine: EngineSettings,
+    run: RunDirectory,
+    device: torch.device,
+) -> Summary:
+    """Trains to the last step, from the newest checkpoint of the run if it has one.
+
+    Collective: every rank calls it with the same parameters and settings. The result depends on
+    neither the number of ranks, the engine nor the micro-batch size. Stops early, after a
+    checkpoint, when a signal or a STOP file asks any rank. The first rank prints.
+
+    Raises:
+        ConfigError: settings that cannot work together.
+        RunError: loss or gradient left the finite numbers, or the checkpoint does not fit.
+    """
+    with Reporter(run, task, train.steps) as report, StopRequest(run.stop_file) as stop:
+        trainer = build_trainer(model, task, mesh, train, optim, engine, device)
+        evaluation = Evaluation(trainer.engine, trainer.objective, task, train, device)
+        checkpoints = Checkpoints(run.checkpoints, train.keep)
+        with closing(trainer.stream) as stream:
+            step = checkpoints.load(trainer.engine, stream)
+            report.start(step)
+            stopped = False
+            while step < train.steps and not stopped:
+                step += 1
+                row, stopped = trainer.step(step, stop.asked())
+                last = step == train.steps
+                if last or step % train.log_every == 0:
+                    report.row(row | trainer.meter.row())
+                if last or step % train.evaluate_every == 0:
+                    report.row(evaluation.row(step))
+                save = last or stopped or step % train.save_every == 0
+                if save:
+                    checkpoints.save(step, trainer.engine, stream, run.identity)
+                report.advance(step, save)
+        return report.finish(step)
+
+
+@dataclass
+class Trainer:
+    """What takes an optimiser step."""
+
+    engine: Engine
+    objective: Objective
+    stream: Stream
+    task: Task
+    train: TrainSettings
+    optim: OptimSettings
+    device: torch.device
+    meter: StepMeter
+
+    def step(self, step: int, stop: bool) -> tuple[Row, bool]:
+        """One optimiser step, which is the row's; and whether any rank wants to stop after it."""
+        self.meter.start()
+        window = next(self.stream)
+        samples = [self._place(micro_batch) for micro_batch in window]
+        weight, tokens, stops = global_sums(
+            sum(self.objective.weight(sample).double().item() for sample in samples),
+            sum(micro_batch.tokens for micro_batch in window) / self.objective.mesh.sp,
+            stop,
+            device=self.device,
+        )
+        total = 0.0
+        for number, (micro_batch, sample) in enumerate(zip(window, samples, strict=True)):
+            with self.engine.accumulate(last=number == len(window) - 1):
+                with self.meter.part("forward"):
+                    local_sum, *_ = self.engine(sample, micro_batch.length)
+                    (micro_sum,) = global_sums(local_sum.detach(), device=self.device)
+                    total += micro_sum
+                self._check_finite(step, "loss", total)
+                with self.meter.part("backward"):
+                    loss = engine_loss(local_sum, weight * self.task.unit, self.engine.world)
+                    self.engine.backward(loss)
+        rate = learning_rate(step, self.train.steps, self.optim)
+        with self.meter.part("optimizer"):
+            norm = self.engine.step(rate)
+        self._check_finite(step, "gradient norm", norm)
+        self.meter.finish(round(tokens), self.stream.data_wait_s)
+        loss = total / weight / self.task.unit
+        row = {"step": step, "split": "train", "loss": loss, "grad_norm": norm, "lr": rate}
+        return row, stops > 0
+
+    def _place(self, micro_batch: MicroBatch) -> Sample:
+        dtype = torch.float64 if self.train.precision == "float64" else torch.float32
+        return micro_batch.sample.to(self.device, dtype)
+
+    def _check_finite(self, step: int, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise RunError(
+                f"the {what} of step {step} is {value}; the parameters of step {step - 1} were "
+                f"kept: try a smaller optim.lr (now {self.optim.lr:g}), more optim.warmup_steps "
+                f"({self.optim.warmup_steps}) or optim.gradient_clipping=1"
+            )
+
+
+def build_trainer(
+    model: nn.Module,
+    task: Task,
+    mesh: Mesh,
+    train: TrainSettings,
+    optim: OptimSettings,
+    engine: EngineSettings,
+    device: torch.device,
+) -> Trainer:
+    """Engine, stream and meter of one rank."""
+    if min(train.log_every, train.evaluate_every, train.save_every, train.keep) < 1:
+        raise ConfigError(
+            f"train.log_every={train.log_every}, evaluate_every={train.evaluate_every}, "
+            f"save_every={train.save_every} and keep={train.keep} must be 1 or more"
+        )
+    stream = Stream(
+        task,
+        "train",
+        batch_size=train.batch_size,
+        micro_batch_size=train.micro_batch_size,
+        seed=train.seed,
+        max_length=train.max_length,
+        dp_rank=mesh.dp_rank,
+        dp_size=mesh.dp,
+        sp_rank=mesh.sp_rank,
+        sp_size=mesh.sp,
+    )
+    dtype = torch.float64 if train.precision == "float64" else torch.float32
+    objective = Objective(model.to(device, dtype), mesh, bf16=train.precision == "bf16")
+    wrapped = build_engine(
+        engine.name,
+        objective,
+        optimizer_maker(optim),
+        gradient_clipping=optim.gradient_clipping,
+        micro_batch_size=train.micro_batch_size,
+        accumulation=train.batch_size // (mesh.dp * train.micro_batch_size),
+        precision=train.precision,
+        zero_stage=engine.zero_stage,
+        deepspeed=engine.deepspeed_config,
+    )
+    return Trainer(wrapped, objective, stream, task, train, optim, device, StepMeter(device))

@@ -1,0 +1,102 @@
+"""Everything a run tells, in one place: rows, TensorBoard, progress, status, summary."""
+
+from dataclasses import asdict
+from types import TracebackType
+from typing import Self
+
+from data_pipeline.errors import RunError
+from data_pipeline.task import Task
+from scaling.observe.metrics import Row
+from scaling.observe.progress import Progress, Summary, summarise
+from scaling.observe.sinks import TensorBoardSink
+from scaling.train.run import RunDirectory
+
+
+class Reporter:
+    """Tells on the first rank; on others it is silent. An error that leaves the `with` is noted
+    in status.json; the run directory is free for others afterwards."""
+
+    def __init__(self, run: RunDirectory, task: Task, steps: int) -> None:
+        self._run, self._task, self._steps = run, task, steps
+        self._step, self._began_finished = 0, False
+        self._sink: TensorBoardSink | None = None
+        self._progress = Progress(False, 0, steps)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def start(self, step: int) -> None:
+        """Training goes on after `step`; rows of later steps, which no checkpoint holds, go."""
+        self._step, self._began_finished = step, step >= self._steps
+        if not self._run.first:
+            return
+        rows = self._run.metrics.truncate(step)
+        self._sink = TensorBoardSink(self._run.tensorboard, rows)
+        self._progress = Progress(True, step, self._steps)
+        if self._began_finished:
+            return
+        self._run.set_status("running", step)
+        if step > 0:
+            self._progress.say(f"{self._run.path}: going on after step {step}")
+
+    def row(self, row: Row) -> None:
+        """A row for metrics.jsonl, TensorBoard and the person who watches."""
+        if self._sink is None:
+            return
+        try:
+            self._run.metrics.append(row)
+        except OSError as error:
+            raise RunError(f"cannot write {self._run.metrics.path}: {error.strerror}") from error
+        self._sink.write(row)
+        if row["split"] == "train":
+            self._progress.train(row)
+        else:
+            self._progress.validation(row)
+
+    def advance(self, step: int, saved: bool) -> None:
+        """A step is done."""
+        self._step = step
+        self._progress.advance()
+        if saved and self._sink is not None:
+            self._sink.flush()
+            self._run.set_status("running", step)
+
+    def finish(self, step: int) -> Summary:
+        """The summary, printed; the same on every rank but for the baselines (first rank only)."""
+        state = "finished" if step >= self._steps else "interrupted"
+        earlier = self._run.status().get("summary") or {}
+        baselines = earlier.get("baselines") or (
+            self._task.baselines("validation") if self._run.first else {}
+        )
+        summary = summarise(self._run.path, self._run.metrics.rows(), baselines, step, state)
+        if self._run.first:
+            self._run.set_status(state, step, summary=asdict(summary))
+            self._run.stop_file.unlink(missing_ok=True)
+        self._progress.close()
+        for line in [*summary.lines(), self._way_on(state)]:
+            self._progress.say(line)
+        return summary
+
+    def _way_on(self, state: str) -> str:
+        if state == "interrupted":
+            return "  the same command goes on from here"
+        if self._began_finished:
+            return (
+                f"  nothing left to do: train.steps={2 * self._steps} goes on (on the longer "
+                "schedule), another name=... starts another run"
+            )
+        return ""
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.close()
+        if self._sink is not None:
+            self._sink.close()
+        if error is not None and self._run.status().get("state") != "finished":
+            text = " ".join(f"{type(error).__name__}: {error}".split())
+            self._run.set_status("failed", self._step, error=text[:500])
+        self._run.close()
