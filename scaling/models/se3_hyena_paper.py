@@ -1,0 +1,115 @@
+"""SE(3)-Hyena as its paper has it (Algorithm 1 of arXiv 2407.01049); trains poorly, see below.
+
+With xc the centred positions and f the scalars, one operator is
+
+    qs, ks, vs, q, k, v = phi(f, xc)
+    u = (1/N) sum_j q_j × k_{i-j},  a = sum_j qs_j ks_{i-j}         indices modulo N
+    g = sigmoid(gamma(a, u));  u <- g_v u;  a <- g_s a
+    f, x <- xi(f + a vs, xc + u × v), positions uncentred
+
+How its ambiguities are read here:
+
+- Eqs. (2) and (3), as printed, are no convolutions; Code 1 is what is computed.
+- "Grade-one" scalars and "grade-two" vectors count from 1: grades 0 and 1.
+- The text on gates swaps cross and element-wise products; Algorithm 1 is followed.
+- Scalars enter as one multivector channel each, vectors likewise; phi gives S-wide scalar streams,
+  so that f + a·vs exists, and one vector stream a vector channel (the paper has one vector).
+- Clifford MLPs have 2 layers and end in their norm, so outputs have norm 1 whatever the input's
+  scale: magnitudes cannot be regressed. `final` adds a last linear map.
+- No residual connection around an operator is given; `residual` adds one.
+- One gate a stream. Depth and widths of Clifford MLPs are not given beyond hidden and gate width.
+- N is the row's true length; the padding of a batch, of which nothing is said, changes nothing.
+
+1/N makes the vector branch vanish on long sequences (its rms falls as N^(-1/2)), and with one
+vector q, k and v are parallel to it token by token. The default model, SE3Hyena, mends both.
+"""
+
+import torch
+from torch import nn
+
+from data_pipeline.batch import GeometricBatch
+from scaling.algebra.clifford import CliffordMLP, embed, grade_0, grade_1
+from scaling.algebra.spectra import cross
+from scaling.models.se3_hyena import Scalars, Vectors
+from scaling.ops.long_conv import scalar_long_conv, vector_long_conv
+from scaling.ops.tokens import Tokens
+from scaling.parallel.shard import SequenceShard
+
+
+class SE3HyenaPaper(nn.Module):
+    """
+    Args:
+        vectors: free vector channels of the input, besides the points.
+        scalars: scalar channels S of the input.
+        hidden: multivector channels inside phi and xi (paper: 128 for recall, 16 for n-body).
+        gate_hidden: those inside gamma (paper: 8).
+        operators: blocks (paper: 3 for recall).
+        residual: add each operator's input to its output.
+        final: a last linear map in phi and xi.
+    """
+
+    def __init__(
+        self,
+        vectors: int,
+        scalars: int,
+        hidden: int = 16,
+        gate_hidden: int = 8,
+        operators: int = 3,
+        residual: bool = False,
+        final: bool = False,
+    ) -> None:
+        super().__init__()
+        self.operators = nn.ModuleList(
+            PaperOperator(scalars, 1 + vectors, hidden, gate_hidden, residual, final)
+            for _ in range(operators)
+        )
+
+    def forward(self, batch: GeometricBatch, shard: SequenceShard | None = None) -> GeometricBatch:
+        tokens = Tokens(batch.mask, shard)
+        f = tokens.keep(batch.scalars)
+        x = tokens.keep(torch.cat([batch.points.unsqueeze(1), batch.vectors], 1))
+        for operator in self.operators:
+            centre = tokens.mean(x[:, :1]).unsqueeze(-1)
+            centred = tokens.keep(torch.cat([x[:, :1] - centre, x[:, 1:]], 1))
+            f, y = operator(f, centred, tokens)
+            x = tokens.keep(torch.cat([y[:, :1] + centre, y[:, 1:]], 1))
+        return batch.replace(points=x[:, 0], vectors=x[:, 1:], scalars=tokens.keep(f))
+
+
+class PaperOperator(nn.Module):
+    """Algorithm 1 on S scalars and V centred vectors."""
+
+    def __init__(
+        self, scalars: int, vectors: int, hidden: int, gate_hidden: int, residual: bool, final: bool
+    ) -> None:
+        super().__init__()
+        self.scalars = scalars
+        self.residual = residual
+        channels = scalars + vectors
+        self.phi = CliffordMLP(channels, hidden, 3 * channels, final=final)
+        self.gamma = CliffordMLP(channels, gate_hidden, 2, final=final)
+        self.xi = CliffordMLP(channels, hidden, channels, final=final)
+
+    def forward(self, f: Scalars, x: Vectors, tokens: Tokens) -> tuple[Scalars, Vectors]:
+        s = self.scalars
+        projected = self.phi(self._embed(f, x))
+        qs, ks, vs = tokens.keep(grade_0(projected[:, :, : 3 * s])).chunk(3, 1)
+        q, k, v = tokens.keep(grade_1(projected[:, :, 3 * s :])).chunk(3, 1)
+        lengths = tokens.lengths
+        u = vector_long_conv(q, k, tokens.shard, lengths=lengths)
+        u = u / lengths.clamp(min=1).reshape(-1, 1, 1, 1)
+        a = scalar_long_conv(qs, ks, tokens.shard, lengths=lengths)
+        gate_a, gate_u = torch.sigmoid(grade_0(self.gamma(self._embed(a, u)))).chunk(2, 1)
+        a, u = gate_a * a, gate_u.unsqueeze(2) * u
+        mixed = self.xi(self._embed(f + a * vs, x + cross(u, v)))
+        g, y = grade_0(mixed[:, :, :s]), grade_1(mixed[:, :, s:])
+        return (f + g, x + y) if self.residual else (g, y)
+
+    def _embed(self, f: Scalars, x: Vectors) -> torch.Tensor:
+        """Scalars and vectors as multivector channels of their own: (b, 8, S + V, n)."""
+        rows, vectors, _, n = x.shape
+        no_vectors, no_scalars = (
+            x.new_zeros(rows, self.scalars, 3, n),
+            f.new_zeros(rows, vectors, n),
+        )
+        return embed(torch.cat([f, no_scalars], 1), torch.cat([no_vectors, x], 1))

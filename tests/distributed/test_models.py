@@ -1,0 +1,91 @@
+"""Invisible parallelism: outputs, every gradient and training do not depend on the ranks."""
+
+from functools import lru_cache
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data_pipeline.batch import GeometricBatch
+from scaling.models import MODELS
+from scaling.parallel.shard import SequenceShard
+from tests.small_models import small_batch, small_model
+
+
+def loss_of(out: GeometricBatch, given: GeometricBatch) -> Tensor:
+    """Sum over valid tokens; touches points, vectors and scalars."""
+    mask = given.mask
+    terms = [
+        (out.points - given.points.nan_to_num()).square() * mask[:, None],
+        (out.vectors * 0.7 - given.vectors).square() * mask[:, None, None],
+        (out.scalars - 0.3).square() * mask[:, None],
+    ]
+    return torch.stack([t.sum() for t in terms]).sum() / 100
+
+
+def run(name, lengths, dtype, options, steps, group=None, sharded=False) -> list[Tensor]:
+    """Outputs and their inputs' gradients (gathered), every parameter's gradient, and the
+    parameters after `steps` of SGD."""
+    model, batch = small_model(name, dtype, **options), small_batch(lengths, dtype)
+    shard = SequenceShard(max(lengths), group) if sharded else None
+    given = batch.map(shard.scatter) if shard else batch
+    fields = ("points", "vectors", "scalars")
+    leaves = [getattr(given, field).requires_grad_() for field in fields]
+    kept: list[Tensor] = []
+    for step in range(max(steps, 1)):
+        model.zero_grad()
+        out = model(given, shard)
+        loss_of(out, given).backward()
+        for parameter in model.parameters():
+            if parameter.grad is None:  # with a single vector, some paths are not taken
+                parameter.grad = torch.zeros_like(parameter)
+            if shard:
+                dist.all_reduce(parameter.grad, group=group)
+        if step == 0:
+            tokens = [getattr(out, field).detach() for field in fields]
+            tokens += [leaf.grad.clone() for leaf in leaves]
+            kept = [shard.gather(t) if shard else t for t in tokens]
+            kept += [p.grad.clone() for p in model.parameters()]
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= 1e-3 * parameter.grad
+    return kept + [p.detach() for p in model.parameters()]
+
+
+@lru_cache
+def one_process(case: int) -> list[np.ndarray]:
+    return [t.detach().numpy() for t in run(*CASES[case][:-1])]
+
+
+def relative_errors(ours: list[Tensor], expected: list[Tensor]) -> list[float]:
+    """norm(a - b) / norm(b) of each tensor, with a floor of 1e-3 of the whole's norm."""
+    floor = 1e-3 * torch.stack([b.norm() for b in expected]).norm()
+    return [
+        ((a - b).norm() / b.norm().maximum(floor)).item()
+        for a, b in zip(ours, expected, strict=True)
+    ]
+
+
+def compare_with_one_process(group, case, expected):
+    ours = run(*CASES[case][:-1], group=group, sharded=True)
+    return max(relative_errors(ours, [torch.from_numpy(e) for e in expected]))
+
+
+SMALLEST = {"operators": 1, "hidden": 4}
+CASES = [
+    # unequal rows with a missing token and NaN in the padding; rows shorter than the group
+    *[(name, [13, 5, 9], torch.float64, {}, 0, 1e-10) for name in MODELS],
+    *[(name, [2, 1], torch.float64, {}, 0, 1e-10) for name in MODELS],
+    *[(name, [16, 11], torch.float64, SMALLEST, 20, 1e-10) for name in MODELS],
+    *[(name, [16, 11], torch.float32, SMALLEST, 20, 1e-5) for name in MODELS],
+    ("se3_hyena", [11, 11], torch.float64, {"padding": "causal", "chiral": True}, 0, 1e-10),
+]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
+def test_outputs_gradients_and_training_equal_one_process(distributed, world):
+    for case in range(len(CASES)):
+        for error in distributed(compare_with_one_process, world, case, one_process(case)):
+            assert error < CASES[case][-1], CASES[case]
