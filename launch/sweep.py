@@ -160,6 +160,8 @@ def _earlier_rows(folder: Path, config: SweepConfig) -> dict[tuple[int, int], di
     Raises:
         RunError: the folder holds another configuration's results, or cannot be written.
     """
+    from scaling.train.run import describe_environment
+
     identity = asdict(config)
     for key in ("lengths", "sp", "sweeps", "timeout_s"):  # decide which points, not their numbers
         del identity[key]
@@ -174,6 +176,7 @@ def _earlier_rows(folder: Path, config: SweepConfig) -> dict[tuple[int, int], di
             )
         path.write_text(json.dumps(identity, indent=1))
         (folder / "config.yaml").write_text(to_yaml(config))
+        (folder / "environment.json").write_text(json.dumps(describe_environment(), indent=1))
     except OSError as error:
         raise RunError(f"cannot write {folder}: {error.strerror}; choose sweeps=") from None
     results = folder / "results.csv"

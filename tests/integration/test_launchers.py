@@ -1,0 +1,115 @@
+"""One module under every launcher: the same curve, and errors that end all ranks with one line."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.errors import ConfigError
+from launch import train
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+TINY = ["experiment=recall", "task.held_out_size=4", "model.channels=2", "model.hidden=4",
+        "model.operators=1", "train.steps=4", "train.batch_size=4", "train.micro_batch_size=2",
+        "train.log_every=1", "optim.warmup_steps=0", "device=cpu"]  # fmt: skip
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ACCELERATE = [str(BIN / "accelerate"), "launch", "--main_process_port", "0", "--config_file"]
+
+pytestmark = pytest.mark.timeout(300)  # the runs together, on a busy machine
+
+
+def commands(port: int) -> dict[str, list[str]]:
+    """Run name -> command and the overrides that differ; deepspeed inserts its --local_rank."""
+    return {
+        "python": [sys.executable, "-m", "launch", "train", "engine=ddp"],
+        "torchrun": [*TORCHRUN, "-m", "launch.train", "engine=ddp", "parallel=data"],
+        "accelerate": [*ACCELERATE, "configs/accelerate/cpu_deepspeed_zero1.yaml",
+                       "-m", "launch.train"],
+        "deepspeed": [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", str(port),
+                      "--module", "launch.train", "engine.zero_stage=0"],
+    }  # fmt: skip
+
+
+def start(command: list[str], *overrides: str, **variables: str) -> subprocess.CompletedProcess:
+    environ = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | variables
+    return subprocess.run(
+        [*command, *TINY, *overrides],
+        cwd=ROOT, env=environ, capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+
+
+def curve(run: Path) -> list[tuple[int, str, float]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["split"], row["loss"]) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Each launcher's run, one after another: ranks that spin for each other share few cores."""
+    folder = tmp_path_factory.mktemp("runs")
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    for name, command in commands(port).items():
+        ended = start(command, f"runs={folder}", f"name={name}")
+        assert ended.returncode == 0, f"{name}: {ended.stdout}{ended.stderr}"
+    return folder
+
+
+def test_all_launchers_give_the_same_curve(runs: Path):
+    """Engines DDP and ZeRO-0 and -1, sequence and data parallel: one loss curve."""
+    reference = curve(runs / "python")
+    assert [(step, split) for step, split, _ in reference] == [
+        (1, "train"), (2, "train"), (3, "train"), (4, "train"), (4, "validation"),
+    ]  # fmt: skip
+    assert len({loss for *_, loss in reference}) == 5
+    for name in commands(0):
+        for (step, split, loss), (*place, expected) in zip(
+            curve(runs / name), reference, strict=True
+        ):
+            assert [step, split] == place, name
+            assert loss == pytest.approx(expected, rel=1e-5), (name, step, split)
+
+
+def test_all_launchers_used_two_ranks(runs: Path):
+    """What was recorded, so that no launcher quietly trained on one."""
+    for name in commands(0):
+        environment = json.loads((runs / name / "environment.json").read_text())
+        assert environment["world"] == (1 if name == "python" else 2), name
+
+
+def test_an_error_of_all_ranks_is_said_once_and_ends_them(runs: Path):
+    """A run directory of another configuration, found out inside the process group."""
+    command = [*ACCELERATE, "configs/accelerate/cpu_plain.yaml", "-m", "launch.train", "engine=ddp"]
+    ended = start(command, "train.seed=1", f"runs={runs}", "name=torchrun")
+    assert ended.returncode != 0
+    said = [
+        line for line in ended.stderr.splitlines() if "belongs to another configuration" in line
+    ]
+    assert len(said) == 1 and said[0].startswith("error: "), ended.stderr
+    assert "train.seed was 0, is 1" in said[0]
+
+
+def test_a_mesh_that_does_not_fit_names_the_product(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"dp\(2\) \* sp\(3\) = 6, but the world has 1 rank"):
+        train.main([*TINY, "engine=ddp", f"runs={tmp_path}", "parallel.dp=2", "parallel.sp=3"])
+
+
+def test_accelerate_and_the_configuration_must_agree(tmp_path: Path, monkeypatch):
+    """Two engines, two ZeRO stages: an error that names both."""
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ConfigError, match=r"told to use DeepSpeed, but engine\.name = 'ddp'"):
+        train.main([*TINY, "engine=ddp", f"runs={tmp_path}", "name=a"])
+    file = tmp_path / "zero.json"
+    file.write_text('{"zero_optimization": {"stage": 2}}')
+    command = [sys.executable, "-m", "launch", "train", "engine.zero_stage=1"]
+    ended = start(command, f"runs={tmp_path}", "name=b", ACCELERATE_DEEPSPEED_CONFIG_FILE=str(file))
+    assert ended.returncode == 2
+    (line,) = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert "zero_optimization.stage = 2, but engine.zero_stage = 1" in line
+    assert "Traceback" not in ended.stderr
