@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from data_pipeline.errors import RunError
 from data_pipeline.stream import Stream
@@ -32,7 +33,6 @@ from scaling.observe.metrics import sync_folder, write_atomically
 from scaling.parallel.engine import Engine
 
 FORMAT = 1
-PREFIX = "model."
 
 
 @dataclass
@@ -71,10 +71,7 @@ class Checkpoints:
             "random": random_state(),
             "identity": identity,
         }
-        model = _rename(parameters | buffers, _without_prefix)
-        first_rank_does(
-            lambda: self._write(step, model, _rename(optimizer, _without_prefix), state)
-        )
+        first_rank_does(lambda: self._write(step, parameters | buffers, optimizer, state))
 
     def load(self, engine: Engine, stream: Stream) -> int:
         """Goes on from the newest checkpoint, if there is one. Returns its step, else 0.
@@ -87,18 +84,8 @@ class Checkpoints:
             return 0
         folder = self.folder / _name(step)
         state, model, optimizer = _read(folder)
-        names = engine.module.state_dict().keys()
-        model = _rename(model, PREFIX.__add__)
-        if model.keys() != names:
-            wrong = sorted(model.keys() ^ names)
-            raise RunError(
-                f"{folder} holds another model: {wrong[0].removeprefix(PREFIX)} and "
-                f"{len(wrong) - 1} other names differ; use the model that wrote it"
-            )
-        engine.load_state(
-            {name: model[name] for name in engine.parameters},
-            _rename(optimizer, PREFIX.__add__),
-        )
+        _check_names(folder, model, engine)
+        engine.load_state({name: model[name] for name in engine.parameters}, optimizer)
         with torch.no_grad():
             for name, buffer in engine.module.named_buffers():
                 if name in model:
@@ -202,6 +189,25 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
     return state, model, optimizer
 
 
+def _check_names(folder: Path, saved: dict[str, Tensor], engine: Engine) -> None:
+    """Raises RunError if the checkpoint is of other tensors than the engine's module has."""
+    mine = engine.shapes | {
+        name: tuple(x.shape)
+        for name, x in engine.module.state_dict().items()
+        if name not in engine.shapes
+    }
+    theirs = {name: tuple(x.shape) for name, x in saved.items()}
+    wrong = sorted(
+        name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name)
+    )
+    if wrong:
+        raise RunError(
+            f"{folder} holds another model: {wrong[0]} has the shape {theirs.get(wrong[0])} there "
+            f"and {mine.get(wrong[0])} here ({len(wrong)} tensors differ); use the model options "
+            "that wrote it, or another name=..."
+        )
+
+
 def _checksum(path: Path) -> int:
     value = 0
     with path.open("rb") as file:
@@ -212,14 +218,6 @@ def _checksum(path: Path) -> int:
 
 def _name(step: int) -> str:
     return f"step-{step:08d}"
-
-
-def _without_prefix(name: str) -> str:
-    return name.removeprefix(PREFIX)
-
-
-def _rename(tree: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
-    return {change(name): value for name, value in tree.items()}
 
 
 def _one_line(error: Exception) -> str:

@@ -115,6 +115,13 @@ class RunDirectory:
                 "another by runs=..., or change its permissions"
             ) from error
         try:
+            self._claim()
+        except RunError:
+            self.close()
+            raise
+
+    def _claim(self) -> None:
+        try:
             # The kernel lets go of it when the process ends, however it ends.
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

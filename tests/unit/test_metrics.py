@@ -1,0 +1,178 @@
+"""metrics.jsonl is the truth, and every view of it agrees."""
+
+import math
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from data_pipeline.stream import Stream
+from data_pipeline.task import build_task
+from scaling.models import build
+from scaling.observe.memory import peak_bytes, reset_peak
+from scaling.observe.metrics import MetricsFile, StepMeter
+from scaling.observe.progress import Progress, summarise
+from scaling.observe.sinks import TensorBoardSink
+from scaling.parallel.collectives import traffic
+from scaling.parallel.engine import build_engine
+from scaling.parallel.mesh import Mesh
+from scaling.train.evaluate import Evaluation, random_rotation
+from scaling.train.objective import Objective
+from scaling.train.optim import optimizer_maker
+from scaling.train.settings import OptimSettings, TrainSettings
+
+CPU = torch.device("cpu")
+
+
+def train_row(step: int, **values) -> dict:
+    row = {"step": step, "split": "train", "loss": 1.0 / step, "tokens": 10}
+    return row | {"tokens_per_s": 100.0 * step, "step_s": 0.1, "data_wait_s": 0.0} | values
+
+
+def test_rows_after_a_step_go_and_half_a_row_is_none(tmp_path):
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    assert file.rows() == [] and file.truncate(0) == []
+    for step in (1, 2, 3):
+        file.append(train_row(step))
+    with file.path.open("a") as stream:
+        stream.write('{"step": 4, "spl')
+    assert [row["step"] for row in file.rows()] == [1, 2, 3]
+    assert [row["step"] for row in file.truncate(2)] == [1, 2]
+    file.append(train_row(3, loss=math.pi))
+    assert [row["step"] for row in file.rows()] == [1, 2, 3]
+    assert file.rows()[2]["loss"] == math.pi
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_tensorboard_shows_each_row_once(tmp_path):
+    sink = TensorBoardSink(tmp_path, [])
+    for step in (1, 2, 3, 4):
+        sink.write(train_row(step, loss=-1.0))
+    sink.close()
+    sink = TensorBoardSink(tmp_path, [train_row(1), train_row(2)])  # resumed after step 2
+    sink.write(train_row(3))
+    sink.write({"step": 3, "split": "validation", "loss": 0.5, "equivariance_error": 1e-6})
+    sink.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    scalars = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert scalars == [(step, pytest.approx(1 / step)) for step in (1, 2, 3)]
+    assert {"speed/tokens_per_s", "time/step_s", "validation/loss"} <= set(events.Tags()["scalars"])
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_first_steps_are_left_out_of_the_rates(monkeypatch):
+    """Steps of 5, 3, 1 and 1 seconds: the first two warm up."""
+    now = 0.0
+    monkeypatch.setattr("scaling.observe.metrics.perf_counter", lambda: now)
+    meter = StepMeter(CPU)
+    for number, seconds in enumerate((5, 3, 1, 1)):
+        meter.start()
+        with meter.part("forward"):
+            now += seconds / 2
+        traffic.record("test", sent=100 * number, seconds=0.25)
+        with meter.part("forward"):  # of the second micro-batch
+            now += seconds / 4
+        now += seconds / 4
+        meter.finish(tokens=10 + number, data_wait_s=0.5)
+        if number == 0:
+            row = meter.row()
+            assert (row["step_s"], row["tokens_per_s"]) == (5, 2)  # there is nothing better
+    row = meter.row()
+    assert row["step_s"] == 1 and row["forward_s"] == 0.75 and row["data_wait_s"] == 0.5
+    assert row["tokens_per_s"] == (12 + 13) / 2 and row["tokens"] == 13
+    assert (row["comm_bytes"], row["comm_s"]) == (250, 0.25)
+    assert row["peak_bytes"] > 0
+
+
+def test_peak_memory_is_seen_and_forgotten():
+    base = reset_peak(CPU)
+    block = torch.ones(1 << 24)  # 64 MiB
+    del block
+    seen = peak_bytes(CPU) - base
+    assert 60 << 20 < seen < 200 << 20
+    assert reset_peak(CPU) < base + (30 << 20) and peak_bytes(CPU) < base + (30 << 20)
+
+
+def test_plain_lines_and_summary_say_what_matters(tmp_path, capsys):
+    rows = [train_row(step, peak_bytes=step << 20) for step in range(1, 21)]
+    rows += [
+        {"step": 20, "split": "validation", "loss": 0.25, "tokens": 5, "equivariance_error": 3e-6}
+    ]
+    progress = Progress(True, 0, 40)
+    progress.train(rows[19])
+    progress.validation(rows[20])
+    Progress(False, 0, 40).train(rows[0])
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "step 20/40 loss 0.0500 2,000 tokens/s data wait 0 ms eta 00:02"
+    assert "validation loss 0.2500 equivariance error 3.0e-06" in second
+    summary = summarise(tmp_path, rows, {"identity": 1.0}, 20, "finished")
+    text = "\n".join(summary.lines())
+    assert summary.train_loss == pytest.approx((1 / 19 + 1 / 20) / 2)
+    assert summary.tokens_per_s == 1100  # median of all rows but the first
+    assert "0.2500  (identity 1.0000)" in text and "20 MiB" in text
+    assert text.endswith(f"tensorboard --logdir {tmp_path / 'tensorboard'}")
+    assert "-" in "\n".join(summarise(tmp_path, [], {}, 0, "interrupted").lines())
+
+
+class Crooked(torch.nn.Module):
+    """Not equivariant: the first axis is special. One parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slope = torch.nn.Parameter(torch.tensor([0.5]))
+
+    def forward(self, batch, shard=None):
+        torch.rand(1)  # an evaluation may not move training's random numbers
+        vectors = batch.vectors * torch.tensor([1.0, 2.0, 1.0]).reshape(3, 1) * self.slope
+        return batch.replace(vectors=vectors)
+
+
+def evaluation(model: torch.nn.Module, rows: int) -> Evaluation:
+    task = build_task("recall", tokens=9, held_out_size=5)
+    objective = Objective(model, Mesh(1, 1))
+    engine = build_engine(
+        "ddp",
+        objective,
+        optimizer_maker(OptimSettings()),
+        gradient_clipping=0.0,
+        micro_batch_size=rows,
+        accumulation=1,
+        environment={},
+    )
+    return Evaluation(engine, objective, task, TrainSettings(micro_batch_size=rows), CPU)
+
+
+def test_validation_counts_every_sample_once_and_disturbs_nothing():
+    model = Crooked()
+    before = torch.get_rng_state()
+    row, *others = (evaluation(model, rows).row(7) for rows in (5, 2, 1))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.training and model.slope.grad is None
+    assert (row["step"], row["split"], row["tokens"]) == (7, "validation", 45)
+    task = build_task("recall", tokens=9, held_out_size=5)
+    errors = []
+    for batch in Stream(
+        task, "validation", batch_size=5, micro_batch_size=1, seed=0, max_length=9
+    )._step(0):
+        x = model(batch.sample.inputs).vectors[:, 0].mean(-1)
+        errors.append((x - batch.sample.target).square().mean().item())
+    assert row["loss"] == pytest.approx(sum(errors) / 5 / task.unit, rel=1e-5)
+    for other in others:
+        assert other["loss"] == pytest.approx(row["loss"], rel=1e-6)
+
+
+def test_equivariance_error_tells_equivariant_from_crooked():
+    torch.manual_seed(0)
+    scalars = build_task("recall", tokens=9).scalars
+    straight = build("se3_hyena", 1, scalars, channels=2, hidden=2, operators=1)
+    assert evaluation(straight, 4).row(1)["equivariance_error"] < 2e-5
+    assert evaluation(Crooked(), 4).row(1)["equivariance_error"] > 0.1
+
+
+def test_rotations_are_rotations():
+    random = torch.Generator().manual_seed(1)
+    for _ in range(5):
+        rotation = random_rotation(random)
+        assert torch.allclose(rotation @ rotation.T, torch.eye(3, dtype=torch.float64))
+        assert torch.det(rotation) == pytest.approx(1)
