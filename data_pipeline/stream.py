@@ -123,14 +123,14 @@ class Stream:
         self._ahead.clear()
 
     def _step(self, cursor: int) -> list[MicroBatch]:
-        return [
-            self._micro_batch(range(cursor + row, cursor + row + self._micro))
-            for row in self._first_rows
-        ]
+        places = range(cursor, cursor + self._batch_size)
+        samples = [(self._item(place), hash64("sample", self._seed, place)) for place in places]
+        # A step's sum knows no order; rows of like length together need little padding.
+        samples.sort(key=lambda sample: -self._task.length(self._split, sample[0]))
+        return [self._micro_batch(samples[row : row + self._micro]) for row in self._first_rows]
 
-    def _micro_batch(self, places: range) -> MicroBatch:
-        items = [self._item(place) for place in places]
-        keys = [hash64("sample", self._seed, place) for place in places]
+    def _micro_batch(self, samples: Sequence[tuple[int, int]]) -> MicroBatch:
+        items, keys = zip(*samples, strict=True)
         return _micro_batch(self._task, self._split, items, keys, *self._sp)
 
     def _item(self, place: int) -> int:

@@ -47,9 +47,7 @@ def by_component(values: Tensor) -> Tensor:
 
 def squared_norms(x: Multivector) -> Float[Tensor, "b 4 c n"]:
     """Sum of squares of each grade."""
-    squares = x.square()
-    vector, bivector = squares[:, 1:4].sum(1, True), squares[:, 4:7].sum(1, True)
-    return torch.cat([squares[:, :1], vector, bivector, squares[:, 7:]], 1)
+    return torch.cat([part.sum(1, True) for part in x.square().split(GRADES, 1)], 1)
 
 
 def smooth_sqrt(squared: Tensor) -> Tensor:
@@ -111,11 +109,11 @@ class _WeightedProduct(torch.autograd.Function):
         grad_x, grad_y = torch.zeros_like(x), torch.zeros_like(y)
         grad_weights = []
         for (i, j, k, sign), weight in zip(_PATHS, weights.unsqueeze(-1), strict=True):
-            a, b, g = x[:, i], y[:, j], sign * grads[0][:, k]
+            a, b, g = x[:, i], y[:, j], grads[0][:, k]
             by_left = _multiply(b, g, a.shape[1])
-            grad_x[:, i].addcmul_(by_left, weight)
-            grad_y[:, j].addcmul_(_multiply(g, a, b.shape[1]), weight)
-            grad_weights.append((a * by_left).sum((0, 1, 3)))
+            grad_x[:, i].addcmul_(by_left, weight, value=sign)
+            grad_y[:, j].addcmul_(_multiply(g, a, b.shape[1]), weight, value=sign)
+            grad_weights.append((a * by_left).sum((0, 1, 3)) * sign)
         return grad_x, grad_y, torch.stack(grad_weights)
 
 
@@ -126,13 +124,11 @@ class MVLinear(nn.Module):
         super().__init__()
         std = 1 / math.sqrt(max(channels_in, 1))
         self.weight = nn.Parameter(torch.randn(4, channels_out, channels_in) * std)
-        self.bias = nn.Parameter(torch.zeros(channels_out, 1)) if bias else None
+        self.bias = nn.Parameter(torch.zeros(1, channels_out, 1)) if bias else None
 
     def forward(self, x: Float[Tensor, "b 8 i n"]) -> Float[Tensor, "b 8 o n"]:
         y = by_component(self.weight) @ x
-        if self.bias is None:
-            return y
-        return torch.cat([y[:, :1] + self.bias, y[:, 1:]], 1)
+        return y if self.bias is None else y + nn.functional.pad(self.bias, (0, 0, 0, 0, 0, 7))
 
 
 class MVSiLU(nn.Module):
@@ -144,7 +140,7 @@ class MVSiLU(nn.Module):
         self.b = nn.Parameter(torch.zeros(4, channels, 1))
 
     def forward(self, x: Multivector) -> Multivector:
-        invariant = torch.cat([x[:, :1], squared_norms(x)[:, 1:]], 1)
+        invariant = torch.cat([x[:, :1], *squared_norms(x).split(1, 1)[1:]], 1)
         return x * by_component_of(torch.sigmoid(self.a * invariant + self.b))
 
 

@@ -97,8 +97,9 @@ def geometric_long_conv(
     _check(qv, kv, shard, padding, lengths, components=3)
     if qv.shape[:-2] != qs.shape[:-1]:
         raise ShapeError(f"scalars {tuple(qs.shape)} and vectors {tuple(qv.shape)} disagree")
-    operands = [torch.cat([s.unsqueeze(-2), v], -2) for s, v in (q, k)]
-    a, u, axial = _convolve(GEOMETRIC, *operands, shard, padding, lengths).split([1, 3, 3], -2)
+    left, right = (torch.cat([s.unsqueeze(-2), v], -2) for s, v in (q, k))
+    result = _convolve(GEOMETRIC, left, right, shard, padding, lengths)
+    a, u, axial = result.split([1, 3, 3], -2)
     return a.squeeze(-2), u, axial
 
 

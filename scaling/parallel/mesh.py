@@ -33,8 +33,16 @@ class Mesh:
         if self.world > 1:
             rows = [list(range(d * sp, (d + 1) * sp)) for d in range(dp)]
             columns = [list(range(s, self.world, sp)) for s in range(sp)]
-            self.sequence_group, _ = dist.new_subgroups_by_enumeration(rows)
-            self.data_group, _ = dist.new_subgroups_by_enumeration(columns)
+            self.sequence_group = _own_group(rows, self.rank)
+            self.data_group = _own_group(columns, self.rank)
+
+
+def _own_group(partition: list[list[int]], rank: int) -> dist.ProcessGroup:
+    """The group that holds this rank; every rank makes all groups, in the same order."""
+    groups = {tuple(ranks): dist.new_group(ranks) for ranks in partition}
+    own = next(group for ranks, group in groups.items() if rank in ranks)
+    assert isinstance(own, dist.ProcessGroup)
+    return own
 
 
 def _ways_out(dp: int, sp: int, world: int) -> str:
