@@ -73,7 +73,7 @@ class Summary:
 
     def lines(self) -> list[str]:
         """For people."""
-        baselines = ", ".join(f"{name} {value:.4f}" for name, value in self.baselines.items())
+        baselines = "; ".join(f"{name} {value:.4f}" for name, value in self.baselines.items())
         lines = [
             f"{self.folder}: {self.status} at step {self.steps}",
             f"  train loss          {_number(self.train_loss, '.4f')}",
@@ -114,9 +114,9 @@ def _figures(row: Row) -> str:
     )
 
 
-def _clock(seconds: float) -> str:
+def _clock(seconds: float | int) -> str:
     return tqdm.format_interval(int(seconds))
 
 
-def _number(value: float | None, form: str, unit: int = 1) -> str:
+def _number(value: float | int | None, form: str, unit: int = 1) -> str:
     return "-" if value is None else format(value / unit, form)

@@ -320,7 +320,7 @@ def build_engine(
         accumulation=accumulation,
         gradient_clipping=gradient_clipping,
         world=group_size(group),
-        bucket_size=min(sum(p.numel() for p in module.parameters()), 50_000_000),
+        bucket_size=min(2 * sum(p.numel() for p in module.parameters()), 50_000_000),  # even
         environment=environment,
     )
     return DeepSpeedEngine(module, optimizer, config, group)

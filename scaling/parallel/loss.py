@@ -22,8 +22,10 @@ from torch import Tensor
 from data_pipeline.errors import RunError
 from scaling.parallel.collectives import Group
 
+Number = float | int
 
-def engine_loss(local_sum: Tensor, global_weight: float, world: int) -> Tensor:
+
+def engine_loss(local_sum: Tensor, global_weight: Number, world: int) -> Tensor:
     """world · local_sum / global_weight: what a rank gives to `engine.backward`.
 
     Args:
@@ -44,21 +46,21 @@ def engine_loss(local_sum: Tensor, global_weight: float, world: int) -> Tensor:
 
 
 def global_sums(
-    *values: float | Tensor, group: Group = None, device: torch.device | str = "cpu"
+    *values: Number | Tensor, group: Group = None, device: torch.device | str = "cpu"
 ) -> list[float]:
     """Each number summed over all ranks, in float64, by one exchange. Every rank must call it."""
     return _reduce(values, dist.ReduceOp.SUM, group, device)
 
 
 def global_maxima(
-    *values: float | Tensor, group: Group = None, device: torch.device | str = "cpu"
+    *values: Number | Tensor, group: Group = None, device: torch.device | str = "cpu"
 ) -> list[float]:
     """Each number's largest value over all ranks, by one exchange. Every rank must call it."""
     return _reduce(values, dist.ReduceOp.MAX, group, device)
 
 
 def _reduce(
-    values: Sequence[float | Tensor], operation: Any, group: Group, device: torch.device | str
+    values: Sequence[Number | Tensor], operation: Any, group: Group, device: torch.device | str
 ) -> list[float]:
     numbers = torch.tensor([float(value) for value in values], dtype=torch.float64, device=device)
     if dist.is_initialized():

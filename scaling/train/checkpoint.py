@@ -21,18 +21,26 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from data_pipeline.errors import RunError
-from data_pipeline.stream import Stream
 from scaling.observe.metrics import sync_folder, write_atomically
 from scaling.parallel.engine import Engine
 
 FORMAT = 1
+
+
+@runtime_checkable
+class Resumable(Protocol):
+    """What knows its place: the stream of training data."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 @dataclass
@@ -56,7 +64,7 @@ class Checkpoints:
             )
         return int(name.removeprefix("step-"))
 
-    def save(self, step: int, engine: Engine, stream: Stream, identity: dict[str, Any]) -> None:
+    def save(self, step: int, engine: Engine, stream: Resumable, identity: dict[str, Any]) -> None:
         """Writes a checkpoint of all ranks. Collective; it is complete on return."""
         parameters, optimizer = engine.state()
         buffers = {
@@ -73,7 +81,7 @@ class Checkpoints:
         }
         first_rank_does(lambda: self._write(step, parameters | buffers, optimizer, state))
 
-    def load(self, engine: Engine, stream: Stream) -> int:
+    def load(self, engine: Engine, stream: Resumable) -> int:
         """Goes on from the newest checkpoint, if there is one. Returns its step, else 0.
 
         Raises:

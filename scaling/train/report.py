@@ -2,7 +2,6 @@
 
 from dataclasses import asdict
 from types import TracebackType
-from typing import Self
 
 from data_pipeline.errors import RunError
 from data_pipeline.task import Task
@@ -22,7 +21,7 @@ class Reporter:
         self._sink: TensorBoardSink | None = None
         self._progress = Progress(False, 0, steps)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Reporter":
         return self
 
     def start(self, step: int) -> None:

@@ -3,7 +3,7 @@
 import signal
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -20,7 +20,7 @@ class StopRequest:
         self._signal: int | None = None
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "StopRequest":
         for number in SIGNALS:
             self._before[number] = signal.signal(number, self._note)
         return self
