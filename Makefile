@@ -9,6 +9,7 @@
 #                         a certain CUDA) add the index that PyTorch's site names:
 #                         TORCH='torch==2.13.0 --index-url <address>'
 # NPROC=2                 processes that share each sequence
+# ACCELERATE_CONFIG=configs/accelerate/gpu_deepspeed_zero1.yaml NPROC=8      on 8 GPUs
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH ?= torch==2.13.0
@@ -17,6 +18,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 ACCELERATE_CONFIG ?= configs/accelerate/cpu_deepspeed_zero1.yaml
+ON_CPU := $(if $(findstring cpu,$(ACCELERATE_CONFIG)),DS_ACCELERATOR=cpu)
+THREADS ?= $(shell n=$$(( $$(nproc) / $(NPROC) )); echo $$(( n > 1 ? n : 1 )))
 
 .PHONY: help install train sweep test lint clean FORCE
 .DEFAULT_GOAL := help
@@ -27,11 +30,14 @@ help:
 install: $(VENV)/installed
 	@$(BIN)/python -m launch.extension
 
-# Port 0: a free one, so that two jobs on one machine do not collide.
+# A mistake in ARGS is found by one process, with one line. Port 0: a free one, so that two jobs on
+# one machine do not collide. Threads: all cores, shared by the ranks.
 train: install
+	@$(BIN)/python -m launch train --cfg $(ARGS) > /dev/null
 	@$(BIN)/python -m launch prepare
-	$(BIN)/accelerate launch --config_file $(ACCELERATE_CONFIG) --num_processes $(NPROC) \
-	  --main_process_port 0 -m launch.train $(ARGS)
+	$(ON_CPU) OMP_NUM_THREADS=$(THREADS) $(BIN)/accelerate launch \
+	  --config_file $(ACCELERATE_CONFIG) --num_processes $(NPROC) --main_process_port 0 \
+	  -m launch.train $(ARGS)
 
 sweep: install
 	$(BIN)/python -m launch sweep $(ARGS)

@@ -115,7 +115,10 @@ def choose_device(wanted: str, ranks: Ranks) -> "torch.device":
     """
     import torch
 
-    if wanted == "auto" and os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
+    if wanted == "auto" and (
+        os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+        or os.environ.get("DS_ACCELERATOR") == "cpu"
+    ):
         wanted = "cpu"
     gpus = torch.cuda.device_count() if wanted != "cpu" else 0
     if wanted == "cuda" and gpus == 0:
@@ -198,6 +201,9 @@ def run_command(command: Callable[[list[str]], None], arguments: list[str]) -> i
         return _fail(f"error: {error}", BAD_INPUT)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+    except BrokenPipeError:  # whoever read our output has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except Exception as error:
         return _fail(_lost_rank(error) or traceback.format_exc().rstrip(), 1)
 
@@ -205,7 +211,7 @@ def run_command(command: Callable[[list[str]], None], arguments: list[str]) -> i
 def _lost_rank(error: Exception) -> str | None:
     """One line where the cause is another rank, whose own message says more than our traceback."""
     text = str(error)
-    if re.search(r"[Cc]onnection (closed|reset) by peer|[Bb]roken pipe", text):
+    if re.search(r"[Cc]onnection (closed|reset) by peer", text):
         return "error: another rank ended first; its message says why"
     if re.search(r"[Tt]imed out (waiting|after)", text):
         return (

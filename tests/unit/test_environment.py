@@ -80,9 +80,12 @@ def test_ranks_share_the_cores_unless_told():
 
 def test_a_gpu_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     with pytest.raises(ConfigError, match="device=cuda, but PyTorch sees no GPU"):
         choose_device("cuda", Ranks())
     assert choose_device("auto", Ranks()).type == "cpu"
+    assert os.environ["DS_ACCELERATOR"] == "cpu"
+    monkeypatch.delenv("DS_ACCELERATOR")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     with pytest.raises(ConfigError, match="local rank 1 has no GPU of its own"):
         choose_device("auto", Ranks(rank=1, world=2, local_rank=1, local_world=2))
