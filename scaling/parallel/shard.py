@@ -116,8 +116,22 @@ def redistribute(x: Tensor, source: SequenceShard, target: SequenceShard) -> Ten
 def redistribute_batch(
     batch: GeometricBatch, source: SequenceShard, target: SequenceShard
 ) -> GeometricBatch:
-    """Every field of a batch in another layout."""
-    return batch.map(lambda x: redistribute(x, source, target))
+    """Every field of a batch in another layout: one exchange for numbers, one for the rest."""
+    numbers = _together([batch.points, batch.vectors, batch.scalars], source, target)
+    index, mask, segment = _together(
+        [x.long().unsqueeze(1) for x in (batch.index, batch.mask, batch.segment)], source, target
+    )
+    return GeometricBatch(*numbers, index.squeeze(1), mask.squeeze(1).bool(), segment.squeeze(1))
+
+
+def _together(tensors: list[Tensor], source: SequenceShard, target: SequenceShard) -> list[Tensor]:
+    """Redistributes tensors (b, ..., n) of one dtype as channels of one."""
+    channels = [x.flatten(1, -2) for x in tensors]
+    moved = redistribute(torch.cat(channels, 1), source, target)
+    parts = moved.split([x.shape[1] for x in channels], 1)
+    return [
+        part.reshape(*x.shape[:-1], target.n_local) for part, x in zip(parts, tensors, strict=True)
+    ]
 
 
 def _by_rank(owners: Tensor, size: int) -> tuple[Tensor, list[int]]:

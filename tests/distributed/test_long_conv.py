@@ -10,7 +10,8 @@ import torch.distributed as dist
 from data_pipeline.errors import ConfigError
 from scaling.ops.long_conv import geometric_long_conv, scalar_long_conv, vector_long_conv
 from scaling.parallel.collectives import traffic
-from scaling.parallel.shard import SequenceShard, redistribute
+from scaling.parallel.shard import SequenceShard, redistribute, redistribute_batch
+from tests.small_models import small_batch
 
 WORLDS = (1, 2, 3, 4, 8)
 LENGTHS = (1, 2, 7, 97, 120)
@@ -58,7 +59,7 @@ def compare(group, n, channels, padding, row_lengths, dtype):
 
 def case_grid(group, dtype, tolerance):
     failures = []
-    for n in LENGTHS:
+    for n in LENGTHS if dtype == torch.float64 else LENGTHS[-2:]:
         for padding in ("circular", "causal"):
             for channels in (1, 3):
                 uneven = [n, max(n - 3, 0), (n + 1) // 2]
@@ -153,6 +154,11 @@ def layouts(group):
             assert torch.equal(moved, cyclic.scatter(full).to(cast))
             back = redistribute(moved, cyclic, contiguous)
             assert torch.equal(back, contiguous.scatter(full).to(cast))
+    batch = small_batch([23, 5])
+    shards = [SequenceShard(23, group, kind) for kind in ("contiguous", "cyclic")]
+    moved = redistribute_batch(batch.map(shards[0].scatter), *shards)
+    for field, value in vars(batch.map(shards[1].scatter)).items():
+        assert torch.equal(getattr(moved, field).nan_to_num(), value.nan_to_num())
 
 
 @pytest.mark.parametrize("world", WORLDS)
