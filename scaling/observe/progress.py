@@ -46,7 +46,7 @@ class Progress:
     def say(self, line: str) -> None:
         if self._terminal:
             self._bar.write(line, file=sys.stdout)
-        elif self._shown and line:
+        elif self._shown:
             print(line, flush=True)
 
     def close(self) -> None:

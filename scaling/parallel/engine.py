@@ -20,7 +20,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -273,7 +273,7 @@ class DeepSpeedEngine(Engine):
 
 
 def build_engine(
-    name: Literal["ddp", "deepspeed"],
+    name: str,
     module: nn.Module,
     make_optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
     *,

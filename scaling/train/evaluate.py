@@ -52,12 +52,12 @@ class Evaluation:
         with self.engine.evaluating(), torch.random.fork_rng(devices):
             for batch in batches:
                 sample = self.place(batch)
-                local_sum, *_ = self.engine(sample, batch.length)
+                local_sum, *moved = self.engine(sample, batch.length)
                 total += local_sum.double().item()
                 weight += self.objective.weight(sample).double().item()
                 tokens += batch.tokens / mesh.sp
                 if equivariance is None:
-                    equivariance = self._equivariance_error(sample, batch.length)
+                    equivariance = self._equivariance_error(sample, batch.length, *moved)
         total, weight, tokens = global_sums(total, weight, tokens, device=self.device)
         return {
             "step": step,
@@ -72,31 +72,38 @@ class Evaluation:
         dtype = torch.float64 if self.train.precision == "float64" else torch.float32
         return batch.sample.to(self.device, dtype)
 
-    def _equivariance_error(self, sample: Sample, length: int) -> float:
+    def _equivariance_error(
+        self, sample: Sample, length: int, points: Tensor, vectors: Tensor
+    ) -> float:
         """rms of f(Rx + t) - (R f(x) + t) over valid tokens, divided by the rms of f(x) - x, for a
-        random rotation R and translation t; points and free vectors alike. Collective."""
+        random rotation R and translation t; points and free vectors alike. Collective.
+
+        Args:
+            sample, length: x, this rank's contiguous tokens of a micro-batch.
+            points, vectors: f(x), this rank's cyclic tokens.
+        """
         random = torch.Generator().manual_seed(0)
         rotation = random_rotation(random).to(self.device)
         direction = torch.randn(3, 1, generator=random, dtype=torch.float64).to(self.device)
         shift = TRANSLATION * direction / direction.norm()
 
-        def moved(points: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        def turned(points: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
             return rotation @ points.double() + shift, rotation @ vectors.double()
 
-        inputs, _ = self.objective.enter(sample.inputs, length)
-        _, points, vectors = self.engine(sample, length)
-        dtype = points.dtype
-        turned_points, turned_vectors = moved(sample.inputs.points, sample.inputs.vectors)
-        turned = sample.inputs.replace(
-            points=turned_points.to(dtype), vectors=turned_vectors.to(dtype)
+        given = sample.inputs
+        turned_points, turned_vectors = turned(given.points, given.vectors)
+        other = given.replace(
+            points=turned_points.to(given.points.dtype),
+            vectors=turned_vectors.to(given.vectors.dtype),
         )
         _, points_after, vectors_after = self.engine(
-            Sample(turned, sample.target, sample.weight), length
+            Sample(other, sample.target, sample.weight), length
         )
-        points_before, vectors_before = moved(points, vectors)
+        points_wanted, vectors_wanted = turned(points, vectors)
+        inputs, _ = self.objective.enter(given, length)  # in the outputs' order
         valid = inputs.mask.unsqueeze(1)
-        error = _square(points_after - points_before, valid)
-        error += _square(vectors_after - vectors_before, valid.unsqueeze(1))
+        error = _square(points_after - points_wanted, valid)
+        error += _square(vectors_after - vectors_wanted, valid.unsqueeze(1))
         change = _square(points - inputs.points, valid)
         change += _square(vectors - inputs.vectors, valid.unsqueeze(1))
         error, change = global_sums(error, change, device=self.device)

@@ -72,19 +72,17 @@ class Reporter:
             self._run.set_status(state, step, summary=asdict(summary))
             self._run.stop_file.unlink(missing_ok=True)
         self._progress.close()
-        for line in [*summary.lines(), self._way_on(state)]:
+        for line in [*summary.lines(), *self._way_on(state)]:
             self._progress.say(line)
         return summary
 
-    def _way_on(self, state: str) -> str:
+    def _way_on(self, state: str) -> list[str]:
         if state == "interrupted":
-            return "  the same command goes on from here"
+            return ["  the same command goes on from here"]
         if self._began_finished:
-            return (
-                f"  nothing left to do: train.steps={2 * self._steps} goes on (on the longer "
-                "schedule), another name=... starts another run"
-            )
-        return ""
+            longer = f"train.steps={2 * self._steps} goes on (on the longer schedule)"
+            return [f"  nothing left to do: {longer}, another name=... starts another run"]
+        return []
 
     def __exit__(
         self,
