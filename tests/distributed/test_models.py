@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from data_pipeline.batch import GeometricBatch
 from scaling.models import MODELS
@@ -38,19 +39,16 @@ def run(name, lengths, dtype, options, steps, group=None, sharded=False) -> list
         model.zero_grad()
         out = model(given, shard)
         loss_of(out, given).backward()
-        for parameter in model.parameters():
-            if parameter.grad is None:  # with a single vector, some paths are not taken
-                parameter.grad = torch.zeros_like(parameter)
-            if shard:
-                dist.all_reduce(parameter.grad, group=group)
+        sums = parameters_to_vector(p.grad for p in model.parameters())
+        if shard:
+            dist.all_reduce(sums, group=group)
         if step == 0:
             tokens = [getattr(out, field).detach() for field in fields]
             tokens += [leaf.grad.clone() for leaf in leaves]
             kept = [shard.gather(t) if shard else t for t in tokens]
-            kept += [p.grad.clone() for p in model.parameters()]
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter -= 1e-3 * parameter.grad
+            kept += sums.split([p.numel() for p in model.parameters()])
+        moved = parameters_to_vector(model.parameters()).detach() - 1e-3 * sums
+        vector_to_parameters(moved, model.parameters())
     return kept + [p.detach() for p in model.parameters()]
 
 

@@ -87,7 +87,8 @@ def test_a_causal_convolution_does_not_look_ahead():
     batch.vectors.requires_grad_()
     model(batch).vectors[..., 7].sum().backward()
     sensitivity = batch.vectors.grad.abs().sum((0, 1, 2))
-    assert (sensitivity[8:] == 0).all() and (sensitivity[[0, 2, 7]] > 0).all()
+    assert (sensitivity[[0, 2, 7]] > 1e-3).all()
+    assert (sensitivity[8:] < 1e-14).all()  # a transform's rounding reaches every token
 
 
 def test_padding_changes_nothing():
