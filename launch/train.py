@@ -40,13 +40,13 @@ def main(arguments: list[str]) -> None:
 def train(config: Config, device: "torch.device") -> None:
     """Build task, mesh and model, and fit; inside the process group, where there is one."""
     import torch
-    from scaling.train.loop import fit
-    from scaling.train.run import RunDirectory
 
     from data_pipeline.task import build_task
     from scaling.models import build
     from scaling.parallel.collectives import group_size
     from scaling.parallel.mesh import Mesh
+    from scaling.train.loop import fit
+    from scaling.train.run import RunDirectory
 
     mesh = Mesh(*mesh_sizes(config.parallel, group_size(None)))
     task = build_task(config.task["name"], **options_of(config.task))
