@@ -53,7 +53,7 @@ class SE3Hyena(nn.Module):
         vectors: int,
         scalars: int,
         channels: int = 16,
-        hidden: int = 32,
+        hidden: int = 16,
         operators: int = 2,
         gate_hidden: int = 8,
         padding: Padding = "circular",

@@ -212,9 +212,9 @@ def state_of_one_process(steps: range):
     return engine.state()
 
 
-def launch(world: int, *arguments: str) -> None:
+def launch(world: int, *arguments: str, file: str = __file__) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(world), __file__, *arguments]
+    command += ["--nproc-per-node", str(world), file, *arguments]
     root = str(Path(__file__).parents[2])
     environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)

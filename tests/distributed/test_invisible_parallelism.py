@@ -1,0 +1,117 @@
+"""The models under the engines: 20 steps of training do not show how many ranks there were.
+
+Run as a script (by torchrun), the file trains on the meshes of its world: sp 1, 2 and 4 (with dp 4,
+2 and 1) in a world of 4, and sp 3 and 8.
+"""
+
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data_pipeline.batch import Sample
+from scaling.models import MODELS
+from scaling.parallel.engine import build_engine
+from scaling.parallel.loss import engine_loss, global_sums
+from scaling.parallel.mesh import Mesh
+from scaling.parallel.shard import SequenceShard
+from scaling.train.objective import Objective
+from tests.distributed.test_engine import launch, relative
+from tests.small_models import small_batch, small_model
+
+LENGTHS = [13, 5, 9, 1, 12, 13, 7, 2]
+STEPS, RATE = 20, 0.02
+ENGINES = [
+    ("ddp", 0, torch.float64, 1e-10),
+    *[("deepspeed", z, torch.float32, 1e-5) for z in (0, 1)],
+]
+SMALL = {"operators": 1, "hidden": 3, "gate_hidden": 2}
+
+
+def whole_sample(dtype: torch.dtype) -> Sample:
+    """Points to be moved back to where they were before noise; weight where they are valid."""
+    batch = small_batch(LENGTHS, dtype)
+    noise = torch.randn(batch.points.shape, generator=torch.Generator().manual_seed(1))
+    weight = batch.mask.to(dtype)
+    return Sample(batch, batch.points.nan_to_num() + noise.to(dtype), weight)
+
+
+def one_process(name: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The plain loop that everybody knows."""
+    model, sample = small_model(name, dtype, **SMALL), whole_sample(dtype)
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    for _ in range(STEPS):
+        squares = (model(sample.inputs).points - sample.target).square().sum(1) / 3
+        optimizer.zero_grad()
+        ((squares * sample.weight).sum() / sample.weight.sum()).backward()
+        optimizer.step()
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def on_a_mesh(mesh: Mesh, name: str, engine_name: str, stage: int, dtype: torch.dtype):
+    sample, length = whole_sample(dtype), max(LENGTHS)
+    shard = SequenceShard(length, mesh.sequence_group, "contiguous")
+    rows = slice(mesh.dp_rank, None, mesh.dp)
+    part = Sample(
+        sample.inputs.map(lambda x: shard.scatter(x[rows])),
+        shard.scatter(sample.target[rows]),
+        shard.scatter(sample.weight[rows]),
+    )
+    objective = Objective(small_model(name, dtype, **SMALL), mesh)
+    engine = build_engine(
+        engine_name,
+        objective,
+        lambda parameters: torch.optim.SGD(parameters, lr=RATE),
+        gradient_clipping=0.0,
+        micro_batch_size=len(LENGTHS) // mesh.dp,
+        accumulation=1,
+        precision="float64" if dtype == torch.float64 else "float32",
+        zero_stage=stage,
+        environment={},
+    )
+    for _ in range(STEPS):
+        (weight,) = global_sums(objective.weight(part).item())
+        with engine.accumulate(last=True):
+            local_sum, *_ = engine(part, length)
+            engine.backward(engine_loss(local_sum, weight, engine.world))
+        engine.step(RATE)
+    return {key.removeprefix("model."): value for key, value in engine.state()[0].items()}
+
+
+def every_mesh() -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    world = dist.get_world_size()
+    sizes = {3: [(1, 3)], 4: [(4, 1), (2, 2), (1, 4)], 8: [(1, 8)]}[world]
+    meshes = [Mesh(dp, sp) for dp, sp in sizes]
+    for name in MODELS:
+        for engine_name, stage, dtype, tolerance in ENGINES:
+            expected = one_process(name, dtype) if dist.get_rank() == 0 else {}
+            for mesh in meshes:
+                values = on_a_mesh(mesh, name, engine_name, stage, dtype)
+                if dist.get_rank() == 0:
+                    error = relative(values, expected)
+                    assert error <= tolerance, (mesh.dp, mesh.sp, name, engine_name, stage, error)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [3, 4, 8])
+def test_training_equals_one_process(world):
+    """Both configurations, float64 under DDP, float32 under ZeRO-0 and ZeRO-1."""
+    launch(world, file=__file__)
+
+
+def test_training_moves_the_parameters():
+    """Else the comparison could not fail."""
+    for name in MODELS:
+        start = dict(small_model(name, torch.float64, **SMALL).named_parameters())
+        start = {key: value.detach() for key, value in start.items()}
+        assert relative(one_process(name, torch.float64), start) > 1e-2
+
+
+if __name__ == "__main__":
+    every_mesh()
+    sys.exit()
