@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 BAD_INPUT = 2
 """Exit code of a LongfoldError."""
 
+_met_others = False
+"""Whether this process has had a process group."""
+
 _PATIENCE_S = 3.0
 """Longer than a launcher needs to end the other ranks after one has failed."""
 
@@ -165,6 +168,8 @@ def process_group(
             f"rank {ranks.rank} of {ranks.world} could not meet the others at {address} within "
             f"{timeout_s:g} s ({reason}); were all ranks started, is the port free?"
         ) from None
+    global _met_others
+    _met_others = True
     yield
     # Not in a finally: after an error the other ranks are elsewhere and would never come here.
     dist.barrier()
@@ -196,6 +201,12 @@ def run_command(command: Callable[[list[str]], None], arguments: list[str]) -> i
     """
     try:
         command(arguments)
+        if _met_others:
+            # A thread of gloo that lets go of its last tensor while the interpreter shuts down
+            # aborts the process, rarely and on busy machines: no shutting down.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
         return 0
     except LongfoldError as error:
         return _fail(f"error: {error}", BAD_INPUT)

@@ -7,6 +7,7 @@ a rerun measures only what is missing or failed.
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -123,14 +124,15 @@ def measure_point(config: SweepConfig, folder: Path, length: int, sp: int) -> di
 
 
 def _reason(log: str) -> str:
-    """Why a point failed, from what its processes said."""
-    for line in log.splitlines():
-        if "error: " in line:
-            return line.partition("error: ")[2]
-        if "exitcode" in line and "-9" in line:
-            return "killed, probably out of memory (exit code -9)"
-    said = [line for line in log.splitlines() if "Error" in line]
-    return said[0].strip() if said else "failed without a word"
+    """Why a point failed, from what its ranks and torchrun said."""
+    if died := re.search(r"Signal \d+ \((SIGKILL|SIGABRT|SIGSEGV|SIGBUS)\)", log):
+        guess = ", probably out of memory" if died[1] == "SIGKILL" else ""
+        return f"a rank died of {died[1]}{guess}"
+    said = re.findall(r"error: (.+)|^\w*Error: (.+)", log, re.MULTILINE)
+    reasons = [ours or others for ours, others in said]
+    # A rank that lost its partner is not the cause.
+    reasons.sort(key=lambda reason: reason.startswith("another rank"))
+    return reasons[0] if reasons else "failed without a word"
 
 
 def write_rows(path: Path, rows: dict[tuple[int, int], dict[str, Any]]) -> None:

@@ -32,7 +32,8 @@ def test_sweep_measures_resumes_and_keeps_failures(tmp_path, monkeypatch, capsys
         assert float(row["peak_bytes"]) > float(row["base_bytes"]) > 1e7
     alone, shared = rows
     assert float(alone["comm_bytes"]) == float(alone["all_to_alls"]) == 0
-    assert shared["all_to_alls"] == "13.0"  # convolution 3 + 3, the door one a field, token shift
+    # The convolution's 3 + 3, the token shift, and the door: at most one a field.
+    assert 7 < float(shared["all_to_alls"]) <= 13
     # Two channels of one scalar and one vector: operands 16 and results 14 floats a token, there
     # and back; the door 41 bytes, the shift 6 floats; of 32 local tokens half leave, the shift's
     # all. Beyond that only the frequencies' rounding up and the sums.
@@ -69,6 +70,21 @@ def test_a_point_that_fails_says_why(tmp_path: Path):
     config.model = config.model | {"channels": -1}
     row = sweep.measure_point(config, tmp_path, 8, 1)
     assert "negative dimension" in row["status"]
+
+
+@pytest.mark.parametrize(
+    ("log", "reason"),
+    [
+        ("rank 1: error: another rank ended first\nerror: out of memory: x", "out of memory: x"),
+        ("  File x\nRuntimeError: bad\nx.ChildFailedError: \n", "bad"),
+        ("error: another rank ended first\n traceback : Signal 9 (SIGKILL) received by PID 4",
+         "a rank died of SIGKILL, probably out of memory"),
+        ("raise ChildFailedError(\n Signal 6 (SIGABRT) received", "a rank died of SIGABRT"),
+        ("", "failed without a word"),
+    ],
+)  # fmt: skip
+def test_the_reason_is_the_cause_not_its_echo(log: str, reason: str):
+    assert sweep._reason(log) == reason
 
 
 @pytest.mark.parametrize("override", ["lengths=[]", "lengths=[0]", "sp=[-1]", "steps=0", "model=x"])
