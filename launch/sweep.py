@@ -197,13 +197,14 @@ def _brief(row: dict[str, Any]) -> str:
 def _present(folder: Path, rows: list[dict[str, Any]], config: SweepConfig) -> None:
     from scaling.curves.plots import plot_sweep
     from scaling.curves.tensorboard import write_sweep
+    from scaling.observe.sinks import tensorboard_command
 
     title = f"{config.model['name']}, one training step of {config.rows} sequence(s)"
     plot_sweep(rows, folder / "sweep.png", title)
     write_sweep(rows, folder / "tensorboard")
     print("", table(rows), "", sep="\n")
     print(f"numbers   {folder / 'results.csv'}\nfigure    {folder / 'sweep.png'}")
-    print(f"curves    tensorboard --logdir {folder / 'tensorboard'}")
+    print(f"curves    {tensorboard_command(folder / 'tensorboard')}")
 
 
 def table(rows: list[dict[str, Any]]) -> str:

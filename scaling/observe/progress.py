@@ -8,6 +8,7 @@ from statistics import median
 from tqdm import tqdm
 
 from scaling.observe.metrics import Row, of_split
+from scaling.observe.sinks import tensorboard_command
 
 
 class Progress:
@@ -81,7 +82,7 @@ class Summary:
             f"  equivariance error  {_number(self.equivariance_error, '.1e')}",
             f"  tokens/s            {_number(self.tokens_per_s, ',.0f')}",
             f"  peak memory         {_number(self.peak_bytes, ',.0f', 2**20)} MiB a rank",
-            f"  tensorboard --logdir {self.folder / 'tensorboard'}",
+            f"  {tensorboard_command(self.folder / 'tensorboard')}",
         ]
         return lines
 

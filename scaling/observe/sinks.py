@@ -1,5 +1,7 @@
 """Views of the rows in metrics.jsonl."""
 
+import shutil
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -20,6 +22,16 @@ SECTIONS = {
     "comm_bytes": "exchange",
     "peak_bytes": "memory",
 }
+
+
+def tensorboard_command(folder: Path) -> str:
+    """What to type to see the curves in `folder`, whether or not the environment is activated."""
+    program, here = Path(sys.executable).with_name("tensorboard"), Path.cwd()
+    if shutil.which("tensorboard") or not program.exists():
+        program = Path("tensorboard")
+    elif program.is_relative_to(here):
+        program = program.relative_to(here)
+    return f"{program} --logdir {folder}"
 
 
 class TensorBoardSink:
