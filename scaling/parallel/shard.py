@@ -117,11 +117,15 @@ def redistribute_batch(
     batch: GeometricBatch, source: SequenceShard, target: SequenceShard
 ) -> GeometricBatch:
     """Every field of a batch in another layout: one exchange for numbers, one for the rest."""
-    numbers = _together([batch.points, batch.vectors, batch.scalars], source, target)
+    points, vectors, scalars = _together(
+        [batch.points, batch.vectors, batch.scalars], source, target
+    )
     index, mask, segment = _together(
         [x.long().unsqueeze(1) for x in (batch.index, batch.mask, batch.segment)], source, target
     )
-    return GeometricBatch(*numbers, index.squeeze(1), mask.squeeze(1).bool(), segment.squeeze(1))
+    return GeometricBatch(
+        points, vectors, scalars, index.squeeze(1), mask.squeeze(1).bool(), segment.squeeze(1)
+    )
 
 
 def _together(tensors: list[Tensor], source: SequenceShard, target: SequenceShard) -> list[Tensor]:
