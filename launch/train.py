@@ -41,6 +41,8 @@ def train(config: Config, device: "torch.device") -> None:
     """Build task, mesh and model, and fit; inside the process group, where there is one."""
     import torch
 
+    from data_pipeline.denoising import Denoising
+    from data_pipeline.store import ensure_bundled
     from data_pipeline.task import build_task
     from scaling.models import build
     from scaling.parallel.collectives import group_size
@@ -49,6 +51,11 @@ def train(config: Config, device: "torch.device") -> None:
     from scaling.train.run import RunDirectory
 
     mesh = Mesh(*mesh_sizes(config.parallel, group_size(None)))
+    if config.task.get("store") == Denoising.store:
+        if mesh.rank == 0:
+            ensure_bundled(Path(Denoising.store))
+        if mesh.world > 1:
+            torch.distributed.barrier()
     task = build_task(config.task["name"], **options_of(config.task))
     torch.manual_seed(config.train.seed)  # every rank begins with the same parameters
     model = build(
