@@ -6,7 +6,6 @@ differ by rank, a row without weight, a parameter that is never used. Run as a s
 """
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from scaling.parallel.collectives import all_reduce_sum
 from scaling.parallel.deepspeed_config import deepspeed_config
 from scaling.parallel.engine import Engine, build_engine
 from scaling.parallel.loss import engine_loss, global_sums
+from tests.processes import run
 
 ROWS, FEATURES, TOKENS = 8, 5, 13
 RATE = 0.2
@@ -212,14 +212,14 @@ def state_of_one_process(steps: range):
     return engine.state()
 
 
-def launch(world: int, *arguments: str, file: str = __file__) -> None:
+def launch(world: int, *arguments: str) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(world), file, *arguments]
+    command += ["--nproc-per-node", str(world), __file__, *arguments]
     root = str(Path(__file__).parents[2])
     environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
-    assert run.returncode == 0, run.stdout + run.stderr
-    said = run.stdout + run.stderr  # DeepSpeed announces itself on no rank
+    ended = run(command, env=environment)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    said = ended.stdout + ended.stderr  # DeepSpeed announces itself on no rank
     assert "DeepSpeed" not in said and "Warning" not in said and "WARNING" not in said, said
 
 

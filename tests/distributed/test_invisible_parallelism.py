@@ -1,10 +1,14 @@
 """The models under the engines: 20 steps of training do not show how many ranks there were.
 
-Run as a script (by torchrun), the file trains on the meshes of its world: sp 1, 2 and 4 (with dp 4,
-2 and 1) in a world of 4, and sp 3 and 8.
+DeepSpeed wants worlds of their own. Run as a script, the file imports all it needs once and forks
+their ranks: sp 1, 2 and 4 (with dp 4, 2 and 1) in a world of 4, and sp 3 and 8.
 """
 
+import os
 import sys
+from multiprocessing import get_context
+from multiprocessing.connection import wait
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +22,8 @@ from scaling.parallel.loss import engine_loss, global_sums
 from scaling.parallel.mesh import Mesh
 from scaling.parallel.shard import SequenceShard
 from scaling.train.objective import Objective
-from tests.distributed.test_engine import launch, relative
+from tests.distributed.test_engine import relative
+from tests.processes import run
 from tests.small_models import small_batch, small_model
 
 LENGTHS = [13, 5, 9, 1, 12, 13, 7, 2]
@@ -80,28 +85,51 @@ def on_a_mesh(mesh: Mesh, name: str, engine_name: str, stage: int, dtype: torch.
     return {key.removeprefix("model."): value for key, value in engine.state()[0].items()}
 
 
-def every_mesh() -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    world = dist.get_world_size()
-    sizes = {3: [(1, 3)], 4: [(4, 1), (2, 2), (1, 4)], 8: [(1, 8)]}[world]
-    meshes = [Mesh(dp, sp) for dp, sp in sizes]
+MESHES = {3: [(1, 3)], 4: [(4, 1), (2, 2), (1, 4)], 8: [(1, 8)]}
+
+
+def every_mesh(rank: int, world: int, folder: Path) -> None:
+    """One rank of a world of its own."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    dist.init_process_group("gloo", f"file://{folder}/{world}", rank=rank, world_size=world)
+    meshes = [Mesh(dp, sp) for dp, sp in MESHES[world]]
     for name in MODELS:
         for engine_name, stage, dtype, tolerance in ENGINES:
-            expected = one_process(name, dtype) if dist.get_rank() == 0 else {}
+            expected = one_process(name, dtype) if rank == 0 else {}
             for mesh in meshes:
                 values = on_a_mesh(mesh, name, engine_name, stage, dtype)
-                if dist.get_rank() == 0:
+                if rank == 0:
                     error = relative(values, expected)
-                    assert error <= tolerance, (mesh.dp, mesh.sp, name, engine_name, stage, error)
+                    print(mesh.dp, mesh.sp, name, engine_name, stage, error, flush=True)
+                    assert error <= tolerance
     dist.barrier()
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("world", [3, 4, 8])
-def test_training_equals_one_process(world):
+def fork_worlds(folder: Path) -> None:
+    torch.set_num_threads(1)
+    import deepspeed  # noqa: F401  once, before the ranks part
+
+    for world in MESHES:
+        ranks = [
+            get_context("fork").Process(target=every_mesh, args=(rank, world, folder), daemon=True)
+            for rank in range(world)
+        ]
+        for process in ranks:
+            process.start()
+        while any(process.is_alive() for process in ranks):
+            wait([process.sentinel for process in ranks if process.is_alive()])
+            if any(process.exitcode for process in ranks):
+                sys.exit(1)  # the others, which wait for the failed one, are daemons and end too
+
+
+@pytest.mark.timeout(300)
+def test_training_equals_one_process(tmp_path):
     """Both configurations, float64 under DDP, float32 under ZeRO-0 and ZeRO-1."""
-    launch(world, file=__file__)
+    environ = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    ended = run([sys.executable, __file__, str(tmp_path)], timeout=280, env=environ)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert len(ended.stdout.splitlines()) == 5 * len(MODELS) * len(ENGINES)
 
 
 def test_training_moves_the_parameters():
@@ -113,5 +141,4 @@ def test_training_moves_the_parameters():
 
 
 if __name__ == "__main__":
-    every_mesh()
-    sys.exit()
+    fork_worlds(Path(sys.argv[1]))

@@ -11,6 +11,7 @@ import pytest
 
 from data_pipeline.errors import ConfigError
 from launch import train
+from tests.processes import run
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -37,10 +38,7 @@ def commands(port: int) -> dict[str, list[str]]:
 
 def start(command: list[str], *overrides: str, **variables: str) -> subprocess.CompletedProcess:
     environ = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | variables
-    return subprocess.run(
-        [*command, *TINY, *overrides],
-        cwd=ROOT, env=environ, capture_output=True, text=True, timeout=100,
-    )  # fmt: skip
+    return run([*command, *TINY, *overrides], cwd=ROOT, env=environ)
 
 
 def curve(run: Path) -> list[tuple[int, str, float]]:

@@ -23,6 +23,7 @@ from scaling.parallel.mesh import Mesh
 from scaling.train.loop import fit
 from scaling.train.run import RunDirectory
 from scaling.train.settings import EngineSettings, OptimSettings, TrainSettings
+from tests import processes
 
 STEPS = 6
 CPU = torch.device("cpu")
@@ -119,7 +120,7 @@ def launch(world: int, *arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, *(launcher if world > 1 else []), __file__, *arguments]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     environment |= {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    return processes.run(command, env=environment)
 
 
 def test_killed_and_started_again_in_a_new_process_is_bitwise_the_same(tmp_path, straight):
