@@ -61,7 +61,7 @@ def _lines(
             marker=MARKERS[number % len(MARKERS)],
             label=label,
         )
-    lengths = sorted({row["length"] for row in rows})
+    lengths = sorted({float(row["length"]) for row in rows})
     axes.xaxis.set_major_locator(FixedLocator(lengths))
     axes.xaxis.set_major_formatter(FuncFormatter(_power_of_two))
     axes.xaxis.set_minor_formatter(NullFormatter())
