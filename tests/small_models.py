@@ -10,7 +10,7 @@ SMALL = {
     "se3_hyena": {"channels": 4, "hidden": 4, "gate_hidden": 4, "operators": 2},
     "se3_hyena_paper": {"hidden": 6, "gate_hidden": 4, "operators": 2},
 }
-VECTORS, SCALARS = 2, 3
+VECTORS, SCALARS = 2, 4
 
 
 def small_model(name: str, dtype: torch.dtype = torch.float64, **options: object) -> nn.Module:

@@ -25,15 +25,18 @@ vector q, k and v are parallel to it token by token. The default model, SE3Hyena
 """
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from data_pipeline.batch import GeometricBatch
 from scaling.algebra.clifford import CliffordMLP, embed, grade_0, grade_1
 from scaling.algebra.spectra import cross
-from scaling.models.se3_hyena import Scalars, Vectors
 from scaling.ops.long_conv import scalar_long_conv, vector_long_conv
 from scaling.ops.tokens import Tokens
 from scaling.parallel.shard import SequenceShard
+
+Scalars = Float[Tensor, "b s n"]
+Vectors = Float[Tensor, "b v 3 n"]
 
 
 class SE3HyenaPaper(nn.Module):
@@ -105,7 +108,7 @@ class PaperOperator(nn.Module):
         g, y = grade_0(mixed[:, :, :s]), grade_1(mixed[:, :, s:])
         return (f + g, x + y) if self.residual else (g, y)
 
-    def _embed(self, f: Scalars, x: Vectors) -> torch.Tensor:
+    def _embed(self, f: Scalars, x: Vectors) -> Float[Tensor, "b 8 c n"]:
         """Scalars and vectors as multivector channels of their own: (b, 8, S + V, n)."""
         rows, vectors, _, n = x.shape
         no_vectors, no_scalars = (

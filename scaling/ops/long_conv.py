@@ -57,7 +57,7 @@ def scalar_long_conv(
             they hold, and their result is 0. None: all rows are full.
 
     Raises:
-        ShapeError: q, k, lengths and the shard disagree (the text shows their shapes).
+        ShapeError: q, k, lengths and the shard disagree (the text shows shapes and dtypes).
         ConfigError: unknown padding, or a shard whose layout is not cyclic.
     """
     _check(q, k, shard, padding, lengths, components=0)
@@ -95,7 +95,7 @@ def geometric_long_conv(
     (qs, qv), (ks, kv) = q, k
     _check(qs, ks, shard, padding, lengths, components=0)
     _check(qv, kv, shard, padding, lengths, components=3)
-    if qv.shape[:-2] != qs.shape[:-1]:
+    if qv.shape[:-2] + qv.shape[-1:] != qs.shape or qs.dtype != qv.dtype:
         raise ShapeError(f"scalars {tuple(qs.shape)} and vectors {tuple(qv.shape)} disagree")
     left, right = (torch.cat([s.unsqueeze(-2), v], -2) for s, v in (q, k))
     result = _convolve(GEOMETRIC, left, right, shard, padding, lengths)
@@ -159,6 +159,8 @@ def _check(
         raise ConfigError(f"unknown padding {padding!r}; use one of {get_args(Padding)}")
     if q.shape != k.shape:
         raise ShapeError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must have one shape")
+    if q.dtype != k.dtype or not q.is_floating_point():
+        raise ShapeError(f"q {q.dtype} and k {k.dtype} must have one real floating-point dtype")
     if components and (q.ndim < 2 or q.shape[-2] != components):
         raise ShapeError(f"vectors need shape (..., {components}, n), not {tuple(q.shape)}")
     if shard is not None and shard.layout != "cyclic":
@@ -167,6 +169,8 @@ def _check(
         raise ShapeError(f"{shard} holds {shard.n_local} tokens, but q is {tuple(q.shape)}")
     if lengths is None:
         return
+    if lengths.dtype not in (torch.int32, torch.int64):
+        raise ShapeError(f"lengths are {lengths.dtype}; count tokens in int64")
     total = q.shape[-1] if shard is None else shard.length
     if q.ndim < 2 + bool(components) or lengths.shape != q.shape[:1]:
         raise ShapeError(

@@ -57,4 +57,5 @@ class Tokens:
         return sharded_previous(self.keep(x), self.shard)
 
     def _over(self, x: Tensor) -> Tensor:
-        return self.mask.reshape(len(x), *[1] * (x.ndim - 2), -1)
+        rows, n = self.mask.shape
+        return self.mask.reshape(rows, *[1] * (x.ndim - 2), n)

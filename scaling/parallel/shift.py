@@ -12,6 +12,8 @@ def previous(x: Tensor, shard: SequenceShard | None) -> Tensor:
 
     A cyclic shard's predecessors all live on the rank before: one exchange with the neighbours.
     """
+    if x.shape[-1] == 0 and (shard is None or shard.length == 0):
+        return x
     if shard is None or shard.size == 1:
         return torch.nn.functional.pad(x, (1, -1))
     index = shard.index

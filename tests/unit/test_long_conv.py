@@ -120,6 +120,9 @@ WRONG = {
     "scalar_long_conv(x, x, lengths=torch.tensor([6]))": "ShapeError: lengths [6] must lie between",
     "scalar_long_conv(x, x, SequenceShard(6))": "ShapeError: SequenceShard(6, rank 0 of 1, cyclic)",
     "scalar_long_conv(x, x, SequenceShard(5, layout='contiguous'))": "ConfigError: a long conv",
+    "scalar_long_conv(x.long(), x.long())": "ShapeError: q torch.int64 and k torch.int64",
+    "scalar_long_conv(x, x.double())": "ShapeError: q torch.float32 and k torch.float64",
+    "scalar_long_conv(x, x, lengths=torch.tensor([3.5]))": "ShapeError: lengths are torch.float32",
     "geometric_long_conv((x, x), (x, x))": "ShapeError: scalars (1, 3, 5) and vectors (1, 3, 5)",
 }
 
