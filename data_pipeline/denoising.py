@@ -23,6 +23,8 @@ from data_pipeline.structures import ATOMS, RESIDUES
 
 UNKNOWN = len(RESIDUES)
 """Number of a residue that is none of the twenty."""
+SIGMAS = (1e-3, 1e3)
+"""Å: from the last digit of a PDB file's coordinates to beyond the size of any chain."""
 
 
 @dataclass
@@ -47,12 +49,17 @@ class Denoising:
     name = "denoising"
 
     def __post_init__(self) -> None:
-        if self.sigma <= 0 or self.neighbours < 1:
+        if not SIGMAS[0] <= self.sigma <= SIGMAS[1]:  # NaN is not
             raise ConfigError(
-                f"task.sigma={self.sigma} and task.neighbours={self.neighbours} must be positive"
+                f"task.sigma={self.sigma} must be a length from {SIGMAS[0]} to {SIGMAS[1]:.0f} Å"
             )
-        if not self.atoms or not set(self.atoms) <= set(ATOMS):
-            raise ConfigError(f"task.atoms={list(self.atoms)} must be some of {', '.join(ATOMS)}")
+        if self.neighbours < 1:
+            raise ConfigError(f"task.neighbours={self.neighbours} must be 1 or more")
+        distinct = set(self.atoms)
+        if not distinct or not distinct <= set(ATOMS) or len(distinct) < len(self.atoms):
+            raise ConfigError(
+                f"task.atoms={list(self.atoms)} must be some of {', '.join(ATOMS)}, each once"
+            )
         self._store = Store(self.store)
         self._chains = {split: self._store.chains(split) for split in SPLITS}
         self._columns = [ATOMS.index(atom) for atom in self.atoms]

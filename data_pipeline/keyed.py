@@ -36,6 +36,7 @@ def permuted(place: int, count: int, key: int) -> int:
     A Feistel network over the next power of four; results outside the range are sent on.
     No memory, so that order is arithmetic.
     """
+    assert 0 <= place < count, f"{place} is not in range({count})"  # else nothing ends the loop
     bits = max((count - 1).bit_length() + 1, 2) // 2
     low = (1 << bits) - 1
     while True:

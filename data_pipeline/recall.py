@@ -20,6 +20,9 @@ from data_pipeline.errors import ConfigError
 from data_pipeline.features import EDGES, edges
 from data_pipeline.keyed import evaluation_key, hash64, normals, uniforms
 
+MOST_PAIRS = 1 << 20
+"""Every sequence makes the whole vocabulary: here, 50 MB."""
+
 
 @dataclass
 class Recall:
@@ -48,11 +51,12 @@ class Recall:
     scalars = EDGES + 1
 
     def __post_init__(self) -> None:
-        if self.tokens < 3 or self.pairs < 1:
-            raise ConfigError(
-                f"task.tokens={self.tokens} must be 3 or more (key, value, query) and "
-                f"task.pairs={self.pairs} 1 or more"
-            )
+        least = {"tokens": 3, "pairs": 1, "train_size": 1, "held_out_size": 1}  # key, value, query
+        for option, low in least.items():
+            if getattr(self, option) < low:
+                raise ConfigError(f"task.{option}={getattr(self, option)} must be {low} or more")
+        if self.pairs > MOST_PAIRS:
+            raise ConfigError(f"task.pairs={self.pairs} must be {MOST_PAIRS} or less")
         if self.vocabulary not in ("random", "fixed"):
             raise ConfigError(f"task.vocabulary={self.vocabulary} must be random or fixed")
         self.unit = (self.pairs**2 + self.pairs + 1) / 9

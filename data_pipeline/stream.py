@@ -61,7 +61,7 @@ class Stream:
         together = dp_size * micro_batch_size
         if batch_size < 1 or micro_batch_size < 1 or batch_size % together:
             raise ConfigError(_uneven(batch_size, micro_batch_size, dp_size))
-        _check_lengths(task, split, max_length)
+        check_lengths(task, split, max_length)
         self.data_wait_s = 0.0
         """Seconds that the last step was waited for."""
         self._task, self._split, self._seed = task, split, seed
@@ -158,7 +158,7 @@ def evaluation_batches(
     Raises:
         ConfigError: the split is empty or its longest item exceeds max_length (names it).
     """
-    _check_lengths(task, split, max_length)
+    check_lengths(task, split, max_length)
     size, together = task.size(split), dp_size * micro_batch_size
     # Rows of like length together need little padding.
     order = sorted(range(size), key=lambda item: -task.length(split, item))
@@ -184,9 +184,17 @@ def _micro_batch(
     return MicroBatch(task.sample(split, items, keys, start, stop), length, sum(lengths))
 
 
-def _check_lengths(task: Task, split: str, max_length: int) -> None:
-    if not task.size(split):
-        raise ConfigError(f"the {split} split of task {task.name} holds no samples")
+def check_lengths(task: Task, split: str, max_length: int) -> None:
+    """Whether a split can be read at all; quick, so that a run can ask before it starts.
+
+    Raises:
+        ConfigError: the split is empty or its longest item exceeds max_length (names it).
+    """
+    if task.size(split) < 1:
+        raise ConfigError(
+            f"the {split} split of task {task.name} holds {task.size(split)} samples; "
+            "give the task data or options that make one or more"
+        )
     item = task.longest(split)
     length = task.length(split, item)
     if length > max_length:

@@ -140,9 +140,14 @@ def test_digest_tells_samples_apart_and_options_are_checked(gappy, bundled):
         Denoising(gappy, neighbours=2).digest,
     ]
     assert len(set(digests)) == 5 and digests[0] == Denoising(gappy, atoms=["N", "CA", "C"]).digest
-    with pytest.raises(ConfigError, match=r"task\.sigma=0"):
-        Denoising(gappy, sigma=0.0)
-    with pytest.raises(ConfigError, match="CB"):
-        Denoising(gappy, atoms=("CB",))
+    for sigma in (0.0, -1.0, 1e-200, 1e-4, 1e4, float("inf"), float("nan")):
+        with pytest.raises(ConfigError, match=rf"task\.sigma={sigma} .* 0\.001 to 1000 Å"):
+            Denoising(gappy, sigma=sigma)
+    assert Denoising(gappy, sigma=1e-3).unit == pytest.approx(1e-6)
+    with pytest.raises(ConfigError, match=r"task\.neighbours=0 must be 1 or more"):
+        Denoising(gappy, neighbours=0)
+    for atoms in (("CB",), (), ("CA", "CA"), ("N", "CA", "N")):
+        with pytest.raises(ConfigError, match=r"task\.atoms=\[.*N, CA, C, O, each once"):
+            Denoising(gappy, atoms=atoms)
     with pytest.raises(StoreError, match="prepare store="):
         Denoising(gappy + "x")

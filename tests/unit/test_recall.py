@@ -90,8 +90,16 @@ def test_baselines_and_the_unit():
 
 def test_options_are_checked():
     """Names and values that cannot be are one-line errors."""
-    with pytest.raises(ConfigError, match=r"task\.tokens=2"):
-        Recall(2)
+    for option, value, limit in (
+        ("tokens", 2, "3 or more"),
+        ("pairs", 0, "1 or more"),
+        ("pairs", 1 << 21, "1048576 or less"),
+        ("train_size", -1, "1 or more"),
+        ("train_size", 0, "1 or more"),
+        ("held_out_size", 0, "1 or more"),
+    ):
+        with pytest.raises(ConfigError, match=rf"^task\.{option}={value} must be {limit}$"):
+            build_task("recall", **{option: value})
     with pytest.raises((ConfigError, TypeCheckError), match="sometimes"):
         build_task("recall", vocabulary="sometimes")
     with pytest.raises(ConfigError, match="there are denoising, recall"):

@@ -10,7 +10,7 @@ from data_pipeline.errors import ConfigError, RunError
 from data_pipeline.keyed import permuted
 from data_pipeline.recall import Recall
 from data_pipeline.store import ensure_bundled
-from data_pipeline.stream import MicroBatch, Stream, evaluation_batches
+from data_pipeline.stream import MicroBatch, Stream, check_lengths, evaluation_batches
 
 TASK = Recall(tokens=9, train_size=24)
 HISTORY = [(4, 2, 1), (2, 4, 2), (1, 8, 8), (8, 1, 1), (2, 3, 4), (1, 1, 8)]  # dp, sp, micro
@@ -184,9 +184,22 @@ def test_bad_sizes_and_long_items_are_named(denoising):
     ):
         with pytest.raises(ConfigError, match=r"chain \S+/\S+ has 1611 tokens.*max_length=1000"):
             make()
-    empty = Recall(held_out_size=0)
-    with pytest.raises(ConfigError, match="validation split of task recall holds no samples"):
-        next(evaluation_batches(empty, "validation", micro_batch_size=1, max_length=99))
+    with pytest.raises(ConfigError, match=r"sequence 0 of validation has 9 .*max_length=8"):
+        check_lengths(TASK, "validation", 8)
+    check_lengths(TASK, "validation", 9)
+
+    class Sized(Recall):
+        def size(self, split):
+            return size
+
+    for size in (0, -1):  # no task of ours, but one of these would never end
+        message = f"validation split of task recall holds {size} samples"
+        with pytest.raises(ConfigError, match=message):
+            next(evaluation_batches(Sized(), "validation", micro_batch_size=1, max_length=99))
+        with pytest.raises(ConfigError, match=f"holds {size} samples"):
+            Stream(Sized(), "train", batch_size=1, micro_batch_size=1, seed=0, max_length=99)
+        with pytest.raises(AssertionError, match=r"not in range"):
+            permuted(0, size, 1)
 
 
 def test_errors_of_the_thread_arrive_and_do_not_shift_the_order():
