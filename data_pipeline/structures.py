@@ -5,7 +5,9 @@ names. What it leaves to its caller is done here: one location a residue, one re
 blank chains told apart by segment, parents of modified residues, polymers only, breaks marked.
 """
 
+import gzip
 import hashlib
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -26,6 +28,8 @@ RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
 SUFFIXES = (".pdb", ".ent", ".cif", ".mmcif")
 LONGEST_BOND = 2.5
 """Å from C to the next N beyond which two residues are not neighbours."""
+SHORTEST_BOND = 1.0
+"""Å; a residue whose N-CA or CA-C is not from here to LONGEST_BOND was not observed so."""
 
 # Protonation states under the names that force fields give them; the PDB's dictionary has none.
 _FORCE_FIELD_NAMES = {
@@ -33,6 +37,13 @@ _FORCE_FIELD_NAMES = {
     **dict.fromkeys(("CYX", "CYM"), "CYS"),
     **{"ASH": "ASP", "GLH": "GLU", "LYN": "LYS"},
 }
+
+_COORDINATE = re.compile(rb" *[+-]?(\d+\.?\d*|\.\d+) *")
+_UNREADABLE = "correct it, or leave such files out with source.skip_unreadable=true"
+_IMPOSSIBLE = (
+    f"residues with impossible bonds (N-CA or CA-C not {SHORTEST_BOND} to {LONGEST_BOND} Å), "
+    "read as missing"
+)
 
 Notes = dict[str, list[str]]
 """What was left out or changed while reading: reason -> names of files or chains."""
@@ -142,17 +153,22 @@ class StructureSource:
 def read_chains(path: Path, notes: Notes | None = None) -> list[Chain]:
     """The protein chains of a file's first model, in file order; none if it holds no protein.
 
-    `notes` gains the chains with modified residues and the files with several models.
+    `notes` gains the chains with modified residues, the files with several models, and the
+    residues with impossible bonds, whose atoms count as missing.
 
     Raises:
-        StructureError: the file cannot be read.
+        StructureError: the file cannot be read, or a coordinate in it is no number.
     """
     gemmi, notes = _gemmi(), defaultdict(list) if notes is None else notes
     try:
         structure = gemmi.read_structure(str(path))
     except Exception as error:  # gemmi raises RuntimeError, ValueError and OSError alike
         reason = str(error).splitlines()[0]
-        raise StructureError(f"{path} cannot be read as a structure: {reason}") from error
+        raise StructureError(
+            f"{path} cannot be read as a structure: {reason}; {_UNREADABLE}"
+        ) from error
+    if structure.input_format == gemmi.CoorFormat.Pdb:
+        _check_coordinates(path)
     if not len(structure) or not structure[0].count_atom_sites():
         raise StructureError(f"{path} holds no atoms; is it a PDB or mmCIF file?")
     if len(structure) > 1:
@@ -172,6 +188,9 @@ def read_chains(path: Path, notes: Notes | None = None) -> list[Chain]:
             notes["chains that repeat atoms, of which the first was read"].append(name)
         letters = "".join(position.letter.upper() for position in positions)
         xyz = np.array([position.xyz for position in positions], np.float32)
+        for place in np.flatnonzero(impossible := _impossible(xyz)):
+            notes[_IMPOSSIBLE].append(f"{name}/{positions[place].number}")
+        xyz[impossible] = np.nan
         chains.append(Chain(name, letters, xyz))
     return chains
 
@@ -225,6 +244,8 @@ def file_sha256(path: Path) -> str:
 class _Position(NamedTuple):
     """One residue of a chain."""
 
+    number: str
+    """The author's, with insertion code."""
     letter: str
     """Lower case where it is the parent's."""
     xyz: list[list[float]]
@@ -240,7 +261,7 @@ def _positions(gemmi: ModuleType, chain: Any) -> Iterator[_Position]:
     """
     missing = [np.nan] * 3
     # A position is its number with insertion code; the same number farther on is another residue.
-    for _, residues in groupby(chain, key=lambda residue: str(residue.seqid)):
+    for number, residues in groupby(chain, key=lambda residue: str(residue.seqid)):
         best, score = None, (-1, -1.0)
         for residue in residues:
             kind = gemmi.find_tabulated_residue(residue.name)
@@ -254,13 +275,43 @@ def _positions(gemmi: ModuleType, chain: Any) -> Iterator[_Position]:
                 this = (len(here), sum(a.occ for a in here.values()))
                 if this > score:
                     xyz = [here[a].pos.tolist() if a in here else missing for a in ATOMS]
-                    best, score = _Position(_letter(kind), xyz, len(chosen) > len(here)), this
+                    repeated = len(chosen) > len(here)
+                    best, score = _Position(number, _letter(kind), xyz, repeated), this
         if best is not None:
             yield best
 
 
 def _letter(kind: Any) -> str:
     return kind.one_letter_code if kind.one_letter_code.upper() in RESIDUES else "X"
+
+
+def _check_coordinates(path: Path) -> None:
+    """gemmi takes what is no number in a PDB file as zero, or reads its first digits.
+
+    Raises:
+        StructureError: names the line, the column's place and what is there.
+    """
+    data = path.read_bytes()
+    text = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
+    for number, line in enumerate(text.splitlines(), 1):
+        record = line[:6].upper().rstrip()
+        if record == b"END":  # gemmi reads no further
+            return
+        if record[:4] != b"ATOM" and record != b"HETATM":
+            continue
+        for axis, start in (("x", 30), ("y", 38), ("z", 46)):
+            column = line[start : start + 8]
+            if not _COORDINATE.fullmatch(column):
+                raise StructureError(
+                    f"{path} line {number}: {axis} in columns {start + 1}-{start + 8} is "
+                    f"'{column.decode(errors='backslashreplace')}', no number; {_UNREADABLE}"
+                )
+
+
+def _impossible(xyz: Float32[np.ndarray, "length 4 3"]) -> Bool[np.ndarray, " length"]:
+    """Residues whose N-CA or CA-C is no bond's length; a missing atom has no bond."""
+    bonds = np.linalg.norm(np.diff(xyz[:, :3], axis=1), axis=-1)
+    return np.any((bonds < SHORTEST_BOND) | (bonds > LONGEST_BOND), axis=1)
 
 
 def _rename_residues(model: Any) -> None:

@@ -138,6 +138,51 @@ def test_unreadable_files_stop_unless_asked(tmp_path):
         StructureSource(tmp_path / "folder").files()
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    "axis, column",
+    [("x", " abcdefg"), ("y", "   1.2x0"), ("z", "        "), ("x", "     nan"), ("y", " 1.0 2.0")],
+)
+def test_coordinates_that_are_no_numbers_are_named(tmp_path, axis, column, packed):
+    """gemmi would read zero or the first digits; the file, line and text are told."""
+    good = "".join(residue("ALA", n, 3 * n) for n in range(30))
+    lines, start = good.splitlines(), 30 + 8 * "xyz".index(axis)
+    lines[6] = lines[6][:start] + column + lines[6][start + 8 :]
+    bad = tmp_path / ("bad.pdb.gz" if packed else "bad.pdb")
+    text = ("\n".join(["REMARK   made", *lines, "END"]) + "\n").encode()
+    bad.write_bytes(gzip.compress(text) if packed else text)
+    with pytest.raises(StructureError) as caught:
+        read_chains(bad)
+    message = str(caught.value)
+    assert f"{bad} line 8: {axis} in columns {start + 1}-{start + 8} is '{column}'" in message
+    assert "skip_unreadable=true" in message and "\n" not in message
+    (tmp_path / "good.pdb").write_text(good + "END\nATOM  behind the end\n")
+    notes = defaultdict(list)
+    (chain,) = StructureSource(tmp_path, skip_unreadable=True).chains(notes)
+    assert chain.id == "good/A" and notes == {"unreadable files": [bad.name]}
+
+
+def test_residues_with_impossible_bonds_are_missing_and_noted(tmp_path):
+    """An atom far away or on another takes its residue out; of all zeros nothing is left."""
+    text = residue("ALA", 1, 0) + line("N", "SER", 2, 3) + line("CA", "SER", 2, 30)
+    text += line("C", "SER", 2, 5) + line("O", "SER", 2, 6) + residue("GLY", 3, 6)
+    text += line("N", "VAL", 4, 9) + line("CA", "VAL", 4, 10) + line("C", "VAL", 4, 10, code=" ")
+    text += residue("ALA", 5, 12, atoms=("N", "C"))  # no bond, so none that is impossible
+    notes = defaultdict(list)
+    (chain,) = read(tmp_path, text, notes=notes)
+    assert np.isnan(chain.xyz).all((1, 2)).tolist() == [False, True, False, True, False]
+    assert chain.sequence == "ASGVA" and np.isfinite(chain.xyz[4, 0]).all()
+    (reason,) = notes
+    assert "impossible bonds" in reason and notes[reason] == ["made/A/2", "made/A/4"]
+    zeros = "".join(residue("ALA", n, 0) for n in range(30))
+    for atom in range(4):
+        zeros = zeros.replace("".join(f"{x:8.3f}" for x in STEP * atom), 3 * "   0.000")
+    path = tmp_path / "zeros.pdb"
+    path.write_text(zeros + "END\n")
+    with pytest.raises(StructureError, match=r"no usable .*30 residues with impossible bonds"):
+        StructureSource(path).chains(defaultdict(list))
+
+
 def test_selection_counts_what_it_leaves_out(tmp_path):
     """Short, incomplete and repeated chains are noted by name; nothing left is an error."""
     long = "".join(residue("ALA", n, 3 * n) for n in range(30))
