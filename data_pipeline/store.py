@@ -133,7 +133,6 @@ def build(path: Path, source: Source) -> dict[str, Any]:
 
     Killed at once, it leaves a folder NAME.tmp-... that nothing reads.
 
-
     Returns:
         The manifest.
     Raises:
@@ -171,7 +170,12 @@ def build(path: Path, source: Source) -> dict[str, Any]:
         _sync_file(path.parent)
         return manifest
     except OSError as error:
-        raise StoreError(f"cannot write the store {path}: {error}") from error
+        # Its text names the draft; what it says of that holds for `path`.
+        reason = error.strerror or str(error).replace(str(draft), str(path))
+        raise StoreError(
+            f"cannot write the store {path}: {reason}; choose another store=... on a disk with "
+            "room where you may write"
+        ) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
