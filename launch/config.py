@@ -183,13 +183,23 @@ def check_fields(config: Config) -> None:
         _require(value >= 0, f"optim.{key}", value, "must not be negative")
     betas = list(optim.betas)
     _require(all(0 <= b < 1 for b in betas), "optim.betas", betas, "must lie in [0, 1)")
-    _require(parallel.timeout_s > 0, "parallel.timeout_s", parallel.timeout_s, "must be positive")
-    plain = bool(config.name) and Path(config.name).name == config.name
-    _require(plain, "name", repr(config.name), "must be one folder name; runs= chooses the folder")
+    _require(1 <= parallel.timeout_s <= _LONGEST_WAIT_S, "parallel.timeout_s", parallel.timeout_s,
+             f"must lie in 1 ... {_LONGEST_WAIT_S} seconds (30 days)")  # fmt: skip
+    _require(0 <= train.seed < 2**63, "train.seed", train.seed, f"must lie in 0 ... {2**63 - 1}")
+    check_folder_name(config.name, "runs")
 
 
 _COUNTS = ("steps", "batch_size", "micro_batch_size", "max_length", "log_every",
            "evaluate_every", "save_every", "keep")  # fmt: skip
+
+
+_LONGEST_WAIT_S = 30 * 86400
+
+
+def check_folder_name(name: str, parent: str) -> None:
+    """Raises ConfigError unless `name` is one folder inside that of the key `parent`."""
+    plain = name.isprintable() and Path(name).name == name and name not in ("", "..")
+    _require(plain, "name", repr(name), f"must be one folder name; {parent}= chooses the folder")
 
 
 def _require(condition: bool, key: str, value: object, rule: str) -> None:

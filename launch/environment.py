@@ -48,13 +48,20 @@ def discover(environ: Mapping[str, str] = os.environ) -> Ranks:
     """Rank and world from torchrun, accelerate, deepspeed, srun, or one plain process.
 
     Raises:
-        ConfigError: a launcher that announced several processes started only this one.
+        ConfigError: a launcher that announced several processes started only this one, or gave no
+            port to meet at.
     """
     if "RANK" in environ and "WORLD_SIZE" in environ:
         world = int(environ["WORLD_SIZE"])
         local = environ.get("LOCAL_WORLD_SIZE", environ.get("LOCAL_SIZE", world))
         master = environ.get("MASTER_ADDR", "127.0.0.1"), environ.get("MASTER_PORT", "29500")
         rank, local_rank = int(environ["RANK"]), int(environ.get("LOCAL_RANK", environ["RANK"]))
+        if world > 1 and master[1] == "0":
+            # Each rank would wait at a free port of its own.
+            raise ConfigError(
+                f"MASTER_PORT=0 is no port at which {world} ranks can meet: start torchrun with "
+                "--standalone, or give --master_port a free port such as 29500"
+            )
         return Ranks(rank, world, local_rank, int(local), master)
     if "ACCELERATE_MIXED_PRECISION" in environ and "MASTER_PORT" in environ:
         # Its "simple launcher" (distributed_type MULTI_CPU, or --cpu) starts one process without

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_pipeline.errors import ConfigError, RunError
-from launch.config import check_choice, command_line, to_yaml
+from launch.config import check_choice, check_folder_name, command_line, to_yaml
 
 
 @dataclass
@@ -48,6 +48,7 @@ class SweepConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
+        check_folder_name(self.name, "sweeps")
         for key in ("rows", "steps", "threads"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"{key}={getattr(self, key)}: must be at least 1")

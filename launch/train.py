@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 def main(arguments: list[str]) -> None:
     """Train a model on a task; every rank runs this."""
-    config, overrides = command_line(arguments, "train", Config, "Train a model on a task.")
     ranks = discover()
-    share_cores(ranks)
+    share_cores(ranks)  # the check of names is the first to import torch
+    about = "Train a model on a task."
+    config, overrides = command_line(arguments, "train", Config, about, check=check_names)
     follow_accelerate(config, overrides)
-    check_names(config)
     device = choose_device(config.device, ranks)
     uses_deepspeed = config.engine.name == "deepspeed"
     if uses_deepspeed and device.type == "cpu":

@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+from itertools import product
 
 import pytest
 import yaml
@@ -19,7 +20,13 @@ from launch.config import (
     options_of,
     to_yaml,
 )
+from launch.train import check_names
+from launch.train import main as train_command
 from scaling.models import MODELS
+
+
+def options_in(group: str) -> list[str]:
+    return sorted(file.stem for file in (config_folder() / group).glob("*.yaml"))
 
 
 def composed(*overrides: str) -> Config:
@@ -55,7 +62,16 @@ def test_values_come_from_groups_then_experiment_then_command_line():
         ("parallel.sp=0", "parallel.sp=0: must be at least 1"),
         ("optim.lr=nan", "optim.lr=nan: must be positive"),
         ("engine.zero_stage=4", "engine.zero_stage=4"),
-        ("name=a/b", "name='a/b'"),
+        *(
+            (f"name={name}", f"name='{name}': must be one folder")
+            for name in ("a/b", "..", ".", "")
+        ),
+        ("train.seed=-1", "train.seed=-1: must lie in 0 ... 9223372036854775807"),
+        (f"train.seed={2**63}", f"train.seed={2**63}: must lie in 0 ... {2**63 - 1}"),
+        *(
+            (f"parallel.timeout_s={value}", "must lie in 1 ... 2592000 seconds")
+            for value in ("nan", "inf", "0.5", "2592001")
+        ),
         ("train.steps", "cannot read 'train.steps': write key=value"),
         ("train.seed=1,2", "'train.seed=1,2' gives several values"),
         ("train.seed=${nothing}", "Interpolation key 'nothing' not found"),
@@ -94,12 +110,28 @@ def test_every_option_file_lists_only_what_its_constructor_takes(group: str):
     from data_pipeline.task import TASKS
 
     registry = {"model": MODELS, "task": TASKS}[group]
-    files = sorted((config_folder() / group).glob("*.yaml"))
-    assert {file.stem for file in files} == set(registry)
-    for file in files:
-        choice = yaml.safe_load(file.read_text())
-        assert choice["name"] == file.stem
+    assert set(registry) <= set(options_in(group))
+    for option in options_in(group):
+        choice = getattr(composed(f"{group}={option}"), group)
+        assert option.startswith(choice["name"])
         check_choice(group, choice, registry, given=("vectors", "scalars"))
+
+
+def test_every_experiment_goes_with_every_model_and_task():
+    for experiment in options_in("experiment"):
+        check_names(composed(f"experiment={experiment}"))
+        for model, task in product(options_in("model"), options_in("task")):
+            config = composed(f"experiment={experiment}", f"model={model}", f"task={task}")
+            check_names(config)
+            assert model.startswith(config.model["name"]) and config.task["name"] == task
+    assert composed().model["readout"] == 0.1  # the main job's
+    assert composed("model=se3_hyena").model["readout"] == 1.0
+
+
+def test_names_are_checked_before_anything_is_printed(capsys: pytest.CaptureFixture):
+    with pytest.raises(ConfigError, match=r"unknown key model\.channelz"):
+        train_command(["--cfg", "model.channelz=3"])
+    assert not capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Ranks from every launcher's variables, and DeepSpeed's extension folder."""
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -57,6 +58,12 @@ def test_accelerate_that_starts_too_few_processes_is_explained():
     environ = {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "::1", "MASTER_PORT": "29500"}
     with pytest.raises(ConfigError, match="MULTI_CPU"):
         discover(environ)
+
+
+def test_ranks_that_could_not_meet_at_port_0_are_told():
+    with pytest.raises(ConfigError, match=r"MASTER_PORT=0 is no port .* --standalone, or"):
+        discover(TORCHRUN | {"MASTER_PORT": "0"})
+    assert discover(TORCHRUN | {"MASTER_PORT": "0", "WORLD_SIZE": "1", "RANK": "0"}).world == 1
 
 
 def test_compressed_lists_of_slurm():
@@ -195,8 +202,10 @@ def test_private_folder_belongs_to_this_environment(monkeypatch: pytest.MonkeyPa
 
 def test_a_process_that_waits_alone_gives_up_with_one_line(tmp_path: Path):
     """Rank 0 of 2 whose partner never starts: no hang, no traceback."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
     environ = os.environ | {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                            "MASTER_PORT": "0", "LOCAL_RANK": "0"}  # fmt: skip
+                            "MASTER_PORT": str(port), "LOCAL_RANK": "0"}  # fmt: skip
     script = (
         "import sys, torch; from launch.environment import *\n"
         "def main(a):\n"
