@@ -16,6 +16,7 @@ Random state is one for all ranks: whatever is random for a token is a function 
 import base64
 import json
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Callable
@@ -27,11 +28,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_pipeline.errors import RunError
+from data_pipeline.errors import LongfoldError, RunError
 from scaling.observe.metrics import sync_folder, write_atomically
 from scaling.parallel.engine import Engine
 
 FORMAT = 1
+DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
+"""What reading a file that is not as it was written can raise."""
 
 
 @runtime_checkable
@@ -56,11 +59,15 @@ class Checkpoints:
         latest = self.folder / "latest"
         if not latest.exists():
             return None
-        name = latest.read_text().strip()
-        if not (self.folder / name).is_dir():
+        name = latest.read_text(errors="replace").strip()
+        known = re.fullmatch(r"step-\d{8}", name)
+        if not known or not (self.folder / name).is_dir():
+            wrong = f"names {name}, which is not there" if known else (
+                f"holds {name[:40]!r}, not the name of a checkpoint")  # fmt: skip
+            names = self._names()
+            write = f"write {names[-1]!r} into it" if names else "there is no checkpoint"
             raise RunError(
-                f"{latest} names {name}, which is not there; write the name of one of "
-                f"{', '.join(self._names()) or 'none'} into it, or remove the run to start anew"
+                f"{latest} {wrong}; {write}, or remove {self.folder.parent} to start anew"
             )
         return int(name.removeprefix("step-"))
 
@@ -98,9 +105,14 @@ class Checkpoints:
             for name, buffer in engine.module.named_buffers():
                 if name in model:
                     buffer.copy_(model[name])
-        stream.load_state_dict(state["stream"])
-        set_random_state(state["random"])
-        return state["step"]
+        try:
+            stream.load_state_dict(state["stream"])
+            set_random_state(state["random"])
+        except LongfoldError:  # says more itself
+            raise
+        except DAMAGE as error:
+            raise _damaged(folder, error) from error
+        return step
 
     def _write(self, step: int, model: Any, optimizer: Any, state: dict[str, Any]) -> None:
         self.folder.mkdir(exist_ok=True)
@@ -128,8 +140,8 @@ class Checkpoints:
             shutil.rmtree(self.folder / name)
 
     def _names(self) -> list[str]:
-        found = self.folder.glob("step-*")
-        return sorted(path.name for path in found if path.is_dir() and path.suffix != ".tmp")
+        found = self.folder.glob("step-" + 8 * "[0-9]")
+        return sorted(path.name for path in found if path.is_dir())
 
 
 def random_state() -> dict[str, str]:
@@ -178,6 +190,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
         state = json.loads((folder / "state.json").read_text())
         if state["format"] != FORMAT:
             raise RunError(f"{folder} has format {state['format']}, this program reads {FORMAT}")
+        if _name(state["step"]) != folder.name:
+            raise ValueError(f"state.json is of step {state['step']}")
         for name, checksum in state["checksums"].items():
             if _checksum(folder / name) != checksum:
                 raise ValueError(f"the checksum of {name} is wrong")
@@ -185,16 +199,21 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
             torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
             for name in ("model.pt", "optimizer.pt")
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        if isinstance(error, RunError):
-            raise
-        others = [path.name for path in sorted(folder.parent.glob("step-*")) if path != folder]
-        way_out = f"write {others[-1]!r} into" if others else "there is no older one: remove"
-        raise RunError(
-            f"the checkpoint {folder} is damaged ({_one_line(error)}); {way_out} "
-            f"{folder.parent / 'latest' if others else folder.parent.parent} and start again"
-        ) from error
+    except RunError:
+        raise
+    except DAMAGE as error:
+        raise _damaged(folder, error) from error
     return state, model, optimizer
+
+
+def _damaged(folder: Path, error: Exception) -> RunError:
+    others = [path.name for path in sorted(folder.parent.glob("step-*")) if path != folder]
+    way_out = f"write {others[-1]!r} into" if others else "there is no older one: remove"
+    reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return RunError(
+        f"the checkpoint {folder} is damaged ({' '.join(reason.split())[:200]}); {way_out} "
+        f"{folder.parent / 'latest' if others else folder.parent.parent} and start again"
+    )
 
 
 def _check_names(folder: Path, saved: dict[str, Tensor], engine: Engine) -> None:
@@ -226,7 +245,3 @@ def _checksum(path: Path) -> int:
 
 def _name(step: int) -> str:
     return f"step-{step:08d}"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -9,14 +9,14 @@ from torch import nn
 
 from data_pipeline.batch import Sample
 from data_pipeline.errors import ConfigError, RunError
-from data_pipeline.stream import MicroBatch, Stream
+from data_pipeline.stream import MicroBatch, Stream, check_lengths
 from data_pipeline.task import Task
 from scaling.observe.metrics import Row, StepMeter
 from scaling.observe.progress import Summary
 from scaling.parallel.engine import Engine, build_engine
 from scaling.parallel.loss import engine_loss, global_sums
 from scaling.parallel.mesh import Mesh
-from scaling.train.checkpoint import Checkpoints
+from scaling.train.checkpoint import Checkpoints, first_rank_says
 from scaling.train.evaluate import Evaluation
 from scaling.train.objective import Objective
 from scaling.train.optim import learning_rate, optimizer_maker
@@ -46,6 +46,11 @@ def fit(
         ConfigError: settings that cannot work together.
         RunError: loss or gradient left the finite numbers, or the checkpoint does not fit.
     """
+
+    def due(step: int) -> bool:
+        """Whether this step is evaluated."""
+        return step == train.steps or step % train.evaluate_every == 0
+
     with Reporter(run, task, train.steps) as report, StopRequest(run.stop_file) as stop:
         trainer = build_trainer(model, task, mesh, train, optim, engine, device)
         evaluation = Evaluation(trainer.engine, trainer.objective, task, train, device)
@@ -53,6 +58,8 @@ def fit(
         with closing(trainer.stream) as stream:
             step = checkpoints.load(trainer.engine, stream)
             report.start(step)
+            if step and due(step) and first_rank_says(lambda: not run.evaluated(step)):
+                report.row(evaluation.row(step))  # it had been saved, but not evaluated
             stopped = False
             while step < train.steps and not stopped:
                 step += 1
@@ -60,11 +67,11 @@ def fit(
                 last = step == train.steps
                 if last or step % train.log_every == 0:
                     report.row(row | trainer.meter.row())
-                if last or step % train.evaluate_every == 0:
-                    report.row(evaluation.row(step))
                 save = last or stopped or step % train.save_every == 0
-                if save:
+                if save:  # first: whatever becomes of the evaluation, the step is kept
                     checkpoints.save(step, trainer.engine, stream, run.identity)
+                if due(step):
+                    report.row(evaluation.row(step))
                 report.advance(step, save)
         return report.finish(step)
 
@@ -141,6 +148,7 @@ def build_trainer(
             f"train.log_every={train.log_every}, evaluate_every={train.evaluate_every}, "
             f"save_every={train.save_every} and keep={train.keep} must be 1 or more"
         )
+    check_lengths(task, "validation", train.max_length)  # now, not at the first evaluation
     stream = Stream(
         task,
         "train",

@@ -1,5 +1,7 @@
 """Everything a run tells, in one place: rows, TensorBoard, progress, status, summary."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from types import TracebackType
 
@@ -29,24 +31,22 @@ class Reporter:
         self._step, self._began_finished = step, step >= self._steps
         if not self._run.first:
             return
-        rows = self._run.metrics.truncate(step)
-        self._sink = TensorBoardSink(self._run.tensorboard, rows)
+        with self._writing():
+            rows = self._run.metrics.truncate(step)
+            self._sink = TensorBoardSink(self._run.tensorboard, rows)
+            if not self._began_finished:
+                self._run.set_status("running", step)
         self._progress = Progress(True, step, self._steps)
-        if self._began_finished:
-            return
-        self._run.set_status("running", step)
-        if step > 0:
+        if step > 0 and not self._began_finished:
             self._progress.say(f"{self._run.path}: going on after step {step}")
 
     def row(self, row: Row) -> None:
         """A row for metrics.jsonl, TensorBoard and the person who watches."""
         if self._sink is None:
             return
-        try:
+        with self._writing():
             self._run.metrics.append(row)
-        except OSError as error:
-            raise RunError(f"cannot write {self._run.metrics.path}: {error.strerror}") from error
-        self._sink.write(row)
+            self._sink.write(row)
         if row["split"] == "train":
             self._progress.train(row)
         else:
@@ -57,8 +57,9 @@ class Reporter:
         self._step = step
         self._progress.advance()
         if saved and self._sink is not None:
-            self._sink.flush()
-            self._run.set_status("running", step)
+            with self._writing():
+                self._sink.flush()
+                self._run.set_status("running", step)
 
     def finish(self, step: int) -> Summary:
         """The summary, printed; the same on every rank but for the baselines (first rank only)."""
@@ -69,8 +70,9 @@ class Reporter:
         )
         summary = summarise(self._run.path, self._run.metrics.rows(), baselines, step, state)
         if self._run.first:
-            self._run.set_status(state, step, summary=asdict(summary))
-            self._run.stop_file.unlink(missing_ok=True)
+            with self._writing():
+                self._run.set_status(state, step, summary=asdict(summary))
+                self._run.stop_file.unlink(missing_ok=True)
         self._progress.close()
         for line in [*summary.lines(), *self._way_on(state)]:
             self._progress.say(line)
@@ -91,9 +93,26 @@ class Reporter:
         trace: TracebackType | None,
     ) -> None:
         self._progress.close()
-        if self._sink is not None:
-            self._sink.close()
-        if error is not None and self._run.status().get("state") != "finished":
-            text = " ".join(f"{type(error).__name__}: {error}".split())
-            self._run.set_status("failed", self._step, error=text[:500])
-        self._run.close()
+        try:
+            with self._writing():
+                if self._sink is not None:
+                    self._sink.close()
+                if error is not None and self._run.status().get("state") != "finished":
+                    text = " ".join(f"{type(error).__name__}: {error}".split())
+                    self._run.set_status("failed", self._step, error=text[:500])
+        except RunError:
+            if error is None:  # else that one came first, and says why
+                raise
+        finally:
+            self._run.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Every write of a report goes through here."""
+        try:
+            yield
+        except OSError as error:
+            raise RunError(
+                f"cannot write to the run {self._run.path}: {error}; make room, or start again if "
+                "it was removed"
+            ) from error

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from data_pipeline.errors import RunError
-from scaling.observe.metrics import MetricsFile, write_atomically
+from scaling.observe.metrics import MetricsFile, of_split, write_atomically
 from scaling.train.checkpoint import first_rank_does
 
 State = Literal["running", "finished", "failed", "interrupted"]
@@ -92,7 +92,11 @@ class RunDirectory:
     def status(self) -> dict[str, Any]:
         """What status.json says; empty before the first start."""
         path = self.path / "status.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        return _read_object(path) if path.exists() else {}
+
+    def evaluated(self, step: int) -> bool:
+        """Whether the rows hold the validation of this step."""
+        return any(row["step"] == step for row in of_split(self.metrics.rows(), "validation"))
 
     @property
     def stop_file(self) -> Path:
@@ -108,7 +112,7 @@ class RunDirectory:
         try:
             for folder in (self.path, self.checkpoints, self.tensorboard):
                 folder.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / ".lock").open("w")
+            self._lock = (self.path / ".lock").open("a+")  # its owner stays readable
         except OSError as error:
             raise RunError(
                 f"the run directory {self.path} cannot be written ({error.strerror}); choose "
@@ -125,11 +129,15 @@ class RunDirectory:
             # The kernel lets go of it when the process ends, however it ends.
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            owner = self.status()
+            self._lock.seek(0)
+            owner = self._lock.read().strip() or "another process"
             raise RunError(
-                f"the run {self.path} is being written by process {owner.get('pid')} on "
-                f"{owner.get('host')}; wait for it, stop it, or choose another name=..."
+                f"the run {self.path} is being written by {owner}; wait for it, stop it, or "
+                "choose another name=..."
             ) from error
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self._lock.flush()
         self._check_identity()
         write_atomically(self.path / "identity.json", json.dumps(self.identity, indent=1) + "\n")
         write_atomically(self.path / "config.yaml", OmegaConf.to_yaml(self.config))
@@ -141,7 +149,7 @@ class RunDirectory:
         path = self.path / "identity.json"
         if not path.exists():
             return
-        before, now = (flatten(tree) for tree in (json.loads(path.read_text()), self.identity))
+        before, now = (flatten(tree) for tree in (_read_object(path), self.identity))
         differing = [
             f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
             for key in sorted(before.keys() | now.keys())
@@ -154,6 +162,16 @@ class RunDirectory:
                 f"the run {self.path} belongs to another configuration: {'; '.join(differing)}; "
                 "use those values, or choose another name=..."
             )
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("not a JSON object")
+    except ValueError as error:
+        raise RunError(f"{path} is damaged ({error}); remove it and start again") from error
+    return content
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

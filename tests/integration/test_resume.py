@@ -16,13 +16,15 @@ import torch
 import torch.distributed as dist
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from data_pipeline.errors import RunError
+from data_pipeline.errors import ConfigError, RunError
+from data_pipeline.recall import Recall
 from data_pipeline.task import build_task
 from scaling.models import build
 from scaling.parallel.mesh import Mesh
 from scaling.train.loop import fit
 from scaling.train.run import RunDirectory
 from scaling.train.settings import EngineSettings, OptimSettings, TrainSettings
+from scaling.train.stop import SAME_REQUEST_S
 from tests import processes
 
 STEPS = 6
@@ -187,6 +189,59 @@ def test_a_stop_file_or_a_signal_interrupts_and_the_same_call_goes_on(
     assert not (tmp_path / "STOP").exists() and signal.getsignal(signal.SIGTERM) is before
     assert train(tmp_path).status == "finished"
     assert_same(tmp_path, straight, 0)
+
+
+def test_asked_twice_it_ends_even_while_it_waits(tmp_path):
+    """Reading a pipe that nobody writes to, by a call that signals do not end, stands for a wait
+    for a rank that hangs. Twice within a moment is one request."""
+    script = f"""if True:
+        import ctypes, os
+        from pathlib import Path
+        from scaling.train.stop import StopRequest
+        with StopRequest(Path({str(tmp_path)!r}) / "STOP"):
+            print("ready", flush=True)
+            reader, _ = os.pipe()
+            ctypes.CDLL(None).read(reader, ctypes.create_string_buffer(1), 1)
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout.readline() == "ready\n"
+            process.send_signal(signal.SIGUSR1)
+            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGTERM)
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(SAME_REQUEST_S + 0.5)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(10) == 128 + signal.SIGINT
+            assert process.stderr.read().startswith("asked again: stopping at once")
+        finally:
+            process.kill()
+
+
+def test_a_step_is_kept_though_its_evaluation_fails_and_is_evaluated_later(
+    tmp_path, straight, monkeypatch
+):
+    def fails(*_):
+        raise MemoryError("too large")
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr("scaling.train.loop.Evaluation.row", fails)
+        train(tmp_path, save_every=4)
+    assert saved_step(tmp_path) == 4
+    train(tmp_path)
+    assert_same(tmp_path, straight, 0)
+
+
+def test_what_validation_cannot_read_is_said_before_the_first_step(tmp_path, monkeypatch):
+    longest = Recall.length
+    monkeypatch.setattr(
+        Recall, "length", lambda *a: longest(*a) + (100 if a[1] == "validation" else 0)
+    )
+    with pytest.raises(ConfigError, match=r"109 tokens, more than train\.max_length=50"):
+        train(tmp_path, max_length=50)
+    assert not (tmp_path / "metrics.jsonl").exists()
 
 
 def not_a_number_on_one_rank(group, folder: Path) -> str:

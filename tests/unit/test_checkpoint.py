@@ -128,6 +128,39 @@ def test_a_damaged_checkpoint_names_itself_and_the_way_out(tmp_path, name, damag
         checkpoints.load(*state)
 
 
+@pytest.mark.parametrize("content", [b"", b"step-1", b"..", b"step-00000001.tmp", b"\xff\x00"])
+def test_latest_that_names_no_checkpoint_is_an_error_with_the_way_out(tmp_path, content):
+    state, checkpoints = make(), Checkpoints(tmp_path / "checkpoints", keep=2)
+    checkpoints.save(1, *state, identity={})
+    (tmp_path / "checkpoints" / "latest").write_bytes(content)
+    fix = "not the name of a checkpoint; write 'step-00000001' into it, or remove"
+    with pytest.raises(RunError, match=f"checkpoints/latest holds .*, {fix} {tmp_path}"):
+        checkpoints.load(*state)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: [state],
+        lambda state: None,
+        lambda state: state | {"step": "1"},
+        lambda state: state | {"step": 2},
+        lambda state: state | {"stream": 3},
+        lambda state: state | {"random": {}},
+        lambda state: state | {"random": {"cpu": "AAAA"}},
+        lambda state: state | {"checksums": []},
+    ],
+)
+def test_a_state_of_another_type_is_damage(tmp_path, change):
+    pair, checkpoints = make(), Checkpoints(tmp_path, keep=2)
+    checkpoints.save(1, *pair, identity={})
+    path = tmp_path / "step-00000001" / "state.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    with pytest.raises(RunError, match=r"step-00000001 is damaged .* remove") as error:
+        checkpoints.load(*pair)
+    assert "\n" not in str(error.value)
+
+
 def test_another_model_and_a_missing_folder_are_refused(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     checkpoints.save(1, *make(), identity={})
@@ -149,7 +182,7 @@ def test_another_model_and_a_missing_folder_are_refused(tmp_path):
     ):
         checkpoints.load(*make(4))
     (tmp_path / "latest").write_text("step-00000007\n")
-    with pytest.raises(RunError, match=r"step-00000007, which is not there.*step-00000001"):
+    with pytest.raises(RunError, match=r"step-00000007, which is not there.*'step-00000001'"):
         checkpoints.load(*make())
 
 

@@ -1,10 +1,15 @@
 """One directory, one configuration, one writer."""
 
 import json
+import os
+import shutil
+import socket
 
 import pytest
 
 from data_pipeline.errors import RunError
+from data_pipeline.task import build_task
+from scaling.train.report import Reporter
 from scaling.train.run import RunDirectory
 
 IDENTITY = {
@@ -54,13 +59,45 @@ def test_what_does_not_change_the_result_may_change(tmp_path):
 
 
 def test_two_writers_are_one_too_many(tmp_path):
+    """The owner is named from the first moment, and stays named however many ask."""
     run = RunDirectory(tmp_path, IDENTITY, {})
-    run.set_status("running", 1)
-    pid = run.status()["pid"]
-    with pytest.raises(RunError, match=f"being written by process {pid} on"):
-        RunDirectory(tmp_path, IDENTITY, {})
+    owner = f"being written by process {os.getpid()} on {socket.gethostname()};"
+    for _ in range(2):
+        with pytest.raises(RunError, match=owner):
+            RunDirectory(tmp_path, IDENTITY, {})
     run.close()
     RunDirectory(tmp_path, IDENTITY, {}).close()
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"half'])
+def test_a_damaged_file_is_named(tmp_path, content):
+    run = RunDirectory(tmp_path, IDENTITY, {})
+    (tmp_path / "status.json").write_text(content)
+    with pytest.raises(RunError, match=r"status\.json is damaged .* remove it"):
+        run.status()
+    run.close()
+    (tmp_path / "identity.json").write_text(content)
+    with pytest.raises(RunError, match=r"identity\.json is damaged .* remove it"):
+        RunDirectory(tmp_path, IDENTITY, {})
+
+
+def test_a_directory_removed_meanwhile_is_one_line_at_every_write(tmp_path):
+    row = {"step": 1, "split": "validation", "loss": 1.0, "equivariance_error": 0.0}
+    for write in (
+        lambda report: report.row(row),
+        lambda report: [report.advance(1, saved=True) for _ in range(2)],
+        lambda report: report.finish(1),
+    ):
+        run = RunDirectory(tmp_path / "run", IDENTITY, {})
+        task = build_task("recall", tokens=9, held_out_size=1)
+        with (
+            pytest.raises(RunError, match=f"cannot write to the run {run.path}: ") as error,
+            Reporter(run, task, 2) as report,
+        ):
+            report.start(0)
+            shutil.rmtree(run.path)
+            write(report)
+        assert "\n" not in str(error.value)
 
 
 def test_a_directory_that_cannot_be_made_is_named(tmp_path):
