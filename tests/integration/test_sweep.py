@@ -69,7 +69,7 @@ def test_a_point_that_fails_says_why(tmp_path: Path):
     config.timeout_s = 60
     config.model = config.model | {"channels": -1}
     row = sweep.measure_point(config, tmp_path, 8, 1)
-    assert "negative dimension" in row["status"]
+    assert "model.channels=-1: se3_hyena needs a whole number" in row["status"]
 
 
 @pytest.mark.parametrize(
