@@ -74,7 +74,7 @@ class SE3Hyena(nn.Module):
         tokens = Tokens(batch.mask, shard)
         points, vectors = tokens.keep(batch.points), tokens.keep(batch.vectors)
         scalars = tokens.keep(batch.scalars)
-        centred = tokens.keep(points - tokens.mean(points).unsqueeze(-1))
+        centred, _ = tokens.centre(points)
         given = torch.cat([centred.unsqueeze(1), vectors], 1)
         norms = torch.log1p(smooth_sqrt(given.square().sum(2)))
         x = self.embed_vectors(torch.cat([given, tokens.previous(given)], 1))

@@ -72,9 +72,8 @@ class SE3HyenaPaper(nn.Module):
         f = tokens.keep(batch.scalars)
         x = tokens.keep(torch.cat([batch.points.unsqueeze(1), batch.vectors], 1))
         for operator in self.operators:
-            centre = tokens.mean(x[:, :1]).unsqueeze(-1)
-            centred = tokens.keep(torch.cat([x[:, :1] - centre, x[:, 1:]], 1))
-            f, y = operator(f, centred, tokens)
+            positions, centre = tokens.centre(x[:, :1])
+            f, y = operator(f, torch.cat([positions, x[:, 1:]], 1), tokens)
             x = tokens.keep(torch.cat([y[:, :1] + centre, y[:, 1:]], 1))
         return batch.replace(points=x[:, 0], vectors=x[:, 1:], scalars=tokens.keep(f))
 

@@ -37,6 +37,16 @@ class Tokens:
         total = self.sum(x)
         return total / self.counts.clamp(min=1).to(x.dtype).reshape(-1, *[1] * (total.ndim - 1))
 
+    def centre(self, x: Float[Tensor, "b ... n"]) -> tuple[Tensor, Tensor]:
+        """x without the mean over its row, 0 at tokens that are not valid, and the mean (..., 1).
+
+        Done twice: a mean far from 0 is rounded, and what that leaves is the same in all tokens.
+        """
+        first = self.mean(x).unsqueeze(-1)
+        rest = self.keep(x - first)
+        second = self.mean(rest).unsqueeze(-1)
+        return self.keep(rest - second), first + second
+
     @cached_property
     def counts(self) -> Int[Tensor, " b"]:
         """Valid tokens of each row."""
