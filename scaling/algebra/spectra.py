@@ -1,24 +1,81 @@
-"""What a long convolution does at every frequency: bilinear maps, their adjoints, and folding.
+"""What a long convolution does at every frequency: products, phases, and transform lengths.
 
-Operands and results are spectra (..., c, f): c components, f frequencies. The adjoints are those of
-the real convolutions: correlation is the conjugate spectrum (<g, q*k> = <g ⋆ k, q>).
+With v the conjugate of u's cotangent, a convolution u of q and k is one trilinear form in spectra,
+T = sum over frequencies of sign · q_i k_j v_o. The product is its derivative by v; the gradients of
+q and k are the conjugates of its derivatives by q and k; and so on for derivatives of these.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+Role = str
+ROLES: tuple[Role, ...] = ("q", "k", "u")
+PRODUCTS = ("scalar", "dot", "scale", "cross")
+
 
 @dataclass(frozen=True)
-class Bilinear:
-    """A product of spectra: `forward(q, k) -> u`, `adjoint(g, q, k) -> (dq, dk)`."""
+class Product:
+    """u_o = sum of sign · q_i k_j over the terms (i, j, o, sign).
 
-    name: str
-    forward: Callable[[Tensor, Tensor], Tensor]
-    adjoint: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    parts: components of each tensor that a role consists of.
+    """
+
+    parts: dict[Role, tuple[int, ...]]
+    terms: tuple[tuple[int, int, int, int], ...]
+
+    def components(self, role: Role) -> int:
+        return sum(self.parts[role])
+
+    def contract(self, role: Role, x: Tensor, y: Tensor, out: Tensor) -> None:
+        """Writes the form's derivative by `role`; x and y are the others, in the order q, k, u.
+
+        x, y, out: (phase, channel, component, row, frequency).
+        """
+        place = ROLES.index(role)
+        first, second = (n for n in range(3) if n != place)
+        x_parts, y_parts, out_parts = x.unbind(2), y.unbind(2), out.unbind(2)
+        begun = set()
+        for term in sorted(self.terms, key=lambda term: -term[3]):  # a first one has sign +1
+            a, b, o = x_parts[term[first]], y_parts[term[second]], term[place]
+            if o in begun:
+                out_parts[o].addcmul_(a, b, value=term[3])
+            else:
+                torch.mul(a, b, out=out_parts[o])
+                begun.add(o)
+
+
+@lru_cache
+def product(
+    scalars: tuple[bool, bool], vectors: tuple[bool, bool], names: tuple[str, ...]
+) -> Product:
+    """The named products of (scalar, vector) operands q and k, of which each may lack a part.
+
+    scalar: qs ks    dot: q·k    scale: qs k + ks q, or what there is of it    cross: q × k
+    The result has a polar scalar (scalar, dot), a polar vector (scale), an axial vector (cross).
+    """
+    q, k = (range(s, s + 3 * v) for s, v in zip(scalars, vectors, strict=True))
+    terms, parts, o = [], [], 0
+    if "scalar" in names:
+        terms.append((0, 0, o, 1))
+    if "dot" in names:
+        terms += [(q[i], k[i], o, 1) for i in range(3)]
+    if terms:
+        parts, o = [1], 1
+    if "scale" in names:
+        terms += [(0, k[i], o + i, 1) for i in range(3) if scalars[0] and vectors[1]]
+        terms += [(q[i], 0, o + i, 1) for i in range(3) if scalars[1] and vectors[0]]
+        parts, o = [*parts, 3], o + 3
+    if "cross" in names:
+        for i in range(3):
+            after, before = (i + 1) % 3, (i + 2) % 3
+            terms += [(q[after], k[before], o + i, 1), (q[before], k[after], o + i, -1)]
+        parts = [*parts, 3]
+    sizes = [(1,) * s + (3,) * v for s, v in zip(scalars, vectors, strict=True)]
+    return Product({"q": sizes[0], "k": sizes[1], "u": tuple(parts)}, tuple(terms))
 
 
 def cross(a: Tensor, b: Tensor, dim: int = -2) -> Tensor:
@@ -32,39 +89,35 @@ def cross(a: Tensor, b: Tensor, dim: int = -2) -> Tensor:
     return torch.stack(components, dim)
 
 
-def dot(a: Tensor, b: Tensor) -> Tensor:
-    """Sum over the components, kept as an axis of size 1; nothing is conjugated."""
-    return (a * b).sum(-2, keepdim=True)
+def ramp(
+    start: int,
+    step: int,
+    count: int,
+    turns: Sequence[int],
+    modulus: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """exp(2πi (start + step·j) t / modulus) for every t of `turns` and j < count: (turns, count).
+
+    Integers are reduced before they become angles, so that no digit is lost at any length; the
+    exponentials are products of two short tables, so that few sines are taken.
+    """
+    block = max(1, 1 << (count.bit_length() // 2))
+    t = torch.tensor(turns, device=device).reshape(-1, 1)
+
+    def table(first: int, stride: int, size: int) -> Tensor:
+        places = (first + stride * torch.arange(size, device=device)) % modulus
+        angle = (places * t % modulus).double() * (2 * torch.pi / modulus)
+        return torch.polar(torch.ones_like(angle), angle)
+
+    coarse = table(start, step * block, -(-count // block))
+    fine = table(0, step, block)
+    both = coarse.to(dtype).unsqueeze(2) * fine.to(dtype).unsqueeze(1)
+    return both.flatten(1)[:, :count]
 
 
-def _scalar_adjoint(g: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    return g * k.conj(), g * q.conj()
-
-
-def _cross_adjoint(g: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    return cross(k.conj(), g), cross(g, q.conj())
-
-
-def _geometric(q: Tensor, k: Tensor) -> Tensor:
-    """(scalar, vector) with itself -> polar scalar, polar vector, axial vector: 4, 4 -> 7."""
-    (qs, qv), (ks, kv) = q.split([1, 3], -2), k.split([1, 3], -2)
-    return torch.cat([qs * ks + dot(qv, kv), qs * kv + ks * qv, cross(qv, kv)], -2)
-
-
-def _geometric_adjoint(g: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    (qs, qv), (ks, kv) = q.conj().split([1, 3], -2), k.conj().split([1, 3], -2)
-    ga, gu, gx = g.split([1, 3, 3], -2)
-    dq = [ga * ks + dot(gu, kv), ga * kv + ks * gu + cross(kv, gx)]
-    dk = [ga * qs + dot(gu, qv), ga * qv + qs * gu + cross(gx, qv)]
-    return torch.cat(dq, -2), torch.cat(dk, -2)
-
-
-SCALAR = Bilinear("scalar", torch.mul, _scalar_adjoint)
-CROSS = Bilinear("cross", cross, _cross_adjoint)
-GEOMETRIC = Bilinear("geometric", _geometric, _geometric_adjoint)
-
-
-def transform_length(length: int, ranks: int, wraps: list[int] | None) -> tuple[int, bool]:
+def transform_length(length: int, ranks: int, wraps: Sequence[int] | None) -> tuple[int, bool]:
     """Length of the transform, a multiple of `ranks`, and whether its result has to be folded.
 
     A circular convolution whose rows all have the full length, when that is `ranks` times a fast
@@ -78,16 +131,6 @@ def transform_length(length: int, ranks: int, wraps: list[int] | None) -> tuple[
             return length, False
     fold = wraps is not None
     return ranks * fast_length(-(-(2 * length - 1 + fold) // ranks)), fold
-
-
-def fold_factor(bins: Tensor, wraps: list[int], transform: int, dtype: torch.dtype) -> Tensor:
-    """1 + exp(2πi f w / T): adds lin[i + w] to lin[i], which makes a linear convolution circular.
-
-    bins: (...,) frequencies f of a transform of T tokens -> (rows, ...), one row a wrap length w.
-    """
-    shifts = torch.tensor(wraps, device=bins.device).reshape(-1, *[1] * bins.ndim)
-    turns = (bins * shifts % transform).double() / transform  # integers first: no digits lost
-    return (1 + torch.polar(torch.ones_like(turns), 2 * torch.pi * turns)).to(dtype)
 
 
 @lru_cache

@@ -1,4 +1,4 @@
-"""Long convolutions of two sequences by FFT; both operands are data, every token sees all tokens.
+"""Long convolutions of two sequences by FFT: every token sees all tokens.
 
 The formulas, with * for the sum over j and k_{i-j} read modulo the row's length (circular) or as
 zero outside the row (causal):
@@ -10,44 +10,47 @@ zero outside the row (causal):
 Code 1 is what that paper computes; its Eq. (2), read literally, is not a convolution. The cross
 product is taken between spectra: 9 transforms a vector channel instead of 18.
 
-Without a shard these run on one process, as plain torch operations with torch's own gradients: the
-oracle of scaling.parallel.long_conv, which serves the same functions on a sharded sequence.
+The kernel k is data, with q's shape, or static: then it lacks leading axes of q, is shared along
+them, and may be shorter-lived than a batch (parameters, or a function of the token's place). With a
+shard every tensor holds this rank's tokens, the kernel too: nobody builds it whole.
 """
 
-from typing import Literal, get_args
+from collections.abc import Sequence
+from math import prod
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from data_pipeline.errors import ConfigError, ShapeError
-from scaling.algebra.spectra import (
-    CROSS,
-    GEOMETRIC,
-    SCALAR,
-    Bilinear,
-    fold_factor,
-    transform_length,
-)
-from scaling.parallel import long_conv as distributed
+from scaling.algebra.spectra import product
+from scaling.ops.operands import Call, Operand, Padding, Segments, batch_shape, check, choose_terms
+from scaling.parallel.long_conv import Convolution
+from scaling.parallel.rows import bodies, whole_rows
 from scaling.parallel.shard import SequenceShard
+from scaling.parallel.transform import Transform
 
-Padding = Literal["circular", "causal"]
+WORKSPACE_BYTES = 1 << 28
+"""What the buffers of the channels under way may take, per rank; see `scalar_long_conv`."""
 
 
 def scalar_long_conv(
     q: Float[Tensor, "*b n"],
-    k: Float[Tensor, "*b n"],
+    k: Float[Tensor, "*c n"],
     shard: SequenceShard | None = None,
     padding: Padding = "circular",
     lengths: Int[Tensor, " rows"] | None = None,
+    *,
+    segments: Segments | None = None,
+    keep_spectra: bool = True,
+    workspace_bytes: int = WORKSPACE_BYTES,
 ) -> Float[Tensor, "*b n"]:
     """Convolution along the sequence: u_i = sum_j q_j k_{i-j}; no 1/N inside.
 
     circular: indices modulo the row's own length. causal: k is zero outside the row, nothing wraps,
     and u_i depends on tokens 0..i alone. With a cyclic shard, q and k are this rank's tokens;
     values and gradients equal the one-process result for any length, number of channels and ranks,
-    in 3 all-to-alls forward and 3 backward. O(N log N / P) time and O(N / P) memory.
+    in 2 all-to-alls forward and 2 backward for every chunk of channels (operands travel together).
+    O(N log N / P) time and O(N / P) memory.
 
     Half-precision inputs are transformed in float32; the result has q's dtype. Centre the inputs
     first: a float32 transform of a signal with mean m loses about log10(m·sqrt(N)) digits.
@@ -55,127 +58,112 @@ def scalar_long_conv(
     Args:
         lengths: true length of each row of the first axis; tokens beyond it are ignored, whatever
             they hold, and their result is 0. None: all rows are full.
+        segments: instead of lengths: bodies that are convolved each on its own, as if they were
+            rows; nothing leaks from one to another. None: everything sees everything.
+        keep_spectra: keep the operands' spectra for the backward pass; else keep the operands and
+            transform them again (and exchange them again in the same all-to-all); only then is
+            there a second derivative.
+        workspace_bytes: channels go in chunks so that two chunks' buffers fit; while one chunk's
+            exchange is under way the other's transforms run.
 
     Raises:
-        ShapeError: q, k, lengths and the shard disagree (the text shows shapes and dtypes).
-        ConfigError: unknown padding, or a shard whose layout is not cyclic.
+        ShapeError: q, k, lengths, segments and the shard disagree (shows shapes and dtypes).
+        ConfigError: unknown padding, a shard whose layout is not cyclic, lengths and segments both.
     """
-    _check(q, k, shard, padding, lengths, components=0)
-    u = _convolve(SCALAR, q.unsqueeze(-2), k.unsqueeze(-2), shard, padding, lengths)
-    return u.squeeze(-2)
+    call = Call(shard, padding, lengths, segments, keep_spectra, workspace_bytes)
+    (u,) = _convolve((q, None), (k, None), ("scalar",), call)
+    return u
 
 
 def vector_long_conv(
     q: Float[Tensor, "*b 3 n"],
-    k: Float[Tensor, "*b 3 n"],
+    k: Float[Tensor, "*c 3 n"],
     shard: SequenceShard | None = None,
     padding: Padding = "circular",
     lengths: Int[Tensor, " rows"] | None = None,
+    *,
+    segments: Segments | None = None,
+    keep_spectra: bool = True,
+    workspace_bytes: int = WORKSPACE_BYTES,
 ) -> Float[Tensor, "*b 3 n"]:
     """Cross-product convolution along the sequence: u_i = sum_j q_j × k_{i-j}; no 1/N inside.
 
     Polar q and k give an axial u. Everything else is as in `scalar_long_conv`.
     """
-    _check(q, k, shard, padding, lengths, components=3)
-    return _convolve(CROSS, q, k, shard, padding, lengths)
+    call = Call(shard, padding, lengths, segments, keep_spectra, workspace_bytes)
+    (u,) = _convolve((None, q), (None, k), ("cross",), call)
+    return u
 
 
 def geometric_long_conv(
-    q: tuple[Float[Tensor, "*b n"], Float[Tensor, "*b 3 n"]],
-    k: tuple[Float[Tensor, "*b n"], Float[Tensor, "*b 3 n"]],
+    q: tuple[Float[Tensor, "*b n"] | None, Float[Tensor, "*b 3 n"] | None],
+    k: tuple[Float[Tensor, "*c n"] | None, Float[Tensor, "*c 3 n"] | None],
     shard: SequenceShard | None = None,
     padding: Padding = "circular",
     lengths: Int[Tensor, " rows"] | None = None,
-) -> tuple[Float[Tensor, "*b n"], Float[Tensor, "*b 3 n"], Float[Tensor, "*b 3 n"]]:
-    """All products of (scalar, vector) operands in one pass: (qs, q), (ks, k) -> (a, u, ua).
+    *,
+    terms: Sequence[str] | None = None,
+    segments: Segments | None = None,
+    keep_spectra: bool = True,
+    workspace_bytes: int = WORKSPACE_BYTES,
+) -> tuple[Tensor, ...]:
+    """Products of (scalar, vector) operands in one pass: (qs, q), (ks, k) -> (a, u, ua).
 
-    a = qs*ks + q*.k is a polar scalar, u = qs*k + ks*q a polar vector, ua = q*×k an axial vector:
-    4 numbers a channel and operand travel in, 7 out. Else as in `scalar_long_conv`.
+    a = qs*ks + q*.k is a polar scalar (..., n), u = qs*k + ks*q a polar vector (..., 3, n),
+    ua = q*×k an axial vector: 4 numbers a channel and operand travel in, 7 out. Else as in
+    `scalar_long_conv`.
+
+    Args:
+        terms: of "scalar" (qs*ks), "dot" (q*.k), "scale" (qs*k + ks*q) and "cross" (q*×k) those
+            that are wanted. Results that no term makes are left out of the tuple; an operand that
+            no term takes must be None. None: all terms that the operands allow.
     """
-    (qs, qv), (ks, kv) = q, k
-    _check(qs, ks, shard, padding, lengths, components=0)
-    _check(qv, kv, shard, padding, lengths, components=3)
-    if qv.shape[:-2] + qv.shape[-1:] != qs.shape or qs.dtype != qv.dtype:
-        raise ShapeError(f"scalars {tuple(qs.shape)} and vectors {tuple(qv.shape)} disagree")
-    left, right = (torch.cat([s.unsqueeze(-2), v], -2) for s, v in (q, k))
-    result = _convolve(GEOMETRIC, left, right, shard, padding, lengths)
-    a, u, axial = result.split([1, 3, 3], -2)
-    return a.squeeze(-2), u, axial
+    call = Call(shard, padding, lengths, segments, keep_spectra, workspace_bytes)
+    return _convolve(q, k, choose_terms(q, k, terms), call)
 
 
-def _convolve(
-    product: Bilinear,
-    q: Float[Tensor, "*b c n"],
-    k: Float[Tensor, "*b c n"],
-    shard: SequenceShard | None,
-    padding: Padding,
-    lengths: Int[Tensor, " rows"] | None,
-) -> Float[Tensor, "*b d n"]:
-    result_dtype = q.dtype
-    q, k = (x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in (q, k))
-    total = q.shape[-1] if shard is None else shard.length
-    beyond = None
-    if lengths is not None:
-        index = torch.arange(total) if shard is None else shard.index
-        rows = lengths.reshape(-1, *[1] * (q.ndim - 1))
-        beyond = index.to(q.device) >= rows.to(q.device)
-        q, k = q.masked_fill(beyond, 0), k.masked_fill(beyond, 0)  # also where they hold NaN
-    row_lengths = [total] if lengths is None else lengths.tolist()
-    wraps = row_lengths if padding == "circular" else None
-    if total == 0 or 0 in q.shape[:-1]:
-        u = product.forward(q, k)  # no token, row or channel: nothing to convolve, on any rank
-    elif shard is None or shard.size == 1:
-        u = _local(product, q, k, wraps)
+def _convolve(q: Operand, k: Operand, terms: tuple[str, ...], call: Call) -> tuple[Tensor, ...]:
+    """The results that the terms make."""
+    check(q, k, call)
+    some = next(x for x in q if x is not None)
+    shard = None if call.shard is None or call.shard.size == 1 else call.shard
+    total = some.shape[-1] if shard is None else shard.length
+    lengths = None if call.lengths is None else call.lengths.tolist()
+    circular = call.padding == "circular"
+
+    # Tensors get four axes: rows, channels, components, tokens. A static k has one row for all.
+    batch, kernel = batch_shape(q), batch_shape(k)
+    static, by_row = len(kernel) < len(batch), lengths is not None or call.segments is not None
+    rows = batch[0] if by_row else prod(batch[: len(batch) - len(kernel)])
+    channels = prod(batch[1:]) if by_row else prod(kernel)
+    kernel = batch[1:] if static and by_row else kernel
+    if static and lengths is not None and circular:
+        kernel, static = batch, False  # k is cut at every row's own length
+    kernels = 1 if static else rows
+
+    def with_four_axes(operand: Operand, shape: tuple[int, ...], rows: int) -> list[Tensor]:
+        scalars, vectors = operand
+        parts = [None if scalars is None else scalars.unsqueeze(-2), vectors]
+        return [
+            x.expand(*shape, *x.shape[-2:]).reshape(rows, channels, *x.shape[-2:])
+            for x in parts
+            if x is not None
+        ]
+
+    if total == 0 or rows == 0 or channels == 0:
+        groups = []
+    elif call.segments is not None:
+        groups = bodies(call.segments, circular, shard, static)
     else:
-        u = distributed.long_conv(product, q, k, shard, wraps)
-    if beyond is not None:
-        u = u.masked_fill(beyond, 0)
-    return u.to(result_dtype)
-
-
-def _local(product: Bilinear, q: Tensor, k: Tensor, wraps: list[int] | None) -> Tensor:
-    """One process. wraps: lengths at which the rows wrap (one for all, or one each), or None."""
-    length = q.shape[-1]
-    transform, fold = transform_length(length, 1, wraps)
-    spectrum = product.forward(torch.fft.rfft(q, transform), torch.fft.rfft(k, transform))
-    if fold:
-        assert wraps is not None
-        bins = torch.arange(transform // 2 + 1, device=q.device)
-        factor = fold_factor(bins, wraps, transform, spectrum.dtype)
-        spectrum = spectrum * factor.reshape(-1, *[1] * (q.ndim - 2), len(bins))
-    return torch.fft.irfft(spectrum, transform)[..., :length]
-
-
-def _check(
-    q: Tensor,
-    k: Tensor,
-    shard: SequenceShard | None,
-    padding: Padding,
-    lengths: Tensor | None,
-    components: int,
-) -> None:
-    """Every rank checks the same facts, so all raise or none."""
-    if padding not in get_args(Padding):
-        raise ConfigError(f"unknown padding {padding!r}; use one of {get_args(Padding)}")
-    if q.shape != k.shape:
-        raise ShapeError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must have one shape")
-    if q.dtype != k.dtype or not q.is_floating_point():
-        raise ShapeError(f"q {q.dtype} and k {k.dtype} must have one real floating-point dtype")
-    if components and (q.ndim < 2 or q.shape[-2] != components):
-        raise ShapeError(f"vectors need shape (..., {components}, n), not {tuple(q.shape)}")
-    if shard is not None and shard.layout != "cyclic":
-        raise ConfigError(f"a long convolution needs a cyclic shard, not {shard.layout}")
-    if shard is not None and q.shape[-1] != shard.n_local:
-        raise ShapeError(f"{shard} holds {shard.n_local} tokens, but q is {tuple(q.shape)}")
-    if lengths is None:
-        return
-    if lengths.dtype not in (torch.int32, torch.int64):
-        raise ShapeError(f"lengths are {lengths.dtype}; count tokens in int64")
-    total = q.shape[-1] if shard is None else shard.length
-    if q.ndim < 2 + bool(components) or lengths.shape != q.shape[:1]:
-        raise ShapeError(
-            f"lengths {tuple(lengths.shape)} must be one a row of the first axis of"
-            f" {tuple(q.shape)}"
-        )
-    if not all(0 <= length <= total for length in lengths.tolist()):
-        raise ShapeError(f"lengths {lengths.tolist()} must lie between 0 and {total}")
+        groups = whole_rows(total, lengths, circular, shard, rows, kernels)
+    dtype = torch.promote_types(some.dtype, torch.float32)
+    convolution = Convolution(
+        product((q[0] is not None, k[0] is not None), (q[1] is not None, k[1] is not None), terms),
+        groups,
+        Transform(shard, [group.frequencies for group in groups], dtype, some.device, "long_conv"),
+        {"q": rows, "k": kernels, "u": rows},
+        call.keep_spectra,
+        call.workspace_bytes,
+    )
+    results = convolution(with_four_axes(q, batch, rows), with_four_axes(k, kernel, kernels))
+    return tuple(u.reshape(*batch, *([] if u.shape[2] == 1 else [3]), u.shape[-1]) for u in results)

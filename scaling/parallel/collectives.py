@@ -70,6 +70,47 @@ def all_to_all_blocks(x: Tensor, group: Group, operator: str) -> Tensor:
     return torch.view_as_complex(receive) if x.is_complex() else receive
 
 
+class Exchange:
+    """An all-to-all of complex numbers under way; not recorded by autograd.
+
+    Rank p gets the next send_counts[p] numbers of `wire`, which must stay as it is until `wait`.
+    Only the time spent in `wait` counts as waiting: what runs in between hides the rest.
+    """
+
+    def __init__(
+        self,
+        wire: Tensor,
+        send_counts: Sequence[int],
+        receive_counts: Sequence[int],
+        group: Group,
+        operator: str,
+    ) -> None:
+        # A strided buffer would be scrambled silently; NCCL knows no complex numbers.
+        assert wire.is_contiguous()
+        self._wire = torch.view_as_real(wire)
+        self._received = self._wire.new_empty(sum(receive_counts), 2)
+        self._operator = operator
+        self._sent = (sum(send_counts) - send_counts[group_rank(group)]) * wire.element_size()
+        began = perf_counter()
+        self._work = dist.all_to_all_single(
+            self._received,
+            self._wire,
+            list(receive_counts),
+            list(send_counts),
+            group=group,
+            async_op=True,
+        )
+        self._launch = perf_counter() - began
+
+    def wait(self) -> Tensor:
+        """The numbers received, in the order of the ranks they came from."""
+        began = perf_counter()
+        assert self._work is not None
+        self._work.wait()
+        traffic.record(self._operator, self._sent, self._launch + perf_counter() - began)
+        return torch.view_as_complex(self._received)
+
+
 def all_to_all(
     x: Tensor,
     send_counts: Sequence[int],

@@ -1,17 +1,12 @@
-"""The distributed twin of scaling.ops.long_conv, on a cyclic shard.
+"""Long convolutions as one trilinear form, on one process or on a cyclic shard.
 
-Rank r of P holds every P-th token: a polyphase component. The transform of all T = P·L (padded)
-tokens is then, with f = k + L·m,
-
-    X[f] = sum_r exp(-2πi r m / P) · exp(-2πi r k / T) · rfft_L(x_r)[k]
-
-that is: a local transform, one all-to-all that hands each rank a slice of k for all r, a twiddle
-and a P-point transform. Each rank then holds P·S frequencies of the true spectrum, where products,
-foldings and their adjoints are pointwise, and goes back the same way. Nothing here depends on the
-number of channels; P need not divide anything. Cf. Inda & Bisseling, Parallel Computing 2001
-(cyclic to cyclic with one exchange).
+The operands' streams are transformed and exchanged together: one all-to-all brings the spectra of
+q and k, one takes the result back; the same number again for the gradients. Channels go in chunks
+of bounded memory, and while one chunk's exchange is under way another's transforms run.
 """
 
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -20,120 +15,320 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import ConfigError
-from scaling.algebra.spectra import Bilinear, fold_factor, transform_length
-from scaling.parallel.collectives import all_to_all_blocks
-from scaling.parallel.shard import SequenceShard
+from scaling.algebra.spectra import ROLES, Product, Role, ramp
+from scaling.parallel.rows import RowGroup
+from scaling.parallel.transform import Frequencies, Spectra, Transform
+
+CACHED = 1 << 15
+"""Complex numbers of a component that a CPU works on at once: all components fit its cache."""
+IN_FLIGHT = 2
+"""Chunks of channels under way at once."""
+
+Parts = list[list[Tensor]]
+"""One role's frequencies by group and part: (phase, channel, component, row, k)."""
+Given = dict[Role, list[Tensor]]
+"""Tensors of each role: (row, channel, component, n_local)."""
 
 
-def long_conv(
-    product: Bilinear, q: Tensor, k: Tensor, shard: SequenceShard, wraps: list[int] | None
-) -> Tensor:
-    """Convolves this rank's tokens, q and k (..., c, n_local), with the product's components.
+@dataclass
+class Convolution:
+    """What is multiplied, and where the tokens of every role lie."""
 
-    wraps: lengths at which rows of the first axis wrap (one for all, or one each); None never.
-    3 all-to-alls forward and 3 backward, on every rank of the shard.
-    """
-    rows = 1 if wraps is None else len(wraps)
-    transform, fold = transform_length(shard.length, shard.size, wraps)
-    plan = _Transform(shard, transform // shard.size, q.dtype, q.device)
-    factor = None
-    if fold:
-        assert wraps is not None
-        factor = fold_factor(plan.frequencies, wraps, transform, q.dtype.to_complex())
-        factor = factor.movedim(0, 1)[..., None, None, :]  # (phase, row, channel, component, slice)
-    shape = (rows, q.shape[:-2].numel() // rows, *q.shape[-2:])
-    u = _LongConv.apply(product, q.reshape(shape), k.reshape(shape), plan, factor)
-    return u.reshape(*q.shape[:-2], *u.shape[-2:])
+    product: Product
+    groups: list[RowGroup]
+    transform: Transform
+    rows: dict[Role, int]
+    """Rows of each role's tensors; a static k has one for all."""
+    keep_spectra: bool
+    workspace_bytes: int
 
+    def __call__(self, q: list[Tensor], k: list[Tensor]) -> tuple[Tensor, ...]:
+        """The parts of u."""
+        return _LongConv.apply(self, "u", *q, *k)
 
-class _LongConv(torch.autograd.Function):
-    """q, k: (rows, channels, components, n_local). Spectra are kept for the backward pass."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        product: Bilinear,
-        q: Tensor,
-        k: Tensor,
-        plan: "_Transform",
-        factor: Tensor | None,
-    ) -> Tensor:
-        spectrum_q, spectrum_k = plan.forward(q), plan.forward(k)
-        ctx.product, ctx.plan = product, plan
-        ctx.save_for_backward(spectrum_q, spectrum_k, factor)
-        spectrum = product.forward(spectrum_q, spectrum_k)
-        return plan.inverse(spectrum if factor is None else spectrum.mul_(factor))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # only with create_graph=True
-            raise ConfigError(
-                "a sharded long convolution has no second derivative (create_graph=True);"
-                " take it on one process, with shard=None"
-            )
-        spectrum_q, spectrum_k, factor = ctx.saved_tensors
-        spectrum = ctx.plan.forward(grads[0])
-        if factor is not None:
-            spectrum.mul_(factor.conj())
-        grad_q, grad_k = ctx.product.adjoint(spectrum, spectrum_q, spectrum_k)
-        return None, ctx.plan.inverse(grad_q), ctx.plan.inverse(grad_k), None, None
-
-
-@dataclass(frozen=True)
-class _Transform:
-    """The distributed real transform of a cyclic shard: tokens <-> this rank's frequencies.
-
-    local: L, tokens of one phase after padding. Frequencies come as (phase m, ..., slice j), which
-    is f = k + L·m with k = rank·S + j; k beyond the Hermitian half is padding that carries zeros.
-    """
-
-    shard: SequenceShard
-    local: int
-    dtype: torch.dtype
-    device: torch.device
-
-    @property
-    def slice(self) -> int:
-        """S: frequencies of one phase that a rank holds."""
-        return -(-(self.local // 2 + 1) // self.shard.size)
-
-    @property
-    def frequencies(self) -> Tensor:
-        """Global numbers f of this rank's frequencies: (phase, slice)."""
-        start = self.shard.rank * self.slice
-        k = torch.arange(start, start + self.slice, device=self.device)
-        return k + self.local * torch.arange(self.shard.size, device=self.device)[:, None]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., n_local) -> (phase, ..., slice), one all-to-all."""
-        ranks = self.shard.size
-        padded = torch.nn.functional.pad(x, (0, self.local - x.shape[-1]))
-        spectrum = torch.fft.rfft(padded)
-        missing = ranks * self.slice - spectrum.shape[-1]
-        spectrum = torch.nn.functional.pad(spectrum, (0, missing)).unflatten(-1, (ranks, -1))
-        phases = all_to_all_blocks(spectrum.movedim(-2, 0), self.shard.group, "long_conv")
-        return torch.fft.fft(phases * self._twiddle(x.ndim), dim=0)
-
-    def inverse(self, spectrum: Tensor) -> Tensor:
-        """(phase, ..., slice) -> (..., n_local), one all-to-all."""
-        phases = torch.fft.ifft(spectrum, dim=0) * self._twiddle(spectrum.ndim - 1).conj()
-        slices = all_to_all_blocks(phases, self.shard.group, "long_conv").movedim(0, -2)
-        half = slices.flatten(-2)[..., : self.local // 2 + 1]
-        return torch.fft.irfft(half, self.local)[..., : self.shard.n_local]
-
-    def _twiddle(self, ndim: int) -> Tensor:
-        table = _twiddle_table(
-            self.shard.rank, self.shard.size, self.local, self.slice, self.dtype, self.device
+    def run(
+        self, given: Given, kept: list[dict[Role, Parts]], wanted: Sequence[Role], keep: bool
+    ) -> tuple[Given, list[dict[Role, Parts]]]:
+        """The wanted roles' tensors, from tokens (given) and spectra (kept, by chunk) of the rest;
+        and, to be kept, the spectra of what was given."""
+        some = next(iter(given.values()))[0]
+        _, channels, _, tokens = some.shape
+        new = some.new_empty if all(group.complete for group in self.groups) else some.new_zeros
+        results = {
+            role: [
+                new(self.rows[role], channels, components, tokens)
+                for components in self.product.parts[role]
+            ]
+            for role in wanted
+        }
+        chunks = self._chunks(channels)
+        found: list[dict[Role, Parts]] = [{} for _ in chunks]
+        interleave(
+            self._chunk(_part(given, chunk), old, _part(results, chunk), new if keep else None)
+            for chunk, old, new in zip(chunks, kept or found, found, strict=True)
         )
-        return table.reshape(self.shard.size, *[1] * (ndim - 1), self.slice)
+        return results, found
+
+    def _chunks(self, channels: int) -> list[slice]:
+        """Channels that are worked on at once; the same on every rank."""
+        numbers = sum(
+            group.rows(role) * self.product.components(role) * group.frequencies.local
+            for group in self.groups
+            for role in ROLES
+        )
+        one = 4 * numbers * self.transform.dtype.itemsize // 2  # tokens, spectra, sent, received
+        size = max(1, self.workspace_bytes // (IN_FLIGHT * max(one, 1)))
+        return [slice(c, min(c + size, channels)) for c in range(0, channels, size)]
+
+    def _chunk(
+        self, given: Given, kept: dict[Role, Parts], results: Given, found: dict[Role, Parts] | None
+    ) -> Generator[None, None, None]:
+        """One chunk of channels; pauses while an exchange is under way."""
+        channels = next(iter(given.values()))[0].shape[1]
+        streams = self._streams(given, channels)
+        pending = self.transform.start(self._fill(given, channels))
+        yield
+        fresh = self._by_role(self.transform.finish(pending, streams), given, channels)
+        if found is not None:
+            found.update(fresh)
+        streams = self._streams(results, channels)
+        product = self.transform.empty(streams)
+        self._multiply(fresh, kept, self._by_role(product, results, channels), found is not None)
+        del fresh
+        pending = self.transform.start_back(product, streams)
+        del product
+        yield
+        self._read(self.transform.finish_back(pending, streams), results, channels)
+
+    def _streams(self, roles: Iterable[Role], channels: int) -> list[int]:
+        """Streams of each group."""
+        return [
+            sum(channels * self.product.components(role) * group.rows(role) for role in roles)
+            for group in self.groups
+        ]
+
+    def _split(
+        self, x: Tensor, roles: Iterable[Role], group: RowGroup, channels: int
+    ) -> dict[Role, Tensor]:
+        """Streams, the axis before the last, by role: (..., channel, component, row, *)."""
+        shapes = {
+            role: (channels, self.product.components(role), group.rows(role)) for role in roles
+        }
+        pieces = x.split([c * d * r for c, d, r in shapes.values()], -2)
+        return {
+            role: piece.unflatten(-2, shape)
+            for (role, shape), piece in zip(shapes.items(), pieces, strict=True)
+        }
+
+    def _fill(self, given: Given, channels: int) -> list[Tensor]:
+        buffers = []
+        for group, streams in zip(self.groups, self._streams(given, channels), strict=True):
+            buffer = self.transform.tokens(streams, group.frequencies)
+            for role, rows in self._split(buffer, given, group, channels).items():
+                pieces = rows.split(self.product.parts[role], 1)
+                for tensor, piece in zip(given[role], pieces, strict=True):
+                    group.fill(role, tensor, piece)
+            buffers.append(buffer)
+        return buffers
+
+    def _read(self, buffers: list[Tensor], results: Given, channels: int) -> None:
+        for group, buffer in zip(self.groups, buffers, strict=True):
+            for role, rows in self._split(buffer, results, group, channels).items():
+                pieces = rows.split(self.product.parts[role], 1)
+                for tensor, piece in zip(results[role], pieces, strict=True):
+                    group.read(role, piece, tensor)
+
+    def _by_role(self, spectra: Spectra, roles: Iterable[Role], channels: int) -> dict[Role, Parts]:
+        split = [
+            [self._split(part, roles, group, channels) for part in parts]
+            for group, parts in zip(self.groups, spectra.parts, strict=True)
+        ]
+        return {role: [[part[role] for part in parts] for parts in split] for role in roles}
+
+    def _multiply(
+        self,
+        fresh: dict[Role, Parts],
+        kept: dict[Role, Parts],
+        results: dict[Role, Parts],
+        keep: bool,
+    ) -> None:
+        """From polyphase components (fresh) and spectra (kept) to polyphase components."""
+        for g, group in enumerate(self.groups):
+            for p in range(len(group.frequencies.parts)):
+                part = [
+                    {role: parts[g][p] for role, parts in some.items()}
+                    for some in (fresh, kept, results)
+                ]
+                _multiply_part(self.product, group, p, part[0], part[1], part[2], keep)
+
+
+def _multiply_part(
+    product: Product,
+    group: RowGroup,
+    number: int,
+    fresh: dict[Role, Tensor],
+    kept: dict[Role, Tensor],
+    results: dict[Role, Tensor],
+    keep: bool,
+) -> None:
+    """One part of one group's frequencies, tile by tile."""
+    some = next(iter(results.values()))
+    rows = max(group.rows(role) for role in ROLES)
+    twiddle = _twiddle(group.frequencies, number, some.dtype, some.device)
+    factor = group.factor(group.frequencies.parts[number], some.dtype, some.device)
+    for c, k in _tiles(some, rows):
+        at = (slice(None), c, slice(None), slice(None), k)
+        turn = None if twiddle is None else twiddle[..., k]
+        phase = None if factor is None else factor[..., k].unsqueeze(2)
+        spectra = {role: x[at] for role, x in kept.items()}
+        for role, x in fresh.items():
+            spectrum = x[at] if turn is None else _over_phases(x[at] * turn)
+            if role == "u":
+                _multiply_by(spectrum.conj_physical_(), phase)
+            if keep and turn is not None:
+                x[at] = spectrum
+            spectra[role] = spectrum
+        for role, result in results.items():
+            goal = result[at]
+            in_place = turn is None and group.rows(role) == rows
+            out = goal if in_place else goal.new_empty(*goal.shape[:3], rows, goal.shape[4])
+            x, y = (spectra[other] for other in _others(role))
+            product.contract(role, x, y, out)
+            if role == "u":
+                _multiply_by(out, phase)
+            else:
+                out.conj_physical_()
+            if group.rows(role) < rows:
+                out = out.sum(3, keepdim=True)
+            if turn is not None:
+                torch.mul(_over_phases(out, inverse=True), turn.conj_physical(), out=goal)
+            elif not in_place:
+                goal.copy_(out)
+
+
+def _multiply_by(x: Tensor, phase: Tensor | None) -> None:
+    if phase is not None:
+        x.mul_(phase)
+
+
+def _tiles(x: Tensor, rows: int) -> Iterator[tuple[slice, slice]]:
+    """Channels and frequencies that are worked on at once: on a CPU what its cache holds."""
+    phases, channels, _, _, frequencies = x.shape
+    most = CACHED if x.device.type == "cpu" else phases * channels * rows * frequencies
+    width = max(1, min(frequencies, most // (phases * rows)))
+    depth = max(1, most // (phases * rows * width))
+    for c in range(0, channels, depth):
+        for k in range(0, frequencies, width):
+            yield slice(c, c + depth), slice(k, k + width)
+
+
+def _over_phases(x: Tensor, inverse: bool = False) -> Tensor:
+    """The Fourier transform over the first axis: few phases, so a matrix product is fastest."""
+    matrix = _fourier_matrix(len(x), inverse, x.dtype, x.device)
+    return (matrix @ x.reshape(len(x), -1)).view(x.shape)
+
+
+@lru_cache
+def _fourier_matrix(size: int, inverse: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
+    matrix = ramp(0, 1, size, range(size), size, dtype, device)
+    return matrix / size if inverse else matrix.conj_physical()
 
 
 @lru_cache(maxsize=8)
-def _twiddle_table(
-    rank: int, size: int, local: int, width: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """exp(-2πi r k / T) for all phases r and this rank's k: (size, width)."""
-    k = torch.arange(rank * width, (rank + 1) * width, device=device)
-    turns = (k * torch.arange(size, device=device)[:, None]).double() / (size * local)
-    table = torch.polar(torch.ones_like(turns), -2 * torch.pi * turns)
-    return table.to(dtype.to_complex())
+def _twiddle(
+    frequencies: Frequencies, number: int, dtype: torch.dtype, device: torch.device
+) -> Tensor | None:
+    """exp(-2πi r k / T) for every phase r: (phase, 1, 1, 1, k); None on one rank."""
+    if frequencies.ranks == 1:
+        return None
+    part = frequencies.parts[number]
+    turns = range(frequencies.ranks)
+    table = ramp(part.start, part.step, part.count, turns, frequencies.transform, dtype, device)
+    return table.conj_physical()[:, None, None, None]
+
+
+def interleave(tasks: Iterable[Generator[None, None, None]]) -> None:
+    """Runs generators in turn, IN_FLIGHT at once: where one pauses the next goes on."""
+    waiting, running = iter(tasks), deque[Generator[None, None, None]]()
+    while True:
+        while len(running) < IN_FLIGHT and (task := next(waiting, None)) is not None:
+            next(task)
+            running.append(task)
+        if not running:
+            return
+        task = running.popleft()
+        try:
+            next(task)
+        except StopIteration:
+            continue
+        running.append(task)
+
+
+def _part(tensors: Given, channels: slice) -> Given:
+    return {role: [x[:, channels] for x in parts] for role, parts in tensors.items()}
+
+
+class _LongConv(torch.autograd.Function):
+    """The trilinear form's derivative by one role, from the tensors of the two others."""
+
+    @staticmethod
+    def forward(ctx: Any, convolution: Convolution, role: Role, *tensors: Tensor):
+        ctx.convolution, ctx.role = convolution, role
+        ctx.keeps = convolution.keep_spectra and any(ctx.needs_input_grad)
+        given = _by_role(convolution, _others(role), tensors)
+        results, spectra = convolution.run(given, [], [role], ctx.keeps)
+        ctx.save_for_backward(*(_flat(spectra) if ctx.keeps else tensors))
+        return tuple(results[role])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        convolution, others, again = ctx.convolution, _others(ctx.role), torch.is_grad_enabled()
+        if ctx.keeps and again:  # only with create_graph=True
+            raise ConfigError(
+                "create_graph=True needs the tokens of a long convolution, but this one kept their"
+                " spectra; call it with keep_spectra=False"
+            )
+        needed = _by_role(convolution, others, ctx.needs_input_grad[2:])
+        wanted = [role for role in others if any(needed[role])]
+        given: Given = {ctx.role: list(grads)}
+        kept = []
+        if ctx.keeps:
+            kept = _nested(convolution, others, ctx.saved_tensors)
+        else:
+            given |= _by_role(convolution, others, ctx.saved_tensors)
+        if again:
+            found = {
+                role: _LongConv.apply(
+                    convolution, role, *[x for r in _others(role) for x in given[r]]
+                )
+                for role in wanted
+            }
+        else:
+            found, _ = convolution.run(given, kept, wanted, keep=False)
+        none = {role: [None] * len(convolution.product.parts[role]) for role in others}
+        return None, None, *[x for role in others for x in found.get(role, none[role])]
+
+
+def _others(role: Role) -> list[Role]:
+    return [other for other in ROLES if other != role]
+
+
+def _by_role(convolution: Convolution, roles: list[Role], values: Sequence[Any]) -> dict[Role, Any]:
+    """One value for each part of each role, in order."""
+    in_order = iter(values)
+    return {role: [next(in_order) for _ in convolution.product.parts[role]] for role in roles}
+
+
+def _flat(spectra: list[dict[Role, Parts]]) -> list[Tensor]:
+    return [x for chunk in spectra for parts in chunk.values() for part in parts for x in part]
+
+
+def _nested(
+    convolution: Convolution, roles: list[Role], flat: Sequence[Tensor]
+) -> list[dict[Role, Parts]]:
+    tensors, groups = iter(flat), [group.frequencies.parts for group in convolution.groups]
+    chunk = len(roles) * sum(map(len, groups))
+    return [
+        {role: [[next(tensors) for _ in parts] for parts in groups] for role in roles}
+        for _ in range(len(flat) // chunk)
+    ]
