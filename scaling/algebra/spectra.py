@@ -30,21 +30,21 @@ class Product:
     def components(self, role: Role) -> int:
         return sum(self.parts[role])
 
-    def contract(self, role: Role, x: Tensor, y: Tensor, out: Tensor) -> None:
+    def contract(self, role: Role, x: list[Tensor], y: list[Tensor], out: list[Tensor]) -> None:
         """Writes the form's derivative by `role`; x and y are the others, in the order q, k, u.
 
-        x, y, out: (phase, channel, component, row, frequency).
+        x, y, out: the role's parts, (phase, channel, component, row, frequency).
         """
         place = ROLES.index(role)
         first, second = (n for n in range(3) if n != place)
-        x_parts, y_parts, out_parts = x.unbind(2), y.unbind(2), out.unbind(2)
+        x, y, out = ([c for part in parts for c in part.unbind(2)] for parts in (x, y, out))
         begun = set()
         for term in sorted(self.terms, key=lambda term: -term[3]):  # a first one has sign +1
-            a, b, o = x_parts[term[first]], y_parts[term[second]], term[place]
+            a, b, o = x[term[first]], y[term[second]], term[place]
             if o in begun:
-                out_parts[o].addcmul_(a, b, value=term[3])
+                out[o].addcmul_(a, b, value=term[3])
             else:
-                torch.mul(a, b, out=out_parts[o])
+                torch.mul(a, b, out=out[o])
                 begun.add(o)
 
 

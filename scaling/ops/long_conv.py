@@ -29,7 +29,7 @@ from scaling.parallel.rows import bodies, whole_rows
 from scaling.parallel.shard import SequenceShard
 from scaling.parallel.transform import Transform
 
-WORKSPACE_BYTES = 1 << 28
+WORKSPACE_BYTES = 1 << 30
 """What the buffers of the channels under way may take, per rank; see `scalar_long_conv`."""
 
 

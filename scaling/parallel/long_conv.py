@@ -6,28 +6,30 @@ of bounded memory, and while one chunk's exchange is under way another's transfo
 """
 
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from data_pipeline.errors import ConfigError
-from scaling.algebra.spectra import ROLES, Product, Role, ramp
-from scaling.parallel.rows import RowGroup
-from scaling.parallel.transform import Frequencies, Spectra, Transform
+from scaling.algebra.spectra import ROLES, Product, Role
+from scaling.parallel.pointwise import multiply
+from scaling.parallel.rows import RowGroup, WholeRows
+from scaling.parallel.transform import Spectra, Streams, Transform
 
-CACHED = 1 << 15
-"""Complex numbers of a component that a CPU works on at once: all components fit its cache."""
 IN_FLIGHT = 2
 """Chunks of channels under way at once."""
 
-Parts = list[list[Tensor]]
-"""One role's frequencies by group and part: (phase, channel, component, row, k)."""
+Parts = list[list[list[Tensor]]]
+"""One role's frequencies: group, part, tensors (phase, channel, component, row, k) whose components
+follow one another."""
 Given = dict[Role, list[Tensor]]
 """Tensors of each role: (row, channel, component, n_local)."""
+Layout = list[list[tuple[Role, int]]]
+"""What every tensor (stream, L) of a group holds: parts of roles, with their components."""
 
 
 @dataclass
@@ -41,9 +43,17 @@ class Convolution:
     """Rows of each role's tensors; a static k has one for all."""
     keep_spectra: bool
     workspace_bytes: int
+    in_place: bool = False
+    """Whether tensors are transformed where they lie, without being copied into one."""
 
     def __call__(self, q: list[Tensor], k: list[Tensor]) -> tuple[Tensor, ...]:
         """The parts of u."""
+        self.in_place = (
+            len(self.groups) == 1
+            and isinstance(group := self.groups[0], WholeRows)
+            and group.is_one_full_row
+            and q[0].dtype == self.transform.dtype.to_real()
+        )
         return _LongConv.apply(self, "u", *q, *k)
 
     def run(
@@ -53,18 +63,25 @@ class Convolution:
         and, to be kept, the spectra of what was given."""
         some = next(iter(given.values()))[0]
         _, channels, _, tokens = some.shape
-        new = some.new_empty if all(group.complete for group in self.groups) else some.new_zeros
-        results = {
-            role: [
-                new(self.rows[role], channels, components, tokens)
-                for components in self.product.parts[role]
-            ]
-            for role in wanted
-        }
         chunks = self._chunks(channels)
+        if self.in_place and len(chunks) == 1:
+            results: Given = {role: [] for role in wanted}
+        else:
+            complete = self.groups and all(group.complete for group in self.groups)
+            new = some.new_empty if complete else some.new_zeros
+            results = {
+                role: [new(self.rows[role], channels, c, tokens) for c in self.product.parts[role]]
+                for role in wanted
+            }
         found: list[dict[Role, Parts]] = [{} for _ in chunks]
         interleave(
-            self._chunk(_part(given, chunk), old, _part(results, chunk), new if keep else None)
+            self._chunk(
+                {role: [x[:, chunk] for x in tensors] for role, tensors in given.items()},
+                old,
+                results,
+                chunk,
+                new if keep else None,
+            )
             for chunk, old, new in zip(chunks, kept or found, found, strict=True)
         )
         return results, found
@@ -81,170 +98,95 @@ class Convolution:
         return [slice(c, min(c + size, channels)) for c in range(0, channels, size)]
 
     def _chunk(
-        self, given: Given, kept: dict[Role, Parts], results: Given, found: dict[Role, Parts] | None
+        self,
+        given: Given,
+        kept: dict[Role, Parts],
+        results: Given,
+        chunk: slice,
+        found: dict[Role, Parts] | None,
     ) -> Generator[None, None, None]:
         """One chunk of channels; pauses while an exchange is under way."""
-        channels = next(iter(given.values()))[0].shape[1]
-        streams = self._streams(given, channels)
-        pending = self.transform.start(self._fill(given, channels))
+        channels = chunk.stop - chunk.start
+        layout = self._layout(given)
+        streams = self._streams(layout, channels)
+        pending = self.transform.start(self._fill(given, layout, streams))
         yield
-        fresh = self._by_role(self.transform.finish(pending, streams), given, channels)
+        fresh = self._by_role(self.transform.finish(pending, streams), layout, channels)
         if found is not None:
             found.update(fresh)
-        streams = self._streams(results, channels)
+        layout = self._layout(results)
+        streams = self._streams(layout, channels)
         product = self.transform.empty(streams)
-        self._multiply(fresh, kept, self._by_role(product, results, channels), found is not None)
+        parts = self._by_role(product, layout, channels)
+        for g, group in enumerate(self.groups):
+            for p in range(len(group.frequencies.parts)):
+                here = [{r: x[g][p] for r, x in some.items()} for some in (fresh, kept, parts)]
+                multiply(self.product, group, p, *here, keep=found is not None)
         del fresh
         pending = self.transform.start_back(product, streams)
-        del product
+        del product, parts
         yield
-        self._read(self.transform.finish_back(pending, streams), results, channels)
+        self._read(self.transform.finish_back(pending, streams), layout, results, chunk)
 
-    def _streams(self, roles: Iterable[Role], channels: int) -> list[int]:
-        """Streams of each group."""
+    def _layout(self, roles: Iterable[Role]) -> Layout:
+        pairs = [(role, size) for role in roles for size in self.product.parts[role]]
+        return [[pair] for pair in pairs] if self.in_place else [pairs]
+
+    def _streams(self, layout: Layout, channels: int) -> Streams:
         return [
-            sum(channels * self.product.components(role) * group.rows(role) for role in roles)
+            [sum(channels * size * group.rows(role) for role, size in pairs) for pairs in layout]
             for group in self.groups
         ]
 
     def _split(
-        self, x: Tensor, roles: Iterable[Role], group: RowGroup, channels: int
-    ) -> dict[Role, Tensor]:
-        """Streams, the axis before the last, by role: (..., channel, component, row, *)."""
-        shapes = {
-            role: (channels, self.product.components(role), group.rows(role)) for role in roles
-        }
-        pieces = x.split([c * d * r for c, d, r in shapes.values()], -2)
-        return {
-            role: piece.unflatten(-2, shape)
-            for (role, shape), piece in zip(shapes.items(), pieces, strict=True)
-        }
+        self, tensors: list[Tensor], layout: Layout, group: RowGroup, channels: int
+    ) -> list[tuple[Role, Tensor]]:
+        """Streams, the axis before the last, by part: (..., channel, component, row, *)."""
+        found = []
+        for x, pairs in zip(tensors, layout, strict=True):
+            shapes = [(channels, size, group.rows(role)) for role, size in pairs]
+            pieces = x.split([prod(shape) for shape in shapes], -2)
+            for (role, _), piece, shape in zip(pairs, pieces, shapes, strict=True):
+                found.append((role, piece.unflatten(-2, shape)))
+        return found
 
-    def _fill(self, given: Given, channels: int) -> list[Tensor]:
-        buffers = []
-        for group, streams in zip(self.groups, self._streams(given, channels), strict=True):
-            buffer = self.transform.tokens(streams, group.frequencies)
-            for role, rows in self._split(buffer, given, group, channels).items():
-                pieces = rows.split(self.product.parts[role], 1)
-                for tensor, piece in zip(given[role], pieces, strict=True):
-                    group.fill(role, tensor, piece)
-            buffers.append(buffer)
-        return buffers
+    def _fill(self, given: Given, layout: Layout, streams: Streams) -> list[list[Tensor]]:
+        """Tokens (stream, L) of every group's tensors."""
+        flat = [x for tensors in given.values() for x in tensors]
+        if self.in_place:
+            return [[x.flatten(0, -2) for x in flat]]
+        filled = []
+        for group, (number,) in zip(self.groups, streams, strict=True):
+            buffer = self.transform.tokens(number, group.frequencies)
+            pieces = self._split([buffer], layout, group, flat[0].shape[1])
+            for x, (role, piece) in zip(flat, pieces, strict=True):
+                group.fill(role, x, piece)
+            filled.append([buffer])
+        return filled
 
-    def _read(self, buffers: list[Tensor], results: Given, channels: int) -> None:
-        for group, buffer in zip(self.groups, buffers, strict=True):
-            for role, rows in self._split(buffer, results, group, channels).items():
-                pieces = rows.split(self.product.parts[role], 1)
-                for tensor, piece in zip(results[role], pieces, strict=True):
-                    group.read(role, piece, tensor)
-
-    def _by_role(self, spectra: Spectra, roles: Iterable[Role], channels: int) -> dict[Role, Parts]:
-        split = [
-            [self._split(part, roles, group, channels) for part in parts]
-            for group, parts in zip(self.groups, spectra.parts, strict=True)
-        ]
-        return {role: [[part[role] for part in parts] for parts in split] for role in roles}
-
-    def _multiply(
-        self,
-        fresh: dict[Role, Parts],
-        kept: dict[Role, Parts],
-        results: dict[Role, Parts],
-        keep: bool,
+    def _read(
+        self, tokens: list[list[Tensor]], layout: Layout, results: Given, chunk: slice
     ) -> None:
-        """From polyphase components (fresh) and spectra (kept) to polyphase components."""
-        for g, group in enumerate(self.groups):
-            for p in range(len(group.frequencies.parts)):
-                part = [
-                    {role: parts[g][p] for role, parts in some.items()}
-                    for some in (fresh, kept, results)
-                ]
-                _multiply_part(self.product, group, p, part[0], part[1], part[2], keep)
+        """Puts the tokens of a chunk's rows into the results; where there are none yet, the rows
+        are the results."""
+        new = not any(results.values())
+        for group, tensors in zip(self.groups, tokens, strict=True):
+            goals = iter([x for parts in results.values() for x in parts])
+            for role, piece in self._split(tensors, layout, group, chunk.stop - chunk.start):
+                if new:
+                    results[role].append(piece.permute(2, 0, 1, 3))
+                else:
+                    group.read(role, piece, next(goals)[:, chunk])
 
-
-def _multiply_part(
-    product: Product,
-    group: RowGroup,
-    number: int,
-    fresh: dict[Role, Tensor],
-    kept: dict[Role, Tensor],
-    results: dict[Role, Tensor],
-    keep: bool,
-) -> None:
-    """One part of one group's frequencies, tile by tile."""
-    some = next(iter(results.values()))
-    rows = max(group.rows(role) for role in ROLES)
-    twiddle = _twiddle(group.frequencies, number, some.dtype, some.device)
-    factor = group.factor(group.frequencies.parts[number], some.dtype, some.device)
-    for c, k in _tiles(some, rows):
-        at = (slice(None), c, slice(None), slice(None), k)
-        turn = None if twiddle is None else twiddle[..., k]
-        phase = None if factor is None else factor[..., k].unsqueeze(2)
-        spectra = {role: x[at] for role, x in kept.items()}
-        for role, x in fresh.items():
-            spectrum = x[at] if turn is None else _over_phases(x[at] * turn)
-            if role == "u":
-                _multiply_by(spectrum.conj_physical_(), phase)
-            if keep and turn is not None:
-                x[at] = spectrum
-            spectra[role] = spectrum
-        for role, result in results.items():
-            goal = result[at]
-            in_place = turn is None and group.rows(role) == rows
-            out = goal if in_place else goal.new_empty(*goal.shape[:3], rows, goal.shape[4])
-            x, y = (spectra[other] for other in _others(role))
-            product.contract(role, x, y, out)
-            if role == "u":
-                _multiply_by(out, phase)
-            else:
-                out.conj_physical_()
-            if group.rows(role) < rows:
-                out = out.sum(3, keepdim=True)
-            if turn is not None:
-                torch.mul(_over_phases(out, inverse=True), turn.conj_physical(), out=goal)
-            elif not in_place:
-                goal.copy_(out)
-
-
-def _multiply_by(x: Tensor, phase: Tensor | None) -> None:
-    if phase is not None:
-        x.mul_(phase)
-
-
-def _tiles(x: Tensor, rows: int) -> Iterator[tuple[slice, slice]]:
-    """Channels and frequencies that are worked on at once: on a CPU what its cache holds."""
-    phases, channels, _, _, frequencies = x.shape
-    most = CACHED if x.device.type == "cpu" else phases * channels * rows * frequencies
-    width = max(1, min(frequencies, most // (phases * rows)))
-    depth = max(1, most // (phases * rows * width))
-    for c in range(0, channels, depth):
-        for k in range(0, frequencies, width):
-            yield slice(c, c + depth), slice(k, k + width)
-
-
-def _over_phases(x: Tensor, inverse: bool = False) -> Tensor:
-    """The Fourier transform over the first axis: few phases, so a matrix product is fastest."""
-    matrix = _fourier_matrix(len(x), inverse, x.dtype, x.device)
-    return (matrix @ x.reshape(len(x), -1)).view(x.shape)
-
-
-@lru_cache
-def _fourier_matrix(size: int, inverse: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
-    matrix = ramp(0, 1, size, range(size), size, dtype, device)
-    return matrix / size if inverse else matrix.conj_physical()
-
-
-@lru_cache(maxsize=8)
-def _twiddle(
-    frequencies: Frequencies, number: int, dtype: torch.dtype, device: torch.device
-) -> Tensor | None:
-    """exp(-2πi r k / T) for every phase r: (phase, 1, 1, 1, k); None on one rank."""
-    if frequencies.ranks == 1:
-        return None
-    part = frequencies.parts[number]
-    turns = range(frequencies.ranks)
-    table = ramp(part.start, part.step, part.count, turns, frequencies.transform, dtype, device)
-    return table.conj_physical()[:, None, None, None]
+    def _by_role(self, spectra: Spectra, layout: Layout, channels: int) -> dict[Role, Parts]:
+        found: dict[Role, Parts] = {role: [] for pairs in layout for role, _ in pairs}
+        for group, parts in zip(self.groups, spectra.parts, strict=True):
+            for groups in found.values():
+                groups.append([[] for _ in parts])
+            for number, tensors in enumerate(parts):
+                for role, piece in self._split(tensors, layout, group, channels):
+                    found[role][-1][number].append(piece)
+        return found
 
 
 def interleave(tasks: Iterable[Generator[None, None, None]]) -> None:
@@ -262,10 +204,6 @@ def interleave(tasks: Iterable[Generator[None, None, None]]) -> None:
         except StopIteration:
             continue
         running.append(task)
-
-
-def _part(tensors: Given, channels: slice) -> Given:
-    return {role: [x[:, channels] for x in parts] for role, parts in tensors.items()}
 
 
 class _LongConv(torch.autograd.Function):
@@ -320,15 +258,28 @@ def _by_role(convolution: Convolution, roles: list[Role], values: Sequence[Any])
 
 
 def _flat(spectra: list[dict[Role, Parts]]) -> list[Tensor]:
-    return [x for chunk in spectra for parts in chunk.values() for part in parts for x in part]
+    return [
+        x
+        for chunk in spectra
+        for groups in chunk.values()
+        for parts in groups
+        for tensors in parts
+        for x in tensors
+    ]
 
 
 def _nested(
     convolution: Convolution, roles: list[Role], flat: Sequence[Tensor]
 ) -> list[dict[Role, Parts]]:
-    tensors, groups = iter(flat), [group.frequencies.parts for group in convolution.groups]
-    chunk = len(roles) * sum(map(len, groups))
+    tensors, product = iter(flat), convolution.product
+    numbers = [len(group.frequencies.parts) for group in convolution.groups]
+    chunk = sum(numbers) * sum(len(product.parts[role]) for role in roles)
     return [
-        {role: [[next(tensors) for _ in parts] for parts in groups] for role in roles}
+        {
+            role: [
+                [[next(tensors) for _ in product.parts[role]] for _ in range(n)] for n in numbers
+            ]
+            for role in roles
+        }
         for _ in range(len(flat) // chunk)
     ]

@@ -47,6 +47,12 @@ class WholeRows:
         if self.beyond is not None and self.rows(role) == self.count:
             out.masked_fill_(self.beyond.to(out.device)[:, None, None], 0)
 
+    @property
+    def is_one_full_row(self) -> bool:
+        """Whether tensors of tokens are the rows already, on every rank."""
+        full = self.frequencies.local * self.frequencies.ranks == self.length
+        return full and self.count == self.kernels == 1 and self.beyond is None
+
     @cached_property
     def beyond(self) -> Tensor | None:
         """Local tokens behind their row's end, (row, n_local); None if there is none anywhere."""

@@ -85,20 +85,24 @@ class Frequencies:
         return by_phase.T.unsqueeze(2) * by_bin
 
 
+Streams = list[list[int]]
+"""Numbers of streams: of every tensor (stream, L) of every group."""
+
+
 @dataclass
 class Spectra:
-    """Frequencies of streams: for each group of rows its parts, (phase, stream, k)."""
+    """Frequencies of streams: group, part, tensor (phase, stream, k)."""
 
-    parts: list[list[Tensor]]
+    parts: list[list[list[Tensor]]]
     wire: Tensor | None
-    """(rank, numbers): what came from every rank, or goes back there; parts are views of it."""
+    """What came from the other ranks or goes back to them; parts are views of it."""
 
 
 class Transform:
     """Streams of tokens there and back; rows of several lengths (groups) travel together.
 
     Between `start` and `finish` the exchange is under way. What `finish` gives and `start_back`
-    takes are polyphase components still: see `twiddle` and `phases`.
+    takes are polyphase components still, without twiddle and transform over the phases.
     """
 
     def __init__(
@@ -117,66 +121,62 @@ class Transform:
         """To be filled and sent: (stream, L)."""
         return torch.empty(streams, group.local, dtype=self.dtype.to_real(), device=self.device)
 
-    def start(self, tokens: list[Tensor]) -> "list[Tensor] | Exchange":
+    def start(self, tokens: list[list[Tensor]]) -> "list[list[Tensor]] | Exchange":
         """Transforms (stream, L) of each group and sends off what other ranks need."""
-        halves = [torch.fft.rfft(x) for x in tokens]
+        halves = [[torch.fft.rfft(x) for x in tensors] for tensors in tokens]
         if self.shard is None:
             return halves
-        for group, half in zip(self.groups, halves, strict=True):
-            if group.local % 2 == 0:
+        streams = [[len(half) for half in tensors] for tensors in halves]
+        for group, tensors in zip(self.groups, halves, strict=True):
+            for half in tensors if group.local % 2 == 0 else ():
                 half[:, 0].imag.copy_(half[:, -1].real)
-        counts = self._counts([len(half) for half in halves])
+        counts = self._counts(streams)
         wire = torch.empty(sum(counts), dtype=self.dtype, device=self.device)
         for rank, block in enumerate(wire.split(counts)):
-            for (piece, bins), half in zip(
-                self._pieces(block, rank, [len(half) for half in halves]), halves, strict=True
-            ):
-                piece.copy_(half[:, bins])
+            for piece, half in self._pieces(block, rank, streams, halves):
+                piece.copy_(half)
         return self._exchange(wire, counts, back=False)
 
-    def finish(self, pending: "list[Tensor] | Exchange", streams: list[int]) -> Spectra:
-        if not isinstance(pending, Exchange):
-            return Spectra([[half.unsqueeze(0)] for half in pending], None)
-        return self._spectra(pending.wait(), streams)
+    def finish(self, pending: "list[list[Tensor]] | Exchange", streams: Streams) -> Spectra:
+        if isinstance(pending, Exchange):
+            return self._spectra(pending.wait(), streams)
+        return Spectra([[[half.unsqueeze(0) for half in halves]] for halves in pending], None)
 
-    def empty(self, streams: list[int]) -> Spectra:
+    def empty(self, streams: Streams) -> Spectra:
         """To be filled and sent back."""
         if self.shard is None:
-            sizes = [(1, n, g.local // 2 + 1) for n, g in zip(streams, self.groups, strict=True)]
-            new = [torch.empty(size, dtype=self.dtype, device=self.device) for size in sizes]
-            return Spectra([[x] for x in new], None)
+            halves = [[half.unsqueeze(0) for half in halves] for halves in self._halves(streams)]
+            return Spectra([[tensors] for tensors in halves], None)
         numbers = self.ranks * self._counts(streams)[self.shard.rank]
         return self._spectra(torch.empty(numbers, dtype=self.dtype, device=self.device), streams)
 
-    def start_back(self, spectra: Spectra, streams: list[int]) -> "Spectra | Exchange":
-        if self.shard is None:
+    def start_back(self, spectra: Spectra, streams: Streams) -> "Spectra | Exchange":
+        if spectra.wire is None:
             return spectra
-        assert spectra.wire is not None
-        wire = spectra.wire
-        items = self._items(wire, streams)
-        for group, item, parts in zip(self.groups, items, spectra.parts, strict=True):
+        items = self._items(spectra.wire, streams)
+        for group, tensors, parts in zip(self.groups, items, spectra.parts, strict=True):
             if group.has_packed:
-                item[..., 0] = torch.complex(parts[1][..., 0].real, parts[1][..., 1].real)
-        return self._exchange(wire, self._counts(streams), back=True)
+                for item, ends in zip(tensors, parts[1], strict=True):
+                    item[..., 0] = torch.complex(ends[..., 0].real, ends[..., 1].real)
+        return self._exchange(spectra.wire, self._counts(streams), back=True)
 
-    def finish_back(self, pending: "Spectra | Exchange", streams: list[int]) -> list[Tensor]:
+    def finish_back(self, pending: "Spectra | Exchange", streams: Streams) -> list[list[Tensor]]:
         """Tokens (stream, L) of each group."""
         if isinstance(pending, Spectra):
-            halves = [parts[0][0] for parts in pending.parts]
+            halves = [[tensor[0] for tensor in parts[0]] for parts in pending.parts]
         else:
-            sizes = [(n, g.local // 2 + 1) for n, g in zip(streams, self.groups, strict=True)]
-            halves = [torch.empty(size, dtype=self.dtype, device=self.device) for size in sizes]
-            blocks = pending.wait().split(self._counts(streams))
-            for rank, block in enumerate(blocks):
-                for (piece, bins), half in zip(
-                    self._pieces(block, rank, streams), halves, strict=True
-                ):
-                    half[:, bins] = piece
-            for group, half in zip(self.groups, halves, strict=True):
-                if group.local % 2 == 0:
+            halves = self._halves(streams)
+            for rank, block in enumerate(pending.wait().split(self._counts(streams))):
+                for piece, half in self._pieces(block, rank, streams, halves):
+                    half.copy_(piece)
+            for group, tensors in zip(self.groups, halves, strict=True):
+                for half in tensors if group.local % 2 == 0 else ():
                     half[:, -1] = half[:, 0].imag
                     half[:, 0].imag.zero_()
-        return [torch.fft.irfft(h, g.local) for h, g in zip(halves, self.groups, strict=True)]
+        return [
+            [torch.fft.irfft(half, group.local) for half in tensors]
+            for group, tensors in zip(self.groups, halves, strict=True)
+        ]
 
     def _exchange(self, wire: Tensor, counts: list[int], back: bool) -> Exchange:
         """counts: numbers of each rank's slices of k; of its own slice a rank has every phase."""
@@ -185,33 +185,52 @@ class Transform:
         send, receive = (own, counts) if back else (counts, own)
         return Exchange(wire, send, receive, self.shard.group, self.operator)
 
-    def _counts(self, streams: list[int]) -> list[int]:
-        """Complex numbers of all streams in each rank's slice of k."""
-        pairs = list(zip(streams, self.groups, strict=True))
-        return [sum(n * g.width(rank) for n, g in pairs) for rank in range(self.ranks)]
-
-    def _pieces(self, block: Tensor, rank: int, streams: list[int]) -> list[tuple[Tensor, slice]]:
-        """A rank's slices of k in a block of the wire: (stream, k) of each group, and which k."""
-        widths = [group.width(rank) for group in self.groups]
-        pieces = block.split([n * width for n, width in zip(streams, widths, strict=True)])
+    def _halves(self, streams: Streams) -> list[list[Tensor]]:
+        """Room for rfft's bins."""
         return [
-            (piece.view(n, width), slice(group.bounds[rank], group.bounds[rank + 1]))
-            for piece, n, width, group in zip(pieces, streams, widths, self.groups, strict=True)
+            [
+                torch.empty(n, group.local // 2 + 1, dtype=self.dtype, device=self.device)
+                for n in numbers
+            ]
+            for group, numbers in zip(self.groups, streams, strict=True)
         ]
 
-    def _items(self, wire: Tensor, streams: list[int]) -> list[Tensor]:
-        """Views (phase, stream, k) of what this rank holds of each group."""
-        widths = [group.width(group.rank) for group in self.groups]
-        sizes = [n * width for n, width in zip(streams, widths, strict=True)]
-        items = wire.view(self.ranks, sum(sizes)).split(sizes, 1)
-        return [x.unflatten(1, (n, w)) for x, n, w in zip(items, streams, widths, strict=True)]
+    def _counts(self, streams: Streams) -> list[int]:
+        """Complex numbers of all streams in each rank's slice of k."""
+        pairs = list(zip(streams, self.groups, strict=True))
+        return [sum(sum(n) * g.width(rank) for n, g in pairs) for rank in range(self.ranks)]
 
-    def _spectra(self, wire: Tensor, streams: list[int]) -> Spectra:
+    def _pieces(
+        self, block: Tensor, rank: int, streams: Streams, halves: list[list[Tensor]]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Pairs (stream, k): a rank's slice in a block of the wire, and in the tensor's bins."""
+        pairs, start = [], 0
+        for group, numbers, tensors in zip(self.groups, streams, halves, strict=True):
+            bins = slice(group.bounds[rank], group.bounds[rank + 1])
+            for n, half in zip(numbers, tensors, strict=True):
+                stop = start + n * group.width(rank)
+                pairs.append((block[start:stop].view(n, group.width(rank)), half[:, bins]))
+                start = stop
+        return pairs
+
+    def _items(self, wire: Tensor, streams: Streams) -> list[list[Tensor]]:
+        """Views (phase, stream, k) of what this rank holds of each tensor."""
+        phases, start, items = wire.view(self.ranks, wire.numel() // self.ranks), 0, []
+        for group, numbers in zip(self.groups, streams, strict=True):
+            width, tensors = group.width(group.rank), []
+            for n in numbers:
+                tensors.append(phases[:, start : start + n * width].unflatten(1, (n, width)))
+                start += n * width
+            items.append(tensors)
+        return items
+
+    def _spectra(self, wire: Tensor, streams: Streams) -> Spectra:
         parts = []
-        for group, item in zip(self.groups, self._items(wire, streams), strict=True):
+        for group, tensors in zip(self.groups, self._items(wire, streams), strict=True):
             if group.has_packed:
-                both = torch.view_as_real(item[..., 0])
-                parts.append([item[..., 1:], torch.complex(both, torch.zeros_like(both))])
+                both = [torch.view_as_real(item[..., 0]) for item in tensors]
+                ends = [torch.complex(x, torch.zeros_like(x)) for x in both]
+                parts.append([[item[..., 1:] for item in tensors], ends])
             else:
-                parts.append([item])
+                parts.append([tensors])
         return Spectra(parts, wire)
