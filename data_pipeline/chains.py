@@ -27,8 +27,8 @@ class Chain:
     xyz: Float32[np.ndarray, "length atoms 3"]
     """N, CA, C, O in Å, or the atoms that the source's identity names; NaN where one is missing."""
     cluster: str | None = None
-    """Chains of one key are never parted by a split, whatever their sequences: frames of a
-    trajectory, models of an ensemble. None: their sequences alone tell."""
+    """Chains of one key, and they alone, are a cluster: frames of a trajectory, models of an
+    ensemble. Their sequences are then not compared with others. None: the sequences tell."""
     split: str | None = None
     """train, validation or test, where the source decides; then it does so for every chain."""
     segment: Integer[np.ndarray, " length"] | None = None

@@ -28,8 +28,6 @@ LARGEST_HELD_OUT = 0.25
 
 _AT_ONCE = 1 << 22
 """Residues that others are compared with at once: some 200 MB of tables."""
-_HITS = 1 << 20
-"""Shared 4-mers counted at once."""
 
 
 def cluster(
@@ -39,24 +37,22 @@ def cluster(
 ) -> Int[np.ndarray, " chains"]:
     """Group number of each sequence: single linkage over 4-mer containment above 0.25.
 
-    Equal sequences are together, and so are chains of one key. Groups are numbered in the order
-    of their first member. Half a minute for 10^5 sequences of 260 residues; the time grows with
-    the square of their number.
+    Equal sequences are together. A chain with a key is in the group of that key, whatever its
+    sequence. Groups are numbered in the order of their first member. The time grows with the
+    square of the number of sequences: about a minute for 10^5 of 260 residues.
     """
-    first = _first_equal(residue, offsets)
-    group = first.copy()
-    known: dict[str, int] = {}
-    for number, key in enumerate(keys):
-        if key is not None:
-            _join(group, known.setdefault(key, number), number)
-    distinct = np.flatnonzero(first == np.arange(len(first)))
     lengths = np.diff(offsets)
-    for columns in _blocks(distinct, lengths):
+    first = _first_equal(residue, offsets, keys)
+    compared = first == np.arange(len(first))
+    compared[[number for number, key in enumerate(keys) if key is not None]] = False
+    blocks = _blocks(np.flatnonzero(compared), lengths)
+    group = np.arange(len(first))
+    for number, columns in enumerate(blocks):
         table = _Table(residue, offsets, columns)
-        for rows in _blocks(distinct[distinct >= columns[0]], lengths):
-            for left, right in table.similar(residue, offsets, rows):
-                _join_pairs(group, left, right)
-    return np.unique(group, return_inverse=True)[1]
+        for rows in blocks[number:]:
+            for row, similar in table.similar(residue, offsets, rows):
+                _join(group, row, similar)
+    return np.unique(group[first], return_inverse=True)[1]
 
 
 def split(
@@ -112,13 +108,19 @@ def _group_keys(
         yield hashlib.sha256("\n".join(sorted(texts)).encode()).digest()
 
 
-def _first_equal(residue: np.ndarray, offsets: np.ndarray) -> Int[np.ndarray, " chains"]:
-    """The first chain of each chain's sequence; a sequence without a known residue has no equal."""
+def _first_equal(
+    residue: np.ndarray, offsets: np.ndarray, keys: Sequence[str | None]
+) -> Int[np.ndarray, " chains"]:
+    """The first chain of each chain's key, else of its sequence; a sequence without a known
+    residue has no equal."""
     hashes = np.zeros(len(offsets) - 1, np.uint64)
     for chain in range(len(hashes)):
         codes = residue[offsets[chain] : offsets[chain + 1]]
-        known = bool((codes < len(RESIDUES)).any())
-        text = codes.tobytes() if known else f"chain {chain}".encode()
+        text = b"sequence" + codes.tobytes()
+        if keys and keys[chain] is not None:
+            text = f"key {keys[chain]}".encode()
+        elif not (codes < len(RESIDUES)).any():
+            text = f"chain {chain}".encode()
         hashes[chain] = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest())
     _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
     return first[inverse]
@@ -135,78 +137,53 @@ class _Table:
     """Which of some chains hold each 4-mer."""
 
     def __init__(self, residue: np.ndarray, offsets: np.ndarray, chains: np.ndarray):
+        sets = list(_kmers(residue, offsets, chains))
         self.chains = chains
-        owner, kmer = _kmers(residue, offsets, chains)
-        self.sizes = np.bincount(owner, minlength=len(chains))
-        self.owner = owner[np.argsort(kmer, kind="stable")].astype(np.int64)
-        self.start = np.concatenate([[0], np.cumsum(np.bincount(kmer, minlength=KINDS))])
+        self.sizes = np.array([len(kmers) for kmers in sets])
+        kmer = np.concatenate(sets)
+        owner = np.repeat(np.arange(len(chains), dtype=np.int32), self.sizes)
+        self.owner = owner[np.argsort(kmer, kind="stable")]
+        self.count = np.bincount(kmer, minlength=KINDS)
+        self.end = np.cumsum(self.count)
 
     def similar(
         self, residue: np.ndarray, offsets: np.ndarray, rows: np.ndarray
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Pairs of similar chains, one of `rows` and one of these, each pair once."""
-        owner, kmer = _kmers(residue, offsets, rows)
-        sizes = np.bincount(owner, minlength=len(rows))
-        hits = self.start[kmer + 1] - self.start[kmer]
-        ends = np.cumsum(np.bincount(owner, hits, minlength=len(rows)).astype(np.int64))
-        last_kmer = np.cumsum(sizes)
-        row = 0
-        while row < len(rows):
-            done = ends[row - 1] if row else 0
-            stop = max(int(np.searchsorted(ends, done + _HITS, side="right")), row + 1)
-            here = slice(last_kmer[row - 1] if row else 0, last_kmer[stop - 1])
-            shared = self._shared(owner[here] - row, kmer[here], hits[here], stop - row)
-            smaller = np.minimum(sizes[row:stop, None], self.sizes)
-            left, right = np.nonzero(shared > CONTAINMENT * smaller)
-            left, right = rows[row + left], self.chains[right]
-            yield left[left > right], right[left > right]
-            row = stop
-
-    def _shared(
-        self, owner: np.ndarray, kmer: np.ndarray, hits: np.ndarray, rows: int
-    ) -> Int[np.ndarray, "rows chains"]:
-        """Number of 4-mers that each row has in common with each of these chains."""
-        ends = np.cumsum(hits)
-        total = int(ends[-1]) if len(ends) else 0
-        place = np.repeat(self.start[kmer] - ends + hits, hits) + np.arange(total)
-        pair = np.repeat(owner * len(self.chains), hits) + self.owner[place]
-        counts = np.bincount(pair, minlength=rows * len(self.chains))
-        return counts.reshape(rows, len(self.chains))
+    ) -> Iterator[tuple[int, Int[np.ndarray, " n"]]]:
+        """Each of `rows` with those of these chains that are similar to it."""
+        smallest = self.sizes.min()
+        for row, kmers in zip(rows, _kmers(residue, offsets, rows), strict=True):
+            if not len(kmers):
+                continue
+            # The places of all holders of all its 4-mers, run after run.
+            count = self.count[kmers]
+            ends = np.cumsum(count)
+            place = np.repeat(self.end[kmers] - ends, count)
+            place += np.arange(len(place))
+            shared = np.bincount(self.owner[place])
+            # One cheap pass over all; few are left for the exact one.
+            near = np.flatnonzero(shared > CONTAINMENT * min(smallest, len(kmers)))
+            smaller = np.minimum(self.sizes[near], len(kmers))
+            near = near[shared[near] > CONTAINMENT * smaller]
+            if len(near):
+                yield int(row), self.chains[near]
 
 
 def _kmers(
     residue: np.ndarray, offsets: np.ndarray, chains: np.ndarray
-) -> tuple[Int[np.ndarray, " kmers"], Int[np.ndarray, " kmers"]]:
-    """Distinct 4-mers of each chain, none that holds an X: place of the chain in `chains`, in
-    order, and the 4-mer as a number."""
-    parts = []
-    for place, chain in enumerate(chains):
+) -> Iterator[Int[np.ndarray, " kmers"]]:
+    """Distinct 4-mers of each chain as numbers; none that holds an X."""
+    for chain in chains:
         codes = np.asarray(residue[offsets[chain] : offsets[chain + 1]], np.int64)
-        windows = len(codes) - KMER + 1
-        if windows < 1:
+        if len(codes) < KMER:
+            yield codes[:0]
             continue
-        number = np.zeros(windows, np.int64)
-        known = np.ones(windows, bool)
-        for i in range(KMER):
-            letter = codes[i : i + windows]
-            number += letter * len(RESIDUES) ** i
-            known &= letter < len(RESIDUES)
-        parts.append(np.unique(number[known]) + place * KINDS)
-    joined = np.concatenate(parts) if parts else np.zeros(0, np.int64)
-    return joined // KINDS, joined % KINDS
+        shifted = [codes[i : len(codes) - KMER + 1 + i] for i in range(KMER)]
+        numbers = len(RESIDUES) ** np.arange(KMER) @ np.stack(shifted)
+        yield np.unique(numbers[np.max(shifted, axis=0) < len(RESIDUES)])
 
 
-def _join_pairs(group: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
-    new = group[left] != group[right]
-    left, right = left[new], right[new]
-    # One pair of chains for each pair of groups is enough.
-    _, chosen = np.unique(np.stack([group[left], group[right]]), axis=1, return_index=True)
-    for pair in chosen:
-        _join(group, int(left[pair]), int(right[pair]))
-
-
-def _join(group: np.ndarray, one: int, other: int) -> None:
-    """Two chains' groups become one, under the number of its first chain."""
-    a, b = group[one], group[other]
-    if a != b:
-        group[group == max(a, b)] = min(a, b)
+def _join(group: np.ndarray, one: int, others: np.ndarray) -> None:
+    """The chains' groups become one, under the number of its first chain."""
+    numbers = np.unique(np.append(group[others], group[one]))
+    if len(numbers) > 1:
+        group[np.isin(group, numbers)] = numbers[0]

@@ -185,7 +185,7 @@ def test_split_follows_from_the_set_of_sequences():
         np.testing.assert_array_equal(split(shuffled, cluster(shuffled)), reference[order])
 
 
-def test_clusters_join_what_shares_a_quarter_of_its_kmers():
+def test_clusters_join_what_shares_a_quarter_of_its_kmers(monkeypatch):
     """Containment counts the smaller set, linkage is single, X makes no 4-mer."""
     random = np.random.default_rng(1)
     a, b, c = ("".join(random.choice(list(RESIDUES), 80)) for _ in range(3))
@@ -193,3 +193,12 @@ def test_clusters_join_what_shares_a_quarter_of_its_kmers():
     assert cluster([a, b, c, a[10:40], "XX" + "X" * 30]).tolist() == [0, 1, 2, 0, 3]
     assert cluster([a, c, b, bridge]).tolist() == [0, 1, 0, 0]
     assert cluster([a, a[:15] + c]).tolist() == [0, 1]  # 12 of 77 4-mers
+    assert cluster([a, b, a, "XX", "XX"]).tolist() == [0, 1, 0, 2, 3]  # equal ones, if known
+    keys = ["one", None, "two", None, "one"]  # decide alone
+    assert cluster([a, a, a, bridge, c], keys).tolist() == [0, 1, 2, 1, 0]
+    many = ["".join(random.choice(list(RESIDUES), 60)) for _ in range(40)]
+    many += [sequence[20:] for sequence in many]
+    whole = cluster(many).tolist()
+    assert whole == [*range(40)] * 2
+    monkeypatch.setattr(clusters, "_AT_ONCE", 700)  # several blocks find the same
+    assert cluster(many).tolist() == whole
