@@ -3,7 +3,7 @@
 import hashlib
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Float64, UInt64
 
 
 def hash64(*values: int | str) -> int:
@@ -14,6 +14,11 @@ def hash64(*values: int | str) -> int:
 def evaluation_key(split: str, item: int) -> int:
     """The key of a sample wherever it is evaluated."""
     return hash64("evaluation", split, item)
+
+
+def raw64(key: int, count: int) -> UInt64[np.ndarray, " n"]:
+    """64 random bits for each place in range(count)."""
+    return np.random.Philox(key=key).random_raw(count)
 
 
 def uniforms(key: int, start: int, stop: int) -> Float64[np.ndarray, "n 4"]:
@@ -28,6 +33,18 @@ def normals(key: int, start: int, stop: int) -> Float64[np.ndarray, "n 4"]:
     u = uniforms(key, start, stop)
     radius, angle = np.sqrt(-2 * np.log(u[:, :2])), 2 * np.pi * u[:, 2:]
     return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
+
+
+def rotations(key: int, start: int, stop: int) -> Float64[np.ndarray, "n 3 3"]:
+    """A uniformly random rotation for each place in [start, stop): of a random unit quaternion."""
+    q = normals(hash64("rotation", key), start, stop)
+    w, x, y, z = (q / np.linalg.norm(q, axis=1, keepdims=True)).T
+    rows = [
+        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
+    ]
+    return np.moveaxis(np.array(rows), -1, 0)
 
 
 def permuted(place: int, count: int, key: int) -> int:

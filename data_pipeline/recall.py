@@ -18,7 +18,7 @@ from jaxtyping import Float64
 from data_pipeline.batch import GeometricBatch, Sample
 from data_pipeline.errors import ConfigError
 from data_pipeline.features import EDGES, edges
-from data_pipeline.keyed import evaluation_key, hash64, normals, uniforms
+from data_pipeline.keyed import evaluation_key, hash64, normals, rotations, uniforms
 
 MOST_PAIRS = 1 << 20
 """Every sequence makes the whole vocabulary: here, 50 MB."""
@@ -69,6 +69,9 @@ class Recall:
     def size(self, split: str) -> int:
         return self.train_size if split == "train" else self.held_out_size
 
+    def parts(self, split: str) -> list[tuple[int, int]]:
+        return [(self.size(split), 1)]
+
     def length(self, split: str, item: int) -> int:
         return self.tokens
 
@@ -93,7 +96,7 @@ class Recall:
         exists = np.array([item is not None for item in items])
         mask = exists[:, None] & (index < self.tokens)
         scalars = np.zeros((rows, self.scalars, n), np.float32)
-        scalars[:, :-1] = edges(index, np.where(exists, self.tokens, 0))
+        scalars[:, :-1] = edges(index[None], np.where(exists, self.tokens, 0)[:, None])
         scalars[:, 0] *= (index >= self._front) * (1 - 2 * self._front)  # keys are even from here
         scalars[:, -1] = mask & (index == self.tokens - 1)
         inputs = GeometricBatch(
@@ -147,7 +150,7 @@ class Recall:
         fixed = self.vocabulary == "fixed"
         source = hash64("vocabulary", self.seed if fixed else own)
         words = _random_vectors(source, 2 * self.pairs, self.pairs).reshape(self.pairs, 2, 3)
-        return words @ _random_rotation(key) if fixed and split == "train" else words
+        return words @ rotations(key, 0, 1)[0] if fixed and split == "train" else words
 
 
 def _random_vectors(key: int, count: int, largest: int) -> Float64[np.ndarray, "count 3"]:
@@ -155,15 +158,3 @@ def _random_vectors(key: int, count: int, largest: int) -> Float64[np.ndarray, "
     x = normals(hash64("direction", key), 0, count)[:, :3]
     magnitude = 1 + (largest - 1) * uniforms(hash64("magnitude", key), 0, count)[:, :1]
     return magnitude * x / np.linalg.norm(x, axis=1, keepdims=True)
-
-
-def _random_rotation(key: int) -> Float64[np.ndarray, "3 3"]:
-    """Uniform: of a random unit quaternion."""
-    w, x, y, z = (q := normals(hash64("rotation", key), 0, 1)[0]) / np.linalg.norm(q)
-    return np.array(
-        [
-            [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
-            [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
-            [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
-        ]
-    )

@@ -74,9 +74,12 @@ class Store:
         self.digest: str = self.manifest["digest"]
         self.atoms: tuple[str, ...] = tuple(self.manifest.get("atoms", ATOMS))
         """Names of the second axis of xyz."""
-        self.extra = sorted(self.manifest["content"].keys() - set(writer.OWN))
-        """Names of the arrays that this source gave beyond those of every store."""
         self._arrays = _open(self.path, self.manifest)
+        extra = sorted(self._arrays.keys() - set(writer.OWN))
+        self.kinds = {
+            name: (str(self._arrays[name].dtype), self._arrays[name].shape[1:]) for name in extra
+        }
+        """dtype and shape of a row of the arrays that the source gave beyond those of all."""
         self._chunk = lru_cache(CACHED_CHUNKS)(self._read_chunk)
         self.offsets: np.ndarray = self._whole("offsets")
         self.lengths = np.diff(self.offsets)
@@ -91,8 +94,8 @@ class Store:
         rows = self._arrays["id"].chunks[0]
         return bytes(self._chunk("id", chain // rows)[chain % rows]).rstrip(b"\0").decode()
 
-    def shape(self, array: str) -> tuple[int, ...]:
-        return self._arrays[array].shape
+    def chunk_rows(self, array: str) -> int:
+        return self._arrays[array].chunks[0]
 
     def read(self, array: str, chain: int, start: int, stop: int) -> np.ndarray:
         """Rows [start, stop) of a chain; decodes only the chunks that hold them."""
@@ -112,10 +115,10 @@ class Store:
         # A piece is what one chain has in one chunk.
         pieces = np.where(last > first, (last - 1) // rows - first // rows + 1, 0)
         which = np.repeat(np.arange(len(chains)), pieces)
-        chunk = first[which] // rows + np.arange(len(which)) - np.repeat(_before(pieces), pieces)
+        chunk = first[which] // rows + np.arange(len(which)) - np.repeat(before(pieces), pieces)
         low = np.maximum(first[which], chunk * rows)
         high = np.minimum(last[which], (chunk + 1) * rows)
-        place = _before(high - low)
+        place = before(high - low)
         out = np.empty((int((high - low).sum()), *source.shape[1:]), source.dtype)
         for piece in np.argsort(chunk, kind="stable"):
             number, a, b = int(chunk[piece]), int(low[piece]), int(high[piece])
@@ -344,6 +347,6 @@ def _exists(path: Path) -> bool:
         raise StoreError(unreadable(str(path), error)) from error
 
 
-def _before(counts: np.ndarray) -> np.ndarray:
+def before(counts: np.ndarray) -> np.ndarray:
     """Sum of all counts before each."""
     return np.cumsum(counts) - counts

@@ -13,7 +13,8 @@ from typing import Any
 
 from data_pipeline.batch import Sample
 from data_pipeline.errors import ConfigError, RunError
-from data_pipeline.keyed import evaluation_key, hash64, permuted
+from data_pipeline.keyed import evaluation_key, hash64
+from data_pipeline.order import Order
 from data_pipeline.task import Task
 
 AHEAD = 2
@@ -57,6 +58,7 @@ class Stream:
         dp_size: int = 1,
         sp_rank: int = 0,
         sp_size: int = 1,
+        bucket: int = 1,
     ):
         together = dp_size * micro_batch_size
         if batch_size < 1 or micro_batch_size < 1 or batch_size % together:
@@ -64,7 +66,14 @@ class Stream:
         check_lengths(task, split, max_length)
         self.data_wait_s = 0.0
         """Seconds that the last step was waited for."""
-        self._task, self._split, self._seed = task, split, seed
+        self._task, self._split, self._seed, self._bucket = task, split, seed, bucket
+        self._order = Order(
+            task.parts(split),
+            (seed, split, task.digest),
+            batch_size,
+            bucket,
+            lambda item: task.length(split, item),
+        )
         self._batch_size, self._micro = batch_size, micro_batch_size
         self._first_rows = range(dp_rank * micro_batch_size, batch_size, together)
         self._sp = (sp_rank, sp_size)
@@ -90,7 +99,9 @@ class Stream:
 
     def state_dict(self) -> dict[str, Any]:
         """The place of the next step in the order, and what the order follows from."""
-        return {"cursor": self._cursor, "seed": self._seed, "digest": self._task.digest}
+        state = {"cursor": self._cursor, "seed": self._seed, "digest": self._task.digest}
+        # Without buckets the order knows no batches, so that another batch size may go on.
+        return state | ({"bucket": [self._bucket, self._batch_size]} if self._bucket > 1 else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from there.
@@ -98,10 +109,12 @@ class Stream:
         Raises:
             RunError: the state belongs to another seed or to other data.
         """
-        for key, mine in self.state_dict().items():
-            if key != "cursor" and state[key] != mine:
+        mine = self.state_dict()
+        for key in sorted((state.keys() | mine.keys()) - {"cursor"}):
+            if state.get(key) != mine.get(key):
                 raise RunError(
-                    f"the checkpoint's data {key} is {state[key]}, this run's is {mine}: start "
+                    f"the checkpoint's data {key} is {state.get(key)}, this run's is "
+                    f"{mine.get(key)}: start "
                     "another run, or go back to the data and task options of the checkpoint"
                 )
         self._forget()
@@ -123,8 +136,10 @@ class Stream:
         self._ahead.clear()
 
     def _step(self, cursor: int) -> list[MicroBatch]:
-        places = range(cursor, cursor + self._batch_size)
-        samples = [(self._item(place), hash64("sample", self._seed, place)) for place in places]
+        samples = [
+            (item, hash64("sample", self._seed, place))
+            for item, place in self._order.samples(cursor, cursor + self._batch_size)
+        ]
         # A step's sum knows no order; rows of like length together need little padding.
         samples.sort(key=lambda sample: -self._task.length(self._split, sample[0]))
         return [self._micro_batch(samples[row : row + self._micro]) for row in self._first_rows]
@@ -132,11 +147,6 @@ class Stream:
     def _micro_batch(self, samples: Sequence[tuple[int, int]]) -> MicroBatch:
         items, keys = zip(*samples, strict=True)
         return _micro_batch(self._task, self._split, items, keys, *self._sp)
-
-    def _item(self, place: int) -> int:
-        size = self._task.size(self._split)
-        epoch, place = divmod(place, size)
-        return permuted(place, size, hash64(self._seed, epoch, self._split, self._task.digest))
 
 
 def evaluation_batches(
@@ -190,6 +200,11 @@ def check_lengths(task: Task, split: str, max_length: int) -> None:
     Raises:
         ConfigError: the split is empty or its longest item exceeds max_length (names it).
     """
+    if min(size for size, _ in task.parts(split)) < 1 and task.size(split) > 0:
+        raise ConfigError(
+            f"one of the stores of task {task.name} has no {split} samples; leave it out of the "
+            "mixture, or build it with a split that gives it some"
+        )
     if task.size(split) < 1:
         raise ConfigError(
             f"the {split} split of task {task.name} holds {task.size(split)} samples; "

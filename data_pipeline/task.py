@@ -25,6 +25,11 @@ class Task(Protocol):
 
     def size(self, split: str) -> int: ...
 
+    def parts(self, split: str) -> Sequence[tuple[int, int]]:
+        """Items and weight of each source that is mixed into the split: in training, `weight`
+        samples of each in every round. Items are numbered through the sources."""
+        ...
+
     def length(self, split: str, item: int) -> int:
         """Tokens of an item."""
         ...

@@ -112,7 +112,7 @@ def test_options_are_checked():
 
 def test_edge_features_decay_from_both_ends():
     """Parity, then exp(-d/decay) of the distance from either end; zero outside the row."""
-    found = edges(np.arange(2, 12), np.array([9, 5, 0]))
+    found = edges(np.arange(2, 12)[None], np.array([9, 5, 0])[:, None])
     for row, length in enumerate((9, 5, 0)):
         for column, i in enumerate(range(2, 12)):
             both = [(np.exp(-i / d), np.exp(-(length - 1 - i) / d)) for d in (2, 8, 32)]
