@@ -13,10 +13,11 @@ engine verifies when it reads a part.
 
 import hashlib
 import json
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterable
-from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
+from threading import Lock
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -26,11 +27,18 @@ from jaxtyping import Int
 from data_pipeline import clusters, drafts, writer
 from data_pipeline.bundle import BundledSource
 from data_pipeline.chains import ATOMS, Chain, Notes
-from data_pipeline.errors import StoreError, how_to_build, how_to_rebuild, unreadable
-from data_pipeline.structures import file_sha256
+from data_pipeline.errors import StoreError, how_to_rebuild, unreadable
+from data_pipeline.manifest import (
+    MANIFEST,
+    VERSION,
+    array_sha256,
+    digest_of,
+    files_of,
+    open_arrays,
+    read_back,
+    read_manifest,
+)
 
-VERSION = 1
-MANIFEST = "manifest.json"
 CACHED_CHUNKS = 64
 """Decoded chunks that a reader keeps: at most 50 MB."""
 
@@ -74,13 +82,14 @@ class Store:
         self.digest: str = self.manifest["digest"]
         self.atoms: tuple[str, ...] = tuple(self.manifest.get("atoms", ATOMS))
         """Names of the second axis of xyz."""
-        self._arrays = _open(self.path, self.manifest)
+        self._arrays = open_arrays(self.path, self.manifest)
         extra = sorted(self._arrays.keys() - set(writer.OWN))
         self.kinds = {
             name: (str(self._arrays[name].dtype), self._arrays[name].shape[1:]) for name in extra
         }
         """dtype and shape of a row of the arrays that the source gave beyond those of all."""
-        self._chunk = lru_cache(CACHED_CHUNKS)(self._read_chunk)
+        self._cache: OrderedDict[tuple[str, int], np.ndarray] = OrderedDict()
+        self._lock = Lock()  # a stream's thread and an evaluation may read at once
         self.offsets: np.ndarray = self._whole("offsets")
         self.lengths = np.diff(self.offsets)
         """Residues of each chain."""
@@ -91,8 +100,8 @@ class Store:
         return np.flatnonzero(self._split == clusters.SPLITS.index(split))
 
     def name(self, chain: int) -> str:
-        rows = self._arrays["id"].chunks[0]
-        return bytes(self._chunk("id", chain // rows)[chain % rows]).rstrip(b"\0").decode()
+        number, row = divmod(chain, self.chunk_rows("id"))
+        return bytes(self._chunks("id", [number])[number][row]).rstrip(b"\0").decode()
 
     def chunk_rows(self, array: str) -> int:
         return self._arrays[array].chunks[0]
@@ -110,7 +119,7 @@ class Store:
     ) -> np.ndarray:
         """Rows [start, stop) of each chain, one after another; every chunk is decoded once."""
         assert np.all((starts >= 0) & (starts <= stops) & (stops <= self.lengths[chains]))
-        source, rows = self._arrays[array], self._arrays[array].chunks[0]
+        source, rows = self._arrays[array], self.chunk_rows(array)
         first, last = self.offsets[chains] + starts, self.offsets[chains] + stops
         # A piece is what one chain has in one chunk.
         pieces = np.where(last > first, (last - 1) // rows - first // rows + 1, 0)
@@ -120,27 +129,56 @@ class Store:
         high = np.minimum(last[which], (chunk + 1) * rows)
         place = before(high - low)
         out = np.empty((int((high - low).sum()), *source.shape[1:]), source.dtype)
-        for piece in np.argsort(chunk, kind="stable"):
-            number, a, b = int(chunk[piece]), int(low[piece]), int(high[piece])
-            here = self._chunk(array, number)[a - number * rows : b - number * rows]
-            out[place[piece] : place[piece] + b - a] = here
+        order = np.argsort(chunk, kind="stable")
+        # Pieces of as many chunks as the cache keeps, at a time.
+        known = np.unique(chunk)
+        for start in range(0, len(known), CACHED_CHUNKS):
+            few = known[start : start + CACHED_CHUNKS]
+            decoded = self._chunks(array, few.tolist())
+            here = slice(*np.searchsorted(chunk[order], [few[0], few[-1] + 1]))
+            for piece in order[here]:
+                number, a, b = int(chunk[piece]), int(low[piece]), int(high[piece])
+                found = decoded[number][a - number * rows : b - number * rows]
+                out[place[piece] : place[piece] + b - a] = found
         return out
 
     def _whole(self, array: str) -> np.ndarray:
-        source = self._arrays[array]
-        numbers = range(-(-source.shape[0] // source.chunks[0]))
-        return np.concatenate([self._read_chunk(array, number) for number in numbers])
+        return self._read(array, 0, self._arrays[array].shape[0])
 
-    def _read_chunk(self, array: str, number: int) -> np.ndarray:
-        rows = self._arrays[array].chunks[0]
+    def _chunks(self, array: str, numbers: list[int]) -> dict[int, np.ndarray]:
+        """Decoded chunks, from the cache or the disk; neighbours are read together."""
+        with self._lock:
+            found = {n: self._cache[array, n] for n in numbers if (array, n) in self._cache}
+            missing = [n for n in numbers if n not in found]
+            rows = self.chunk_rows(array)
+            for _, run in groupby(enumerate(missing), lambda pair: pair[1] - pair[0]):
+                own = [number for _, number in run]
+                read = self._read(array, own[0] * rows, (own[-1] + 1) * rows)
+                for n in own:
+                    found[n] = read[(n - own[0]) * rows : (n - own[0] + 1) * rows].copy()
+            for n in numbers:
+                self._cache[array, n] = found[n]
+                self._cache.move_to_end((array, n))
+            while len(self._cache) > CACHED_CHUNKS:
+                self._cache.popitem(last=False)
+        return found
+
+    def _read(self, array: str, start: int, stop: int) -> np.ndarray:
+        source, rows = self._arrays[array], self.chunk_rows(array)
         try:
-            return self._arrays[array][number * rows : (number + 1) * rows]
+            return source[start:stop]
         except StoreError:
             raise
         except Exception as error:  # every codec has its own
+            if stop - start > rows:  # which chunk is it?
+                middle = (start // rows + stop // rows + 1) // 2 * rows
+                return np.concatenate(
+                    [self._read(array, start, middle), self._read(array, middle, stop)]
+                )
+            file = (source.shards or source.chunks)[0]
+            name = source.metadata.encode_chunk_key((start // file, *[0] * (source.ndim - 1)))
             raise StoreError(
-                f"{self.path}/{array}: chunk {number} is damaged: {error}; "
-                f"{how_to_rebuild(self.path)}"
+                f"{self.path}/{array}/{name} is damaged: {error}; {how_to_rebuild(self.path)}"
             ) from error
 
 
@@ -196,24 +234,17 @@ def build(path: str | Path, source: Source, shard: int = 1) -> dict[str, Any]:
     try:
         with drafts.draft(path) as draft:
             written = writer.write(draft, source.chains(notes), atoms, shard)
-            content = _read_back(draft, written.sha256)
+            content = read_back(draft, written.sha256)
             manifest = {
                 "version": VERSION,
-                "digest": _digest(content),
+                "digest": digest_of(content),
                 "source": identity,
                 "atoms": atoms,
                 "counts": written.counts,
                 "bonds": written.bonds,
                 "left_out": notes,
                 "content": content,
-                "files": {
-                    file.relative_to(draft).as_posix(): {
-                        "size": file.stat().st_size,
-                        "sha256": file_sha256(file),
-                    }
-                    for file in sorted(draft.rglob("*"))
-                    if file.is_file()
-                },
+                "files": files_of(draft),
             }
             text = json.dumps(manifest, indent=1) + "\n"
             (draft / MANIFEST).write_text(text)
@@ -244,99 +275,13 @@ def verify(path: str | Path) -> dict[str, Any]:
                 raise StoreError(
                     f"{place}/{name} is damaged (sha256 differs); {how_to_rebuild(place)}"
                 )
-    arrays = _open(place, manifest)
+    arrays = open_arrays(place, manifest)
     for name, sha256 in manifest["content"].items():
-        if _array_sha256(arrays[name])[0] != sha256:
+        if array_sha256(arrays[name])[0] != sha256:
             raise StoreError(f"{place}/{name} decodes to other values; {how_to_rebuild(place)}")
-    if _digest(manifest["content"]) != manifest["digest"]:
+    if digest_of(manifest["content"]) != manifest["digest"]:
         raise StoreError(f"{place}/{MANIFEST} contradicts itself; {how_to_rebuild(place)}")
     return manifest
-
-
-def read_manifest(path: str | Path) -> dict[str, Any]:
-    """The manifest, after every file's size was compared with it.
-
-    Raises:
-        StoreError: see Store.
-    """
-    place = str(path)
-    try:
-        files, root = url_to_fs(place)
-        text = files.cat_file(f"{root}/{MANIFEST}")
-    except (FileNotFoundError, NotADirectoryError) as error:
-        if "://" in place or Path(place).is_dir():
-            raise StoreError(
-                f"{place} has no {MANIFEST}, so it is no finished store; {how_to_rebuild(place)}"
-            ) from error
-        raise StoreError(f"there is no store at {place}; {how_to_build(place)}") from error
-    except Exception as error:  # every file system has its own
-        raise StoreError(unreadable(f"{place}/{MANIFEST}", error)) from error
-    try:
-        manifest = json.loads(text)
-        version, sizes = manifest["version"], manifest["files"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise StoreError(
-            f"{place}/{MANIFEST} is no manifest ({error!r}); {how_to_rebuild(place)}"
-        ) from error
-    if version != VERSION:
-        raise StoreError(
-            f"{place} has version {version}, this program reads {VERSION}; {how_to_rebuild(place)}"
-        )
-    for name, file in sizes.items():
-        try:
-            size = files.size(f"{root}/{name}")
-        except FileNotFoundError as error:
-            raise StoreError(f"{place}/{name} is missing; {how_to_rebuild(place)}") from error
-        except Exception as error:
-            raise StoreError(unreadable(f"{place}/{name}", error)) from error
-        if size != file["size"]:
-            raise StoreError(
-                f"{place}/{name} has {size} bytes instead of {file['size']}; "
-                f"{how_to_rebuild(place)}"
-            )
-    return manifest
-
-
-def _open(place: str, manifest: dict[str, Any]) -> dict[str, Any]:
-    """The arrays, each of which checks what it reads."""
-    import zarr
-
-    from data_pipeline.files import open_files
-
-    group = zarr.open_group(open_files(place, manifest["files"]), mode="r")
-    return {name: group[name] for name in manifest["content"]}
-
-
-def _read_back(draft: Path, given: dict[str, str]) -> dict[str, str]:
-    """Hashes of the arrays, from the disk.
-
-    Raises:
-        OSError: they are not what was given to it.
-    """
-    import zarr
-
-    group = zarr.open_group(draft, mode="r")
-    content = {}
-    for name, wanted in given.items():
-        content[name], found = _array_sha256(group[name])
-        if found != wanted:
-            raise OSError(f"{name} reads back as other values")
-    return content
-
-
-def _array_sha256(array: Any) -> tuple[str, str]:
-    """Of dtype, shape and values, what compression and machine do not change; of the values."""
-    whole = hashlib.sha256(f"{array.dtype.str} {tuple(array.shape)}".encode())
-    values = hashlib.sha256()
-    for start in range(0, array.shape[0], writer.BLOCK):
-        block = np.ascontiguousarray(array[start : start + writer.BLOCK]).data
-        whole.update(block)
-        values.update(block)
-    return whole.hexdigest(), values.hexdigest()
-
-
-def _digest(content: dict[str, str]) -> str:
-    return hashlib.sha256(json.dumps([VERSION, sorted(content.items())]).encode()).hexdigest()
 
 
 def _exists(path: Path) -> bool:

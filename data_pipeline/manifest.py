@@ -1,0 +1,120 @@
+"""What makes a folder of arrays a store: the manifest, and what it says of every file."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fsspec.core import url_to_fs
+
+from data_pipeline import writer
+from data_pipeline.errors import StoreError, how_to_build, how_to_rebuild, unreadable
+
+VERSION = 1
+MANIFEST = "manifest.json"
+
+
+def read_manifest(path: str | Path) -> dict[str, Any]:
+    """The manifest, after every file's size was compared with it.
+
+    Raises:
+        StoreError: see Store.
+    """
+    place = str(path)
+    try:
+        files, root = url_to_fs(place)
+        text = files.cat_file(f"{root}/{MANIFEST}")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if "://" in place or Path(place).is_dir():
+            raise StoreError(
+                f"{place} has no {MANIFEST}, so it is no finished store; {how_to_rebuild(place)}"
+            ) from error
+        raise StoreError(f"there is no store at {place}; {how_to_build(place)}") from error
+    except Exception as error:  # every file system has its own
+        raise StoreError(unreadable(f"{place}/{MANIFEST}", error)) from error
+    try:
+        manifest = json.loads(text)
+        version, sizes = manifest["version"], manifest["files"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoreError(
+            f"{place}/{MANIFEST} is no manifest ({error!r}); {how_to_rebuild(place)}"
+        ) from error
+    if version != VERSION:
+        raise StoreError(
+            f"{place} has version {version}, this program reads {VERSION}; {how_to_rebuild(place)}"
+        )
+    for name, file in sizes.items():
+        try:
+            size = files.size(f"{root}/{name}")
+        except FileNotFoundError as error:
+            raise StoreError(f"{place}/{name} is missing; {how_to_rebuild(place)}") from error
+        except Exception as error:
+            raise StoreError(unreadable(f"{place}/{name}", error)) from error
+        if size != file["size"]:
+            raise StoreError(
+                f"{place}/{name} has {size} bytes instead of {file['size']}; "
+                f"{how_to_rebuild(place)}"
+            )
+    return manifest
+
+
+def open_arrays(place: str, manifest: dict[str, Any]) -> dict[str, Any]:
+    """The arrays, each of which checks what it reads."""
+    import zarr
+
+    from data_pipeline.files import open_files
+
+    group = zarr.open_group(open_files(place, manifest["files"]), mode="r")
+    return {name: group[name] for name in manifest["content"]}
+
+
+def read_back(draft: Path, given: dict[str, str]) -> dict[str, str]:
+    """Hashes of the arrays, from the disk.
+
+    Raises:
+        OSError: they are not what was given to it.
+    """
+    import zarr
+
+    group = zarr.open_group(draft, mode="r")
+    content = {}
+    for name, wanted in given.items():
+        content[name], found = array_sha256(group[name])
+        if found != wanted:
+            raise OSError(f"{name} reads back as other values")
+    return content
+
+
+def files_of(draft: Path) -> dict[str, Any]:
+    """What each file of the arrays is."""
+    import zarr
+
+    from data_pipeline.files import describe_file
+
+    group: Any = zarr.open_group(draft, mode="r")
+    found = {}
+    for file in sorted(each for each in draft.rglob("*") if each.is_file()):
+        name = file.relative_to(draft).as_posix()
+        array, _, chunk = name.partition("/c/")
+        chunks = 0
+        if chunk:
+            shards = group[array].shards
+            chunks = shards[0] // group[array].chunks[0] if shards else 1
+        found[name] = describe_file(file, chunks)
+    return found
+
+
+def array_sha256(array: Any) -> tuple[str, str]:
+    """Of dtype, shape and values, what compression and machine do not change; of the values."""
+    whole = hashlib.sha256(f"{array.dtype.str} {tuple(array.shape)}".encode())
+    values = hashlib.sha256()
+    for start in range(0, array.shape[0], writer.BLOCK):
+        block = np.ascontiguousarray(array[start : start + writer.BLOCK]).data
+        whole.update(block)
+        values.update(block)
+    return whole.hexdigest(), values.hexdigest()
+
+
+def digest_of(content: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps([VERSION, sorted(content.items())]).encode()).hexdigest()
