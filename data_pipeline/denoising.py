@@ -26,6 +26,8 @@ from data_pipeline.stores import Stores
 
 UNKNOWN = len(RESIDUES)
 """Number of a residue that is none of the twenty."""
+BUNDLED = "stores/bundled"
+"""Where training looks for the data that come with the package."""
 SIGMAS = (1e-3, 1e3)
 """Å: from the last digit of a PDB file's coordinates to beyond the size of any chain."""
 SPREAD = 100.0
@@ -49,7 +51,7 @@ class Denoising:
     translation. Tokens behind a row's end have segment -1.
     """
 
-    store: str | Sequence[str] = "stores/bundled"
+    store: str | Sequence[str] = BUNDLED
     """Folder that `prepare` built, or the URL of one; several make a mixture."""
     sigma: float = 1.0
     """Standard deviation of the noise in each coordinate, Å."""

@@ -35,10 +35,11 @@ class Order:
     ):
         self._sizes = [size for size, _ in parts]
         self._bases = np.cumsum([0, *self._sizes])
-        self._slots = np.cumsum([0, *(weight for _, weight in parts)])
+        self._weights = [weight for _, weight in parts]
         self._key, self._length = key, length
         self._batch_size, self._window_size = batch_size, batch_size * bucket
         self._buckets = bucket > 1
+        self._round = lru_cache(16)(self._mix)
         self._sorted = lru_cache(2)(self._sort)
 
     def samples(self, start: int, stop: int) -> list[tuple[int, int]]:
@@ -51,13 +52,16 @@ class Order:
     def item(self, place: int) -> int:
         if len(self._sizes) == 1:
             return self._of_part(place, 0)
-        weights = int(self._slots[-1])
-        turn, slot = divmod(place, weights)
-        slot = permuted(slot, weights, hash64("round", turn, *self._key))
-        part = int(np.searchsorted(self._slots, slot, side="right")) - 1
-        first, stop = (int(slot) for slot in self._slots[part : part + 2])
-        own = turn * (stop - first) + slot - first
+        turn, slot = divmod(place, sum(self._weights))
+        parts = self._round(turn)
+        part = parts[slot]
+        own = turn * self._weights[part] + parts[:slot].count(part)
         return int(self._bases[part]) + self._of_part(own, part, part)
+
+    def _mix(self, turn: int) -> list[int]:
+        """The parts in their order in a round."""
+        parts = np.repeat(np.arange(len(self._weights)), self._weights)
+        return parts[np.argsort(raw64(hash64("round", turn, *self._key), len(parts)))].tolist()
 
     def _of_part(self, place: int, part: int, *name: int) -> int:
         size, (seed, *rest) = self._sizes[part], self._key

@@ -1,7 +1,6 @@
-"""The order of samples and each rank's slice of them, as arithmetic on one integer.
+"""Each rank's slices of the samples, in an order that is arithmetic on one integer.
 
-Sample number `cursor` of a training run is item permuted(cursor mod size) of epoch cursor div
-size. Nothing but the cursor needs saving, and how many ranks share the work changes nothing.
+Nothing but the cursor needs saving, and how many ranks share the work changes nothing.
 """
 
 import time
@@ -38,7 +37,12 @@ class Stream:
 
     The batch of a step is `batch_size` consecutive samples of the order, so it depends on neither
     dp, sp nor micro_batch_size. An epoch's end may lie inside a batch; every sample comes once an
-    epoch. One thread prepares steps ahead; only steps handed out move the cursor.
+    epoch (of its store, in a mixture). One thread prepares steps ahead; only steps handed out move
+    the cursor.
+
+    Args:
+        bucket_steps: steps whose samples are sorted by length and dealt out anew, so that a batch
+            holds like lengths; 1: none.
 
     Raises:
         ConfigError: batch_size cannot be shared evenly, the split is empty, or its longest item
@@ -58,7 +62,7 @@ class Stream:
         dp_size: int = 1,
         sp_rank: int = 0,
         sp_size: int = 1,
-        bucket: int = 1,
+        bucket_steps: int = 1,
     ):
         together = dp_size * micro_batch_size
         if batch_size < 1 or micro_batch_size < 1 or batch_size % together:
@@ -66,12 +70,12 @@ class Stream:
         check_lengths(task, split, max_length)
         self.data_wait_s = 0.0
         """Seconds that the last step was waited for."""
-        self._task, self._split, self._seed, self._bucket = task, split, seed, bucket
+        self._task, self._split, self._seed, self._bucket = task, split, seed, bucket_steps
         self._order = Order(
             task.parts(split),
             (seed, split, task.digest),
             batch_size,
-            bucket,
+            bucket_steps,
             lambda item: task.length(split, item),
         )
         self._batch_size, self._micro = batch_size, micro_batch_size

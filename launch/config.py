@@ -170,6 +170,7 @@ def check_fields(config: Config) -> None:
     train, optim, parallel = config.train, config.optim, config.parallel
     at_least_one = {
         **{f"train.{key}": getattr(train, key) for key in _COUNTS},
+        "train.bucket_steps": train.bucket_steps,
         "parallel.dp": parallel.dp,
         "parallel.sp": parallel.sp,
     }

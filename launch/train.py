@@ -41,7 +41,7 @@ def train(config: Config, device: "torch.device") -> None:
     """Build task, mesh and model, and fit; inside the process group, where there is one."""
     import torch
 
-    from data_pipeline.denoising import Denoising
+    from data_pipeline.denoising import BUNDLED
     from data_pipeline.store import ensure_bundled
     from data_pipeline.task import build_task
     from scaling.models import build
@@ -51,9 +51,9 @@ def train(config: Config, device: "torch.device") -> None:
     from scaling.train.run import RunDirectory
 
     mesh = Mesh(*mesh_sizes(config.parallel, group_size(None)))
-    if config.task.get("store") == Denoising.store:
+    if config.task.get("store") == BUNDLED:
         if mesh.rank == 0:
-            ensure_bundled(Path(Denoising.store))
+            ensure_bundled(BUNDLED)
         if mesh.world > 1:
             torch.distributed.barrier()
     task = build_task(config.task["name"], **options_of(config.task))

@@ -156,6 +156,7 @@ def build_trainer(
         micro_batch_size=train.micro_batch_size,
         seed=train.seed,
         max_length=train.max_length,
+        bucket_steps=train.bucket_steps or 1,
         dp_rank=mesh.dp_rank,
         dp_size=mesh.dp,
         sp_rank=mesh.sp_rank,

@@ -14,6 +14,9 @@ class TrainSettings:
     """Samples that one data-parallel rank holds at once; the rest is accumulated."""
     max_length: int = 1 << 22
     """Longest allowed sequence, tokens; a longer one is an error, never cut."""
+    bucket_steps: int | None = None
+    """Steps whose samples are sorted by length and dealt out anew, so that a batch holds like
+    lengths and little padding; null: none."""
     seed: int = 0
     precision: Literal["float32", "float64", "bf16"] = "float32"
     """bf16 is autocast: parameters and transforms stay float32."""
