@@ -2,9 +2,15 @@
 
 import json
 import shutil
+import tracemalloc
 from collections import defaultdict
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
+import fsspec
 import numpy as np
 import pytest
 
@@ -12,6 +18,7 @@ from data_pipeline import clusters, writer
 from data_pipeline.bundle import BundledSource
 from data_pipeline.chains import RESIDUES, Chain, decode, encode
 from data_pipeline.clusters import SPLITS
+from data_pipeline.denoising import Denoising
 from data_pipeline.errors import SourceError, StoreError
 from data_pipeline.store import (
     MANIFEST,
@@ -22,6 +29,7 @@ from data_pipeline.store import (
     read_manifest,
     verify,
 )
+from data_pipeline.stream import Stream
 
 
 class SmallSource:
@@ -202,3 +210,93 @@ def test_clusters_join_what_shares_a_quarter_of_its_kmers(monkeypatch):
     assert whole == [*range(40)] * 2
     monkeypatch.setattr(clusters, "_AT_ONCE", 700)  # several blocks find the same
     assert cluster(many).tolist() == whole
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture(params=["file", "memory", "http"])
+def remote(request, bundled, tmp_path):
+    """The URL of a copy of a store, and how to remove one of its files."""
+    if request.param == "memory":
+        files = fsspec.filesystem("memory")
+        files.put(str(bundled), f"/{tmp_path.name}", recursive=True)
+        yield f"memory://{tmp_path.name}", lambda name: files.rm(f"/{tmp_path.name}/{name}")
+        return
+    shutil.copytree(bundled, tmp_path / "copy")
+    remove = lambda name: (tmp_path / "copy" / name).unlink()  # noqa: E731
+    if request.param == "file":
+        yield f"file://{tmp_path}/copy", remove
+        return
+    pytest.importorskip("aiohttp", reason="reading over http needs aiohttp and requests")
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=tmp_path)) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/copy", remove
+        server.shutdown()
+
+
+def test_stores_are_read_through_urls(bundled, remote):
+    """Bit-equal, verified, and with the same faults."""
+    url, remove = remote
+    here, there = Store(bundled), Store(url)
+    assert there.digest == here.digest == verify(url)["digest"]
+    for chain in (0, 7, 114):
+        length = int(here.lengths[chain])
+        assert there.name(chain) == here.name(chain)
+        for array in ("xyz", "residue", "segment"):
+            given = there.read(array, chain, 3, length)
+            np.testing.assert_array_equal(given, here.read(array, chain, 3, length))
+    there = Store(url)
+    remove("xyz/c/0/0/0")
+    for attempt in (lambda: Store(url), lambda: there.read("xyz", 0, 0, 9)):
+        with pytest.raises(StoreError, match=rf"{url}/xyz/c/0/0/0 is missing; copy it there anew"):
+            attempt()
+    with pytest.raises(StoreError, match=r"memory://nowhere has no manifest\.json"):
+        Store("memory://nowhere")
+    with pytest.raises(StoreError, match=r"nowhere://x.* cannot be read: Protocol not known"):
+        Store("nowhere://x")
+
+
+class LongSource:
+    """Chains of 300 residues, made as they are asked for."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def identity(self):
+        return {"kind": "long", "files": {}, "count": self.count}
+
+    def chains(self, notes):
+        xyz = np.random.default_rng(0).normal(size=(300, 4, 3)).astype(np.float32)
+        for i in range(self.count):
+            yield Chain(f"{i}", "ACDEF" * 60, xyz + np.float32(i), cluster=f"{i}")
+
+
+def test_memory_does_not_grow_with_the_store(tmp_path, monkeypatch):
+    """A store of 29 MB takes the memory of one of 7 MB, to write and to stream from, within a
+    megabyte; peaks of what Python and numpy allocate."""
+    monkeypatch.setattr(writer, "CHUNK", 1 << 13)
+    monkeypatch.setattr(writer, "BLOCK", 1 << 14)
+    written, streamed = [], []
+    for count in (500, 2000):
+        path = tmp_path / str(count)
+        with peak_mb(written):
+            build(path, LongSource(count))
+        with peak_mb(streamed):
+            task = Denoising(str(path), neighbours=2)
+            stream = Stream(task, "train", batch_size=8, micro_batch_size=8, seed=0, max_length=999)
+            for _ in range(20):
+                next(stream)
+            stream.close()
+    assert max(written) < 12 and written[1] < written[0] + 1
+    assert max(streamed) < 12 and streamed[1] < streamed[0] + 1
+
+
+@contextmanager
+def peak_mb(found: list[float]):
+    tracemalloc.start()
+    yield
+    found.append(tracemalloc.get_traced_memory()[1] / 1e6)
+    tracemalloc.stop()
