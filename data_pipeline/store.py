@@ -51,7 +51,7 @@ class Source(Protocol):
         """What the chains follow from, as JSON; cheap, for it decides whether to build.
 
         Has `kind` and `files` (name -> sha256). A source whose xyz are not N, CA, C, O names its
-        atoms in `atoms`: (points, ...) of any number, the same for all chains.
+        atoms in an attribute `atoms`: (points, ...) of any number, the same for all chains.
         """
         ...
 
@@ -229,8 +229,7 @@ def build(path: str | Path, source: Source, shard: int = 1) -> dict[str, Any]:
         SourceError: a chain that cannot be stored.
     """
     path, notes = Path(path), defaultdict(list)
-    identity = source.identity()
-    atoms = tuple(identity.get("atoms", ATOMS))
+    atoms = tuple(getattr(source, "atoms", ATOMS))
     try:
         with drafts.draft(path) as draft:
             written = writer.write(draft, source.chains(notes), atoms, shard)
@@ -238,7 +237,7 @@ def build(path: str | Path, source: Source, shard: int = 1) -> dict[str, Any]:
             manifest = {
                 "version": VERSION,
                 "digest": digest_of(content),
-                "source": identity,
+                "source": source.identity(),  # only now: it may have hashed what it read
                 "atoms": atoms,
                 "counts": written.counts,
                 "bonds": written.bonds,
