@@ -43,4 +43,5 @@ def how_to_rebuild(store: str) -> str:
 def unreadable(file: str, error: Exception) -> str:
     """What a file system said, in one line, and the way out."""
     reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or repr(error)
-    return f"{file} cannot be read: {reason}; change its permissions, or choose another store=..."
+    fix = "install them" if isinstance(error, ImportError) else "change its permissions"
+    return f"{file} cannot be read: {reason}; {fix}, or choose another store=..."

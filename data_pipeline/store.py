@@ -40,7 +40,7 @@ from data_pipeline.manifest import (
 )
 
 CACHED_CHUNKS = 64
-"""Decoded chunks that a reader keeps: at most 50 MB."""
+"""Decoded chunks that a reader keeps: at most 50 MB. As many are decoded at once."""
 
 
 @runtime_checkable
@@ -155,12 +155,15 @@ class Store:
                 own = [number for _, number in run]
                 read = self._read(array, own[0] * rows, (own[-1] + 1) * rows)
                 for n in own:
-                    found[n] = read[(n - own[0]) * rows : (n - own[0] + 1) * rows].copy()
-            for n in numbers:
-                self._cache[array, n] = found[n]
-                self._cache.move_to_end((array, n))
-            while len(self._cache) > CACHED_CHUNKS:
-                self._cache.popitem(last=False)
+                    found[n] = read[(n - own[0]) * rows : (n - own[0] + 1) * rows]
+            fits = self._arrays[array].shape[0] <= CACHED_CHUNKS * rows
+            if fits or len(missing) <= CACHED_CHUNKS // 4:  # else they drive out what is in use
+                for n in numbers:
+                    # A copy, for a part of an array keeps the whole of it.
+                    self._cache[array, n] = found[n].copy() if n in missing else found[n]
+                    self._cache.move_to_end((array, n))
+                while len(self._cache) > CACHED_CHUNKS:
+                    self._cache.popitem(last=False)
         return found
 
     def _read(self, array: str, start: int, stop: int) -> np.ndarray:
