@@ -203,7 +203,7 @@ def test_shuffle_knows_no_places_neighbours_or_epochs(bucket):
     assert 2.7 < chi < 3.3  # 3 degrees of freedom
 
 
-def test_states_of_buckets_know_their_batches():
+def test_states_lead_back_and_those_of_buckets_know_their_batches():
     """Another window or batch size is another order; without buckets a batch size may change."""
 
     def stream(batch, bucket):
@@ -212,6 +212,11 @@ def test_states_of_buckets_know_their_batches():
             seed=0, max_length=9, bucket_steps=bucket,
         )  # fmt: skip
 
+    used, first = stream(4, 1), stream(4, 1)
+    state, expected = used.state_dict(), next(first)
+    next(used)  # what is prepared ahead is of another place
+    used.load_state_dict(state)
+    assert torch.equal(next(used)[0].sample.target, expected[0].sample.target)
     stream(4, 1).load_state_dict(stream(2, 1).state_dict())
     for one, other in (((2, 2), (2, 3)), ((2, 2), (4, 2)), ((2, 1), (2, 2)), ((2, 2), (2, 1))):
         with pytest.raises(RunError, match="data bucket is"):
