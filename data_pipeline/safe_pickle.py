@@ -51,7 +51,8 @@ class _Dtype:
     def numpy(self) -> np.dtype:
         if not (isinstance(self._name, str) and _PLAIN.fullmatch(self._name)):
             raise ValueError(f"its dtype {self._name!r} is not one of plain numbers or text")
-        return np.dtype(self._name).newbyteorder("=" if self._order == "|" else self._order)
+        dtype = np.dtype(self._name)
+        return dtype.newbyteorder(">") if self._order == ">" else dtype
 
 
 def _reconstruct(*_: Any) -> PickledArray:

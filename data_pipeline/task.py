@@ -6,7 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 from data_pipeline.batch import Sample
 from data_pipeline.denoising import Denoising
 from data_pipeline.errors import ConfigError
-from data_pipeline.recall import Recall
+from data_pipeline.generated import GENERATED, Materialised
 
 
 @runtime_checkable
@@ -57,7 +57,7 @@ class Task(Protocol):
         ...
 
 
-TASKS = {"denoising": Denoising, "recall": Recall}
+TASKS = {"denoising": Denoising, **GENERATED, "materialised": Materialised}
 
 
 def build_task(name: str, **options: Any) -> Task:
