@@ -116,7 +116,9 @@ class Materialised:
         """See Task. Keys do nothing."""
         n, per_token = stop - start, isinstance(self._made, NBody)
         widths = {"points": 1, "vectors": self.vectors, "target": 1}
-        rows = {name: np.zeros((len(items), n, w, 3), np.float32) for name, w in widths.items()}
+        rows: dict[str, np.ndarray] = {
+            name: np.zeros((len(items), n, w, 3), np.float32) for name, w in widths.items()
+        }
         rows["scalars"] = np.zeros((len(items), n, self.scalars), np.float32)
         mask = np.zeros((len(items), n), bool)
         answer = np.zeros((len(items), 3), np.float32)

