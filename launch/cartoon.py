@@ -88,7 +88,7 @@ def secondary_structure(xyz: np.ndarray) -> np.ndarray:
     )
     bridge = np.zeros((length, length), bool)
     bridge[middle, middle] = (parallel | opposite) & (apart[middle, middle] > 2)
-    strand = bridge.any(1)
+    strand = np.logical_or.reduce(bridge, axis=1)
     strand[1:-1] |= strand[:-2] & strand[2:]  # a bulge
     strand &= kind == 0
     # One bridge, or two, are no strand to draw.

