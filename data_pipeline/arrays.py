@@ -128,10 +128,11 @@ class ArraySource:
             if self.path.is_dir():
                 arrays = {f.stem: np.load(f, mmap_mode="r") for f in self._files()}
             else:
-                with np.load(self.path) as file:
-                    if not isinstance(file, Mapping):
-                        raise ValueError("one array, no .npz")
-                    arrays = {name: file[name] for name in file}
+                with open(self.path, "rb") as file:
+                    found = np.load(file)
+                    if not isinstance(found, Mapping):
+                        raise ValueError("it is one array")
+                    arrays = {name: found[name] for name in found}
         except Exception as error:  # zip, header and pickled objects have each their own
             reason = " ".join(str(getattr(error, "strerror", None) or error).split())
             raise SourceError(

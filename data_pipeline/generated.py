@@ -97,6 +97,9 @@ class Materialised:
     def size(self, split: str) -> int:
         return len(self._chains[split])
 
+    def parts(self, split: str) -> list[tuple[int, int]]:
+        return [(self.size(split), 1)]
+
     def length(self, split: str, item: int) -> int:
         return int(self._store.lengths[self._chains[split][item]])
 

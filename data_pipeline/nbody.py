@@ -89,6 +89,9 @@ class NBody:
     def size(self, split: str) -> int:
         return self.train_size if split == "train" else self.held_out_size
 
+    def parts(self, split: str) -> list[tuple[int, int]]:
+        return [(self.size(split), 1)]
+
     def length(self, split: str, item: int) -> int:
         return self.particles
 
@@ -117,7 +120,7 @@ class NBody:
         mask = exists[:, None] & (index < self.particles)
         scalars = rows[:, 9:]
         if self.spring:
-            ends = edges(index, np.where(exists, self.particles, 0))
+            ends = edges(index[None], np.where(exists, self.particles, 0)[:, None])
             scalars = np.concatenate([scalars, ends], 1)
         inputs = GeometricBatch(
             points=torch.from_numpy(rows[:, :3].copy()),

@@ -174,15 +174,15 @@ def download(address: str, file: Path) -> None:
     """
     draft = file.with_name(f"{file.name}.part-{os.getpid()}")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(address, timeout=30) as answer, open(draft, "wb") as out:
+        with urllib.request.urlopen(address, timeout=30) as answer:
             size = int(answer.headers["Content-Length"] or 0)
-            with _bar("downloading", size, "B", 1024) as bar:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with open(draft, "wb") as out, _bar("downloading", size, "B", 1024) as bar:
                 while block := answer.read(BLOCK):
                     out.write(block)
                     bar.update(len(block))
-            if size and out.tell() != size:
-                raise OSError(f"{out.tell()} of {size} bytes came")
+                if size and out.tell() != size:
+                    raise OSError(f"{out.tell()} of {size} bytes came")
         os.replace(draft, file)
     except (OSError, ValueError) as error:  # urllib's are OSError
         raise SourceError(

@@ -133,9 +133,7 @@ def read_annotations(file: Path) -> Iterator[tuple[str, str, str]]:
         except (KeyError, TypeError):
             raise SourceError(f"{file}: entry {name} has no Sequence and DSSP of text") from None
         if length != other:
-            raise SourceError(
-                f"{file}: entry {name} has {length} residues and {other} DSSP letters"
-            )
+            raise SourceError(f"{file}: entry {name}: {length} residues, {other} DSSP letters")
         if unknown:
             raise SourceError(
                 f"{file}: entry {name} has the letter {min(unknown)!r}; residues are {RESIDUES}X, "

@@ -59,8 +59,9 @@ def _lines(store: Store, lengths: dict[str, np.ndarray], files: list[Path]) -> s
             lines.append(
                 f"  {split:<12}{low:>8,}{np.median(here):>10,.0f}{here.mean():>12,.1f}{high:>10,}"
             )
-    shapes = [f"{name} {store.shape(name)}" for name in ("xyz", *store.extra)]
-    lines += ["", f"  atoms       {', '.join(store.atoms)}", f"  arrays      {', '.join(shapes)}"]
+    shapes = [f"xyz ({len(store.atoms)}, 3)"]
+    shapes += [f"{name} {kind} {shape}" for name, (kind, shape) in store.kinds.items()]
+    lines += ["", f"  atoms       {', '.join(store.atoms)}", f"  of a token  {', '.join(shapes)}"]
     lines += [f"  {'figures' if file is files[0] else '':<12}{file}" for file in files]
     return "\n".join(lines)
 
@@ -68,16 +69,16 @@ def _lines(store: Store, lengths: dict[str, np.ndarray], files: list[Path]) -> s
 def sampled_torsions(store: Store) -> tuple[dict[str, np.ndarray], str]:
     """phi and psi in degrees, (n, 2), of residues by the kind of plot they belong to, and of how
     many chains they are: all, or as many as hold MOST_RESIDUES, chosen by chance."""
-    total, residues, found = len(store.lengths), 0, []
-    for place in range(total):
-        chain = permuted(place, total, hash64("inspect", total))
-        length = int(store.lengths[chain])
-        arrays = (store.read(name, chain, 0, length) for name in ("xyz", "residue", "segment"))
-        found.append(torsions(*arrays))
-        residues += length
-        if residues >= MOST_RESIDUES:
-            break
-    kinds = {k: np.concatenate([part[k] for part in found]) for k in found[0]}
+    total = len(store.lengths)
+    order = [permuted(place, total, hash64("inspect", total)) for place in range(total)]
+    enough = int(np.searchsorted(np.cumsum(store.lengths[order]), MOST_RESIDUES)) + 1
+    chains = np.sort(order[:enough])
+    lengths = store.lengths[chains]
+    whole = chains, np.zeros_like(lengths), lengths
+    arrays = [store.gather(name, *whole) for name in ("xyz", "residue", "segment")]
+    ends = np.cumsum(lengths)[:-1]
+    found = [torsions(*chain) for chain in zip(*(np.split(a, ends) for a in arrays), strict=True)]
+    kinds = {kind: np.concatenate([part[kind] for part in found]) for kind in found[0]}
     return kinds, f"{len(found):,} of {total:,} chains"
 
 

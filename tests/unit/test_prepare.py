@@ -1,5 +1,6 @@
 """The prepare command: what it prints, reuses and refuses."""
 
+import json
 import re
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import pytest
 
 from data_pipeline.errors import ConfigError, StoreError
 from data_pipeline.store import Store
+from data_pipeline.stream import check_lengths
+from data_pipeline.task import build_task
 from launch.prepare import main
 
 
@@ -37,7 +40,6 @@ def test_builds_reuses_verifies_and_shows(tmp_path, capsys):
     assert "reused" in again and built.split("\n", 1)[1] == again.split("\n", 1)[1]
     assert float(re.search(r"\(([\d.]+) s\)", again)[1]) < 0.5
     assert "verified" in run(capsys, store, "action=verify")
-    assert "opened" in run(capsys, store, "action=inspect")
 
 
 def test_structures_become_a_store_of_their_own(tmp_path, capsys):
@@ -77,7 +79,11 @@ def test_structures_become_a_store_of_their_own(tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["source=sidechainnet"], "bundled, structures"),
+        (["source=sidechain"], "did you mean sidechainnet.*bundled, .*structures, synthetic"),
+        (["source=sidechainnet", "source.casp=13"], r"no source\.casp=13"),
+        (["source=nbody", "source.particles=1"], r"^source\.particles=1 must be 2 or more"),
+        (["source=synthetic", "source.proteins=0"], r"source\.proteins=0"),
+        (["source=structures", "source.path=x", "source.max_length=9"], "no chain is both"),
         (["source=structures"], r"source\.path is missing"),
         (["source.path=files"], "source=structures"),
         (
@@ -105,3 +111,37 @@ def test_command_line_reports_errors_in_one_line(tmp_path):
     assert (
         result.stderr.startswith("error: there is no store at") and result.stderr.count("\n") == 1
     )
+
+
+def test_every_source_becomes_a_store_of_its_own_kind(tmp_path, capsys):
+    """Through the command, with options of the command line; the default takes under 10 s."""
+    entries = {
+        f"{i}ABC_1_A": {"Sequence": sequence, "DSSP": "HEL" * 12}
+        for i, sequence in enumerate(
+            "".join(np.random.default_rng(i).choice(list("ACDEFGHIKLMNPQRSTVWY"), 36))
+            for i in range(20)
+        )
+    }
+    annotations = tmp_path / "annotations.json"
+    annotations.write_text(json.dumps(entries))
+    made = [
+        ("synthetic", [f"source.path={annotations}", "source.proteins=9"], "chains      9 in 9"),
+        ("nbody", ["source.train_size=30", "source.held_out_size=2", "source.steps=5"], "34 in 34"),
+        ("recall", ["source.train_size=30", "source.held_out_size=2"], "not of protein backbones"),
+    ]
+    for name, options, text in made:
+        printed = run(capsys, f"source={name}", f"store={tmp_path / name}", *options)
+        assert f"source      {name}" in printed and text in printed
+    manifest = json.loads((tmp_path / "synthetic" / "manifest.json").read_text())
+    assert manifest["source"]["kind"] == "synthetic"
+    assert Store(tmp_path / "synthetic").name(0) == "synthetic/0ABC_1_A"
+
+
+def test_a_chain_over_the_limit_is_named_by_training(tmp_path, capsys):
+    """And left out by the option that the message leads to."""
+    run(capsys, f"store={tmp_path / 'bundled'}")
+    task = build_task("denoising", store=str(tmp_path / "bundled"))
+    with pytest.raises(
+        ConfigError, match=r"chain \S+/\S+ has 1611 tokens, more .*=1000; raise"
+    ):
+        check_lengths(task, "train", 1000)
