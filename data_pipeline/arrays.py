@@ -49,15 +49,18 @@ class ArraySource:
 
     path: Path
 
-    def identity(self) -> dict[str, Any]:
-        """Names and sha256 of the files, and names for the points of a token."""
+    @property
+    def atoms(self) -> tuple[str, ...]:
+        """Names for the points of a token."""
         points = self._arrays()["points"]
         count = 1 if points.ndim == 2 else points.shape[1]
-        return {
-            "kind": "arrays",
-            "files": {file.name: file_sha256(file) for file in self._files()},
-            "atoms": ["point"] if count == 1 else [f"point{i}" for i in range(count)],
-        }
+        return ("point",) if count == 1 else tuple(f"point{i}" for i in range(count))
+
+    def identity(self) -> dict[str, Any]:
+        """Names and sha256 of the files."""
+        self._arrays()
+        files = {file.name: file_sha256(file) for file in self._files()}
+        return {"kind": "arrays", "files": files}
 
     def chains(self, notes: Notes) -> Iterator[Chain]:
         """One sample a time, in the arrays' order.

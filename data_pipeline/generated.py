@@ -29,10 +29,11 @@ class GeneratedSource:
 
     task: Recall | NBody
 
+    atoms = ("point",)
+
     def identity(self) -> dict[str, Any]:
         """The task and its options; there are no files."""
-        options = asdict(self.task)
-        return {"kind": self.task.name, "files": {}, "atoms": ["point"], "task": options}
+        return {"kind": self.task.name, "files": {}, "task": asdict(self.task)}
 
     def chains(self, notes: Notes) -> Iterator[Chain]:
         """Samples with `vectors`, `scalars` and `target`, one for a sequence in all its rows."""

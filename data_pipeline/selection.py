@@ -49,7 +49,8 @@ class Selection:
         """
         count = 0
         for chain in chains:
-            length, complete = len(chain.sequence), float(chain.complete.mean())
+            length = len(chain.sequence)
+            complete = float(chain.complete.mean()) if self.min_complete else 1.0
             if length < self.min_length:
                 notes[f"chains shorter than {self.min_length} residues"].append(chain.id)
             elif self.max_length is not None and length > self.max_length:

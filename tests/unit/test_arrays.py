@@ -76,7 +76,7 @@ def test_everything_given_is_stored(tmp_path, folder):
             np.save(path / f"{name}.npy", array)
     else:
         np.savez_compressed(path, **arrays)
-    assert ArraySource(path).identity()["atoms"] == ["point0", "point1", "point2"]
+    assert ArraySource(path).atoms == ("point0", "point1", "point2")
     manifest = build(tmp_path / "store", ArraySource(path))
     assert manifest["counts"]["missing atoms"] == 4 and not manifest["bonds"]
     store = Store(tmp_path / "store")
