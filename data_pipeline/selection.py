@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float32
 
-from data_pipeline.chains import LONGEST_BOND, Chain, Notes, describe
+from data_pipeline.chains import LONGEST_BOND, Chain, Notes, describe, norms
 from data_pipeline.errors import ConfigError, SourceError
 
 SHORTEST_BOND = 1.0
@@ -78,5 +78,6 @@ class Selection:
 
 def impossible(xyz: Float32[np.ndarray, "length 4 3"]) -> Bool[np.ndarray, " length"]:
     """Residues whose N-CA or CA-C is no bond's length; a missing atom has no bond."""
-    bonds = np.linalg.norm(np.diff(xyz[:, :3], axis=1), axis=-1)
-    return np.any((bonds < SHORTEST_BOND) | (bonds > LONGEST_BOND), axis=1)
+    first, second = norms(xyz[:, 1] - xyz[:, 0]), norms(xyz[:, 2] - xyz[:, 1])
+    wrong = (first < SHORTEST_BOND) | (first > LONGEST_BOND)
+    return wrong | (second < SHORTEST_BOND) | (second > LONGEST_BOND)

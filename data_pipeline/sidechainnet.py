@@ -14,7 +14,7 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import IO, Any
@@ -137,12 +137,12 @@ class SideChainNetSource:
         table = zip(header["ids"], header["splits"], header["lengths"], ends, strict=True)
         for name, split, length, end in table:
             here = slice(end - length, end)
-            chain = Chain(name, letters[here], xyz[here])
             if self.official_split:
                 # Copies are one cluster; to look for relatives takes ten times as long as to read.
-                key = blake2b(chain.sequence.encode(), digest_size=8).hexdigest()
-                chain = replace(chain, split=split, cluster=key)
-            yield chain
+                key = blake2b(letters[here].encode(), digest_size=8).hexdigest()
+                yield Chain(name, letters[here], xyz[here], cluster=key, split=split)
+            else:
+                yield Chain(name, letters[here], xyz[here])
 
     def _frames(self, file: IO[bytes]) -> Iterator[tuple[dict[str, Any], bytearray]]:
         """The batches that the reading process sends, with progress on a terminal."""

@@ -113,7 +113,7 @@ def _ribbon(xyz: np.ndarray, kind: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     along = np.gradient(ca, axis=0)
     side -= along * ((side * along).sum(1) / (along**2).sum(1))[:, None]
     side /= np.linalg.norm(side, axis=1, keepdims=True).clip(1e-6)
-    for i in range(1, len(side)):  # carbonyls of a strand point to and fro
+    for i in range(1, len(side)):  # carbonyls of a strand point up and down in turn
         if side[i] @ side[i - 1] < 0:
             side[i] = -side[i]
     centre, across = _spline(ca), _spline(side)

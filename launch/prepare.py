@@ -45,13 +45,17 @@ def main(arguments: list[str]) -> None:
     print(summary(manifest) + more)
 
 
+_NOT_OBSERVED = {"synthetic": " backbones, made and not observed"}
+
+
 def summary(manifest: dict[str, Any]) -> str:
     """What a store holds: counts, split, bonds, what was left out."""
     counts, source = manifest["counts"], manifest["source"]
     size = sum(file["size"] for file in manifest["files"].values())
     bonds = [f"{name} {mean:.2f} ± {std:.2f}" for name, (mean, std) in manifest["bonds"].items()]
     lines = [
-        f"  source      {source['kind']}, {len(source['files'])} file(s)",
+        f"  source      {source['kind']}{_NOT_OBSERVED.get(source['kind'], '')}, "
+        f"{len(source['files'])} file(s)",
         f"  chains      {counts['chains']:,} in {counts['clusters']:,} clusters of like sequences",
         f"  residues    {counts['residues']:,}; {counts['breaks']:,} chain breaks, "
         f"{counts['missing atoms']:,} missing atoms",

@@ -116,7 +116,7 @@ def test_command_line_reports_errors_in_one_line(tmp_path):
 def test_every_source_becomes_a_store_of_its_own_kind(tmp_path, capsys):
     """Through the command, with options of the command line; the default takes under 10 s."""
     entries = {
-        f"{i}ABC_1_A": {"Sequence": sequence, "DSSP": "HEL" * 12}
+        f"{i}ABC_1_A": {"Sequence": sequence, "DSSP": "HET" * 12}
         for i, sequence in enumerate(
             "".join(np.random.default_rng(i).choice(list("ACDEFGHIKLMNPQRSTVWY"), 36))
             for i in range(20)
