@@ -122,20 +122,23 @@ def transform_length(length: int, ranks: int, wraps: Sequence[int] | None) -> tu
 
     A circular convolution whose rows all have the full length, when that is `ranks` times a fast
     length, is the plain circular transform. Everything else is zero-padded until nothing wraps and
-    folded at each row's own length where it has to be circular: 2N - 1 tokens, one more for the
-    fold, which reads up to token 2N - 1.
+    folded at each row's own length where it has to be circular.
     """
     if wraps is not None and set(wraps) == {length} and length % ranks == 0:
         local = length // ranks
         if fast_length(local) == local:
             return length, False
-    fold = wraps is not None
-    return ranks * fast_length(-(-(2 * length - 1 + fold) // ranks)), fold
+    return padded_length(length, ranks, wraps is not None), wraps is not None
+
+
+def padded_length(length: int, ranks: int, fold: bool) -> int:
+    """Length of a transform in which nothing wraps: 2N - 1 tokens, one more for the fold."""
+    return ranks * fast_length(-(-(2 * length - 1 + fold) // ranks))
 
 
 @lru_cache
 def fast_length(n: int) -> int:
-    """Smallest length >= n whose prime factors are 2, 3, 5 and 7."""
+    """Smallest length >= n >= 1 whose prime factors are 2, 3, 5 and 7."""
     while not _is_smooth(n):
         n += 1
     return n

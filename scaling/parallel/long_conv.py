@@ -215,6 +215,7 @@ class _LongConv(torch.autograd.Function):
         ctx.keeps = convolution.keep_spectra and any(ctx.needs_input_grad)
         given = _by_role(convolution, _others(role), tensors)
         results, spectra = convolution.run(given, [], [role], ctx.keeps)
+        ctx.chunks = len(spectra)
         ctx.save_for_backward(*(_flat(spectra) if ctx.keeps else tensors))
         return tuple(results[role])
 
@@ -231,7 +232,7 @@ class _LongConv(torch.autograd.Function):
         given: Given = {ctx.role: list(grads)}
         kept = []
         if ctx.keeps:
-            kept = _nested(convolution, others, ctx.saved_tensors)
+            kept = _nested(convolution, others, ctx.saved_tensors, ctx.chunks)
         else:
             given |= _by_role(convolution, others, ctx.saved_tensors)
         if again:
@@ -269,11 +270,10 @@ def _flat(spectra: list[dict[Role, Parts]]) -> list[Tensor]:
 
 
 def _nested(
-    convolution: Convolution, roles: list[Role], flat: Sequence[Tensor]
+    convolution: Convolution, roles: list[Role], flat: Sequence[Tensor], chunks: int
 ) -> list[dict[Role, Parts]]:
     tensors, product = iter(flat), convolution.product
     numbers = [len(group.frequencies.parts) for group in convolution.groups]
-    chunk = sum(numbers) * sum(len(product.parts[role]) for role in roles)
     return [
         {
             role: [
@@ -281,5 +281,5 @@ def _nested(
             ]
             for role in roles
         }
-        for _ in range(len(flat) // chunk)
+        for _ in range(chunks)
     ]

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from scaling.algebra.spectra import Role, fast_length, transform_length
+from scaling.algebra.spectra import Role, fast_length, padded_length, transform_length
 from scaling.parallel.shard import SequenceShard
 from scaling.parallel.transform import Bins, Frequencies
 
@@ -149,9 +149,9 @@ def bodies(
     for row, lengths in enumerate(segments):
         start = 0
         for length in lengths:
-            transform, _ = transform_length(length, ranks, [0] if circular else None)
-            local = max(transform // ranks, -(-(start % ranks + length) // ranks))
             if length:
+                padded = padded_length(length, ranks, circular) // ranks
+                local = max(padded, -(-(start % ranks + length) // ranks))
                 groups[local.bit_length()].append((row, start, length, local))
             start += length
     return [_body_group(groups[size], circular, rank, ranks, static) for size in sorted(groups)]
