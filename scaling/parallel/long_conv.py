@@ -22,6 +22,8 @@ from scaling.parallel.transform import Spectra, Streams, Transform
 
 IN_FLIGHT = 2
 """Chunks of channels under way at once."""
+TOGETHER = 3
+"""Streams from which MKL's time for one no longer falls by a factor with their number."""
 
 Parts = list[list[list[Tensor]]]
 """One role's frequencies: group, part, tensors (phase, channel, component, row, k) whose components
@@ -53,6 +55,7 @@ class Convolution:
             and isinstance(group := self.groups[0], WholeRows)
             and group.is_one_full_row
             and q[0].dtype == self.transform.dtype.to_real()
+            and all(x.shape[1] * x.shape[2] >= TOGETHER for x in (*q, *k))
         )
         return _LongConv.apply(self, "u", *q, *k)
 
@@ -93,7 +96,9 @@ class Convolution:
             for group in self.groups
             for role in ROLES
         )
-        one = 4 * numbers * self.transform.dtype.itemsize // 2  # tokens, spectra, sent, received
+        # Products and what they become; with other ranks also what is sent and received.
+        copies = 2 if self.transform.shard is None else 4
+        one = copies * numbers * self.transform.dtype.itemsize // 2
         size = max(1, self.workspace_bytes // (IN_FLIGHT * max(one, 1)))
         return [slice(c, min(c + size, channels)) for c in range(0, channels, size)]
 
