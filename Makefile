@@ -2,6 +2,7 @@
 # make test      the whole test suite (ARGS="tests/unit -k name" passes on to pytest)
 # make lint      ruff, pyright and codespell alone
 # make sweep     measure tokens/s, bytes and memory over lengths and ranks
+# make bench     measure the long convolution beside its rivals
 # make clean     remove .venv and build outputs; runs/ and stores/ stay
 #
 # PYTHON=python3.12       another interpreter (3.11 is tested)
@@ -21,7 +22,7 @@ ACCELERATE_CONFIG ?= configs/accelerate/cpu_deepspeed_zero1.yaml
 ON_CPU := $(if $(findstring cpu,$(ACCELERATE_CONFIG)),DS_ACCELERATOR=cpu)
 THREADS ?= $(shell n=$$(( $$(nproc) / $(NPROC) )); echo $$(( n > 1 ? n : 1 )))
 
-.PHONY: help install train sweep test lint clean FORCE
+.PHONY: help install train sweep bench test lint clean FORCE
 .DEFAULT_GOAL := help
 
 help:
@@ -41,6 +42,9 @@ train: install
 
 sweep: install
 	$(BIN)/python -m launch sweep $(ARGS)
+
+bench: install
+	$(BIN)/python -m launch bench $(ARGS)
 
 test: $(VENV)/installed-dev
 	@$(BIN)/python -m launch.extension

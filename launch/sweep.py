@@ -6,18 +6,14 @@ a rerun measures only what is missing or failed.
 
 import csv
 import json
-import os
-import re
-import signal
-import subprocess
 import sys
-import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from data_pipeline.errors import ConfigError, RunError
 from launch.config import check_choice, check_folder_name, command_line, to_yaml
+from launch.measure import measure
 
 
 @dataclass
@@ -95,45 +91,17 @@ def columns() -> list[str]:
 
 def measure_point(config: SweepConfig, folder: Path, length: int, sp: int) -> dict[str, Any]:
     """One row of results.csv; `status` is ok or the reason why there are no numbers."""
-    place = folder / "points" / f"N{length}_sp{sp}"
-    place.mkdir(parents=True, exist_ok=True)
-    case, result, log = place / "case.json", place / "result.json", place / "log.txt"
     keys = ("model", "rows", "vectors", "scalars", "warmup_steps", "steps", "seed")
-    case.write_text(json.dumps({"length": length} | {key: getattr(config, key) for key in keys}))
-    result.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-               str(sp), "-m", "launch.measure", str(case), str(result), config.device]  # fmt: skip
-    environ = os.environ | {"OMP_NUM_THREADS": str(config.threads)}
-    with log.open("w") as output:
-        began = time.monotonic()
-        child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environ)
-        try:
-            code = child.wait(config.timeout_s)
-        except BaseException as error:
-            # torchrun ends its ranks on SIGTERM; SIGKILL would leave them running.
-            child.send_signal(signal.SIGTERM)
-            child.wait()
-            if not isinstance(error, subprocess.TimeoutExpired):
-                raise
-            code = None
-    row = {"length": length, "sp": sp}
-    if code is None:
-        return row | {"status": f"time-out after {time.monotonic() - began:.0f} s"}
-    if code != 0 or not result.exists():
-        return row | {"status": _reason(log.read_text())}
-    return row | {"status": "ok"} | json.loads(result.read_text())
-
-
-def _reason(log: str) -> str:
-    """Why a point failed, from what its ranks and torchrun said."""
-    if died := re.search(r"Signal \d+ \((SIGKILL|SIGABRT|SIGSEGV|SIGBUS)\)", log):
-        guess = ", probably out of memory" if died[1] == "SIGKILL" else ""
-        return f"a rank died of {died[1]}{guess}"
-    said = re.findall(r"error: (.+)|^\w*Error: (.+)", log, re.MULTILINE)
-    reasons = [ours or others for ours, others in said]
-    # A rank that lost its partner is not the cause.
-    reasons.sort(key=lambda reason: reason.startswith("another rank"))
-    return reasons[0] if reasons else "failed without a word"
+    status, cost = measure(
+        "train_step",
+        {"length": length} | {key: getattr(config, key) for key in keys},
+        folder / "points" / f"N{length}_sp{sp}",
+        sp,
+        threads=config.threads,
+        timeout_s=config.timeout_s,
+        device=config.device,
+    )
+    return {"length": length, "sp": sp, "status": status} | (cost or {})
 
 
 def write_rows(path: Path, rows: dict[tuple[int, int], dict[str, Any]]) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from data_pipeline.errors import RunError
 from launch import sweep
+from launch.measure import reason as reason_of
 
 TINY = ["name=tiny", "model.channels=2", "model.hidden=2", "steps=2", "scalars=0", "sp=[1,2]",
         "device=cpu"]  # fmt: skip
@@ -33,7 +34,7 @@ def test_sweep_measures_resumes_and_keeps_failures(tmp_path, monkeypatch, capsys
     alone, shared = rows
     assert float(alone["comm_bytes"]) == float(alone["all_to_alls"]) == 0
     # The convolution's 3 + 3, the token shift, and the door: at most one a field.
-    assert 7 < float(shared["all_to_alls"]) <= 13
+    assert 4 < float(shared["all_to_alls"]) <= 9
     # Two channels of one scalar and one vector: operands 16 and results 14 floats a token, there
     # and back; the door 41 bytes, the shift 6 floats; of 32 local tokens half leave, the shift's
     # all. Beyond that only the frequencies' rounding up and the sums.
@@ -84,7 +85,7 @@ def test_a_point_that_fails_says_why(tmp_path: Path):
     ],
 )  # fmt: skip
 def test_the_reason_is_the_cause_not_its_echo(log: str, reason: str):
-    assert sweep._reason(log) == reason
+    assert reason_of(log) == reason
 
 
 @pytest.mark.parametrize("override", ["lengths=[]", "lengths=[0]", "sp=[-1]", "steps=0", "model=x"])

@@ -1,0 +1,67 @@
+"""A small bench of the long convolution: every case runs, and its numbers are what they say."""
+
+import csv
+
+import pytest
+import torch
+
+from data_pipeline.errors import ConfigError
+from launch import bench
+from scaling.bench.long_conv import TARGETS, awkward_length, memory_fit, summarise
+from scaling.bench.rivals import channel_all_to_all_conv, expanded_vector_conv
+from scaling.ops import vector_long_conv
+from scaling.parallel import SequenceShard
+from scaling.parallel.shard import redistribute
+
+
+def test_bench_measures_every_case_and_writes_both_tables(tmp_path, capsys):
+    bench.main([f"benches={tmp_path}", "lengths=[512]", "seconds=0.01", "device=cpu"])
+    printed = capsys.readouterr().out
+    summary = (tmp_path / "long_conv" / "summary.md").read_text()
+    assert all(f"| {case} |" in summary for case in TARGETS)
+    assert summary.split("\n\n")[1] in printed
+    with (tmp_path / "long_conv" / "rows.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["sp"] for row in rows} == {"1", "2"}
+    (sent,) = (row for row in rows if row["case"] == "exchange: bytes / formula")
+    assert float(sent["value"]) == 18 * 8 * 512 / 2 * 4 / 2
+    with pytest.raises(ConfigError, match=r"lengths=513 is no multiple of sp=2.* try 512"):
+        bench.main([f"benches={tmp_path}", "lengths=[513]"])
+
+
+def test_means_goals_and_the_line_through_memory():
+    case = "vector, forward: speed-up over the listing"
+    ratios = [
+        {"case": case, "sp": 1, "length": n, "value": 1.0, "ratio": r}
+        for n, r in ((1, 2.0), (2, 8.0))
+    ]
+    (row,) = summarise(ratios)
+    assert (row["value"], row["goal"], row["met"]) == (pytest.approx(4.0), ">= 4.5", "no")
+    line = [
+        {"case": "memory", "sp": sp, "channels": 2, "length": n, "value": 1e6 + 30 * 2 * n / sp}
+        for n in (1000, 100_000)
+        for sp in (1, 2)
+    ]
+    fit = memory_fit(line)
+    assert (fit["base"], fit["per_token"]) == (pytest.approx(1e6), pytest.approx(30))
+    assert fit["value"] < 1e-6
+    line[0]["value"] *= 2
+    assert memory_fit(line)["value"] > 0.1
+
+
+def by_channels(group):
+    whole = torch.randn(2, 4, 3, 24, generator=torch.Generator().manual_seed(0)).double()
+    natural, cyclic = (SequenceShard(24, group, kind) for kind in ("contiguous", "cyclic"))
+    q, k = natural.scatter(whole)
+    u = redistribute(channel_all_to_all_conv(q, k, group), natural, cyclic)
+    assert torch.allclose(u, cyclic.scatter(vector_long_conv(whole[0], whole[1])), atol=1e-12)
+
+
+def test_rivals_compute_the_same(distributed):
+    distributed(by_channels, 2)
+    q, k = torch.randn(2, 4, 3, 30, dtype=torch.float64)
+    assert torch.allclose(expanded_vector_conv(q, k), vector_long_conv(q, k), atol=1e-12)
+
+
+def test_awkward_lengths_are_awkward():
+    assert [awkward_length(n) for n in (1 << 14, 1000, 16)] == [(1 << 14) - 1, 999, 13]
