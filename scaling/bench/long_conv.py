@@ -165,8 +165,8 @@ class _Bench:
                 "geometric, forward + backward: time / its 30 FFTs", times["ours"], ratio=ratio
             )
         )
-        other = self.tensors(self.channels, 3, 3, n=awkward_length(n))
-        times = self.compare(lambda: vector_long_conv(*other), fast=lambda: vector_long_conv(q, k))
+        a, b = self.tensors(self.channels, 3, 3, n=awkward_length(n))
+        times = self.compare(lambda: vector_long_conv(a, b), fast=lambda: vector_long_conv(q, k))
         rows.append(self.against("vector, forward: time at an awkward N / at N", times, "fast"))
         return rows
 

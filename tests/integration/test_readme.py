@@ -61,3 +61,19 @@ def test_the_example_runs_on_two_ranks(tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     ended = execute([*launcher, "--nproc-per-node", "2", "example.py"], cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
+
+
+def test_the_convolution_works_outside_the_trainer(tmp_path):
+    """The example of docs/long_convolution.md, as it stands there, on two ranks."""
+    text = (ROOT / "docs" / "long_convolution.md").read_text()
+    (example,) = re.findall(r"```python\n(.+?)```", text, re.DOTALL)
+    assert len(example.splitlines()) <= 15
+    (tmp_path / "example.py").write_text(example)
+    command = re.findall(r"# (torchrun .+)", example)[0]
+    ended = execute(shlex.split(command.replace("--nproc", "--standalone --nproc")), tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    lines = sorted(re.findall(r"rank (\d): (\d+) tokens, loss (\S+)", ended.stdout))
+    assert [line[0] for line in lines] == ["0", "1"]
+    assert sum(int(line[1]) for line in lines) == 1_000_003
+    # Of independent standard normal numbers: 6 N² expected, (2 products) · (3 components).
+    assert sum(float(line[2]) for line in lines) == pytest.approx(6, rel=0.01)

@@ -33,7 +33,7 @@ def test_sweep_measures_resumes_and_keeps_failures(tmp_path, monkeypatch, capsys
         assert float(row["peak_bytes"]) > float(row["base_bytes"]) > 1e7
     alone, shared = rows
     assert float(alone["comm_bytes"]) == float(alone["all_to_alls"]) == 0
-    # The convolution's 3 + 3, the token shift, and the door: at most one a field.
+    # The convolution's 2 + 2, the token shift, and the door: at most one a field.
     assert 4 < float(shared["all_to_alls"]) <= 9
     # Two channels of one scalar and one vector: operands 16 and results 14 floats a token, there
     # and back; the door 41 bytes, the shift 6 floats; of 32 local tokens half leave, the shift's
