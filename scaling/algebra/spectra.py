@@ -33,11 +33,11 @@ class Product:
     def contract(self, role: Role, x: list[Tensor], y: list[Tensor], out: list[Tensor]) -> None:
         """Writes the form's derivative by `role`; x and y are the others, in the order q, k, u.
 
-        x, y, out: the role's parts, (phase, channel, component, row, frequency).
+        x, y, out: the role's parts, (..., component, row, frequency).
         """
         place = ROLES.index(role)
         first, second = (n for n in range(3) if n != place)
-        x, y, out = ([c for part in parts for c in part.unbind(2)] for parts in (x, y, out))
+        x, y, out = ([c for part in parts for c in part.unbind(-3)] for parts in (x, y, out))
         begun = set()
         for term in sorted(self.terms, key=lambda term: -term[3]):  # a first one has sign +1
             a, b, o = x[term[first]], y[term[second]], term[place]

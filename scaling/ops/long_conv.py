@@ -153,9 +153,9 @@ def _convolve(q: Operand, k: Operand, terms: tuple[str, ...], call: Call) -> tup
     if total == 0 or rows == 0 or channels == 0:
         groups = []
     elif call.segments is not None:
-        groups = bodies(call.segments, circular, shard, static)
+        groups = bodies(call.segments, circular, shard, static, some.device)
     else:
-        groups = whole_rows(total, lengths, circular, shard, rows, kernels)
+        groups = whole_rows(total, lengths, circular, shard, rows, kernels, some.device)
     dtype = torch.promote_types(some.dtype, torch.float32)
     convolution = Convolution(
         product((q[0] is not None, k[0] is not None), (q[1] is not None, k[1] is not None), terms),

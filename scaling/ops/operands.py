@@ -42,8 +42,11 @@ def choose_terms(q: Operand, k: Operand, terms: Sequence[str] | None) -> tuple[s
     """The terms in their order; None: all that the operands allow.
 
     Raises:
+        ShapeError: an operand is empty or contradicts itself.
         ConfigError: an unknown term, one that lacks an operand, or an operand without a term.
     """
+    _check_operand(q)
+    _check_operand(k)
     (qs, qv), (ks, kv) = ([x is not None for x in operand] for operand in (q, k))
     takes: dict[str, list[bool]] = {  # qs, q, ks, k
         "scalar": [qs and ks, False, qs and ks, False],

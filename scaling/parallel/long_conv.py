@@ -26,12 +26,13 @@ TOGETHER = 3
 """Streams from which MKL's time for one no longer falls by a factor with their number."""
 
 Parts = list[list[list[Tensor]]]
-"""One role's frequencies: group, part, tensors (phase, channel, component, row, k) whose components
+"""One role's frequencies: group, part, tensors (rank, phase, channel, component, row, k) whose
+components
 follow one another."""
 Given = dict[Role, list[Tensor]]
 """Tensors of each role: (row, channel, component, n_local)."""
 Layout = list[list[tuple[Role, int]]]
-"""What every tensor (stream, L) of a group holds: parts of roles, with their components."""
+"""What every tensor (stream, token) of a group holds: parts of roles, with their components."""
 
 
 @dataclass
@@ -92,7 +93,7 @@ class Convolution:
     def _chunks(self, channels: int) -> list[slice]:
         """Channels that are worked on at once; the same on every rank."""
         numbers = sum(
-            group.rows(role) * self.product.components(role) * group.frequencies.local
+            group.rows(role) * self.product.components(role) * group.frequencies.tokens
             for group in self.groups
             for role in ROLES
         )
@@ -156,7 +157,7 @@ class Convolution:
         return found
 
     def _fill(self, given: Given, layout: Layout, streams: Streams) -> list[list[Tensor]]:
-        """Tokens (stream, L) of every group's tensors."""
+        """Tokens (stream, token) of every group's tensors."""
         flat = [x for tensors in given.values() for x in tensors]
         if self.in_place:
             return [[x.flatten(0, -2) for x in flat]]

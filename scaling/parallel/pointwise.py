@@ -25,7 +25,7 @@ def multiply(
 ) -> None:
     """Fills the results of one part of a group's frequencies, tile by tile.
 
-    Tensors are (phase, channel, component, row, k), a role's components one behind the other.
+    Tensors are (rank, phase, channel, component, row, k), a role's parts one behind the other.
     fresh and results are polyphase components, kept are spectra; `keep` turns fresh into spectra.
     """
     some = next(iter(results.values()))[0]
@@ -33,9 +33,9 @@ def multiply(
     twiddle = _twiddle(group.frequencies, number, some.dtype, some.device)
     factor = group.factor(group.frequencies.parts[number], some.dtype, some.device)
     for c, k in _tiles(some, rows):
-        at = (slice(None), c, slice(None), slice(None), k)
+        at = (..., c, slice(None), slice(None), k)
         turn = None if twiddle is None else twiddle[..., k]
-        phase = None if factor is None else factor[..., k].unsqueeze(2)
+        phase = None if factor is None else factor[..., k].unsqueeze(-3)
         spectra = {role: [x[at] for x in tensors] for role, tensors in kept.items()}
         for role, tensors in fresh.items():
             spectra[role] = [_enter(role, x[at], turn, phase) for x in tensors]
@@ -70,8 +70,8 @@ def _leave(
         spectrum.mul_(phase)
     if spectrum is goal:
         return
-    if spectrum.shape[3] > goal.shape[3]:  # a static k is shared by the rows
-        spectrum = spectrum.sum(3, keepdim=True)
+    if spectrum.shape[-2] > goal.shape[-2]:  # a static k is shared by the rows
+        spectrum = spectrum.sum(-2, keepdim=True)
     if turn is None:
         goal.copy_(spectrum)
     else:
@@ -79,12 +79,13 @@ def _leave(
 
 
 def _with_rows(x: Tensor, rows: int) -> Tensor:
-    return x.new_empty(*x.shape[:3], rows, x.shape[4])
+    return x.new_empty(*x.shape[:-2], rows, x.shape[-1])
 
 
 def _tiles(x: Tensor, rows: int) -> Iterator[tuple[slice, slice]]:
     """Channels and frequencies that are worked on at once: on a CPU what its cache holds."""
-    phases, channels, _, _, frequencies = x.shape
+    ranks, split, channels, _, _, frequencies = x.shape
+    phases = ranks * split
     most = CACHED if x.device.type == "cpu" else phases * channels * rows * frequencies
     width = max(1, min(frequencies, most // (phases * rows)))
     depth = max(1, most // (phases * rows * width))
@@ -94,25 +95,29 @@ def _tiles(x: Tensor, rows: int) -> Iterator[tuple[slice, slice]]:
 
 
 def _over_phases(x: Tensor, inverse: bool = False) -> Tensor:
-    """The Fourier transform over the first axis: few phases, so a matrix product is fastest."""
-    matrix = _fourier_matrix(len(x), inverse, x.dtype, x.device)
-    return (matrix @ x.reshape(len(x), -1)).view(x.shape)
+    """The Fourier transform over ranks and phases: few, so a matrix product is fastest."""
+    ranks, split = x.shape[:2]
+    matrix = _fourier_matrix(ranks, split, inverse, x.dtype, x.device)
+    return (matrix @ x.reshape(ranks * split, -1)).view(x.shape)
 
 
 @lru_cache
-def _fourier_matrix(size: int, inverse: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
-    matrix = ramp(0, 1, size, range(size), size, dtype, device)
-    return matrix / size if inverse else matrix.conj_physical()
+def _fourier_matrix(
+    ranks: int, split: int, inverse: bool, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    phases = Frequencies(1, 0, ranks, split).phases
+    matrix = ramp(0, 1, len(phases), phases, len(phases), dtype, device)  # (phase, frequency)
+    return matrix / len(phases) if inverse else matrix.T.conj_physical().contiguous()
 
 
 @lru_cache(maxsize=8)
 def _twiddle(
     frequencies: Frequencies, number: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor | None:
-    """exp(-2πi r k / T) for every phase r: (phase, 1, 1, 1, k); None on one rank."""
-    if frequencies.ranks == 1:
+    """exp(-2πi p k / T) for the first token p of every phase: (rank, phase, 1, 1, 1, k); None
+    where there is one phase."""
+    if len(frequencies.phases) == 1:
         return None
-    part = frequencies.parts[number]
-    turns = range(frequencies.ranks)
-    table = ramp(part.start, part.step, part.count, turns, frequencies.transform, dtype, device)
-    return table.conj_physical()[:, None, None, None]
+    part, phases = frequencies.parts[number], frequencies.phases
+    table = ramp(part.start, part.step, part.count, phases, frequencies.transform, dtype, device)
+    return table.conj_physical().view(frequencies.ranks, frequencies.split, 1, 1, 1, part.count)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from scaling.algebra.spectra import Role, fast_length, padded_length, transform_length
 from scaling.parallel.shard import SequenceShard
-from scaling.parallel.transform import Bins, Frequencies
+from scaling.parallel.transform import Bins, Frequencies, frequencies
 
 
 @dataclass
@@ -33,7 +33,7 @@ class WholeRows:
         return self.kernels if role == "k" else self.count
 
     def fill(self, role: Role, x: Tensor, out: Tensor) -> None:
-        """Puts tokens (row, channel, component, n_local) into rows (channel, component, row, L)
+        """Puts tokens (row, channel, component, n_local) into rows (channel, component, row, token)
         with zeros around."""
         n = x.shape[-1]
         out[..., :n] = x.permute(1, 2, 0, 3)
@@ -50,7 +50,7 @@ class WholeRows:
     @property
     def is_one_full_row(self) -> bool:
         """Whether tensors of tokens are the rows already, on every rank."""
-        full = self.frequencies.local * self.frequencies.ranks == self.length
+        full = self.frequencies.transform == self.length
         return full and self.count == self.kernels == 1 and self.beyond is None
 
     @cached_property
@@ -62,11 +62,11 @@ class WholeRows:
         return index >= torch.tensor(self.lengths).reshape(-1, 1)
 
     def factor(self, part: Bins, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-        """What the product's spectrum is multiplied with: (phase, 1, row, k)."""
+        """What the product's spectrum is multiplied with: (rank, phase, 1, row, k)."""
         if self.wraps is None:
             return None
         fold = 1 + self.frequencies.exponentials(part, list(self.wraps), dtype, device)
-        return fold.unsqueeze(1)
+        return fold.unsqueeze(2)
 
 
 @dataclass
@@ -80,7 +80,7 @@ class Bodies:
 
     frequencies: Frequencies
     places: dict[Role, tuple[Tensor, Tensor, Tensor]]
-    """Row and local token of every token of the bodies, and its place in rows · L."""
+    """Row and local token of every token of the bodies, and its place in rows · tokens."""
     count: int
     shifts: list[int]
     """Tokens that the result of each row is moved back by."""
@@ -112,7 +112,7 @@ class Bodies:
         if self.wraps is not None:
             fold = 1 + self.frequencies.exponentials(part, self.wraps, dtype, device)
             factor = fold if factor is None else fold.mul_(factor)
-        return None if factor is None else factor.unsqueeze(1)
+        return None if factor is None else factor.unsqueeze(2)
 
 
 RowGroup = WholeRows | Bodies
@@ -126,25 +126,30 @@ def whole_rows(
     shard: SequenceShard | None,
     count: int,
     kernels: int,
+    device: torch.device,
 ) -> list[RowGroup]:
     """One group of all rows. lengths: None if all have the full length."""
-    rank, ranks = (0, 1) if shard is None else (shard.rank, shard.size)
+    ranks = 1 if shard is None else shard.size
     wraps = None if not circular else lengths if lengths is not None else [length]
     transform, fold = transform_length(length, ranks, wraps)
     if wraps is not None and len(set(wraps)) == 1:
         wraps = wraps[:1]
-    frequencies = Frequencies(transform // ranks, rank, ranks)
-    return [WholeRows(frequencies, shard, length, lengths, count, kernels, wraps if fold else None)]
+    bins = frequencies(transform // ranks, shard, device)
+    return [WholeRows(bins, shard, length, lengths, count, kernels, wraps if fold else None)]
 
 
 def bodies(
-    segments: Sequence[Sequence[int]], circular: bool, shard: SequenceShard | None, static: bool
+    segments: Sequence[Sequence[int]],
+    circular: bool,
+    shard: SequenceShard | None,
+    static: bool,
+    device: torch.device,
 ) -> list[RowGroup]:
     """Bodies of like length in one group: their transforms differ by less than a factor of two.
 
     segments: lengths of the bodies of each row of the first axis, one behind the other.
     """
-    rank, ranks = (0, 1) if shard is None else (shard.rank, shard.size)
+    ranks = 1 if shard is None else shard.size
     groups: defaultdict[int, list[tuple[int, int, int, int]]] = defaultdict(list)
     for row, lengths in enumerate(segments):
         start = 0
@@ -154,34 +159,36 @@ def bodies(
                 local = max(padded, -(-(start % ranks + length) // ranks))
                 groups[local.bit_length()].append((row, start, length, local))
             start += length
-    return [_body_group(groups[size], circular, rank, ranks, static) for size in sorted(groups)]
-
-
-def _body_group(
-    found: list[tuple[int, int, int, int]], circular: bool, rank: int, ranks: int, static: bool
-) -> RowGroup:
-    """found: row, start, length and least L of each body."""
-    row, start, length, least = torch.tensor(found).T
-    local = fast_length(int(least.max()))
-    data = _places(row, start, length, local, rank, ranks)
-    kernel = _places(row * 0, start * 0, length, local, rank, ranks) if static else data
-    return Bodies(
-        Frequencies(local, rank, ranks),
-        {"q": data, "k": kernel, "u": data},
-        len(found),
-        [0] * len(found) if static else (start % ranks).tolist(),
-        length.tolist() if circular else None,
-    )
+    found = []
+    for size in sorted(groups):
+        row, start, length, least = torch.tensor(groups[size]).T
+        bins = frequencies(fast_length(int(least.max())), shard, device)
+        data = _places(row, start, length, bins)
+        found.append(
+            Bodies(
+                bins,
+                {
+                    "q": data,
+                    "k": _places(row * 0, start * 0, length, bins) if static else data,
+                    "u": data,
+                },
+                len(row),
+                [0] * len(row) if static else (start % ranks).tolist(),
+                length.tolist() if circular else None,
+            )
+        )
+    return found
 
 
 def _places(
-    row: Tensor, start: Tensor, length: Tensor, local: int, rank: int, ranks: int
+    row: Tensor, start: Tensor, length: Tensor, bins: Frequencies
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Row, local token and place in rows · L of every token of the bodies that this rank holds."""
+    """Of every token of the bodies on this rank: row, local token and place in rows · tokens."""
+    rank, ranks = bins.rank, bins.ranks
     first = (start - rank + ranks - 1) // ranks
     stop = (start + length - rank + ranks - 1) // ranks
     counts = stop - first
     before = counts.cumsum(0) - counts
     token = torch.arange(int(counts.sum())) + (first - before).repeat_interleave(counts)
-    place = torch.arange(len(row)) * local - start // ranks
+    place = torch.arange(len(row)) * bins.tokens - start // ranks
     return row.repeat_interleave(counts), token, token + place.repeat_interleave(counts)

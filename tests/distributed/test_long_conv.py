@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from data_pipeline.errors import ConfigError
 from scaling.ops.long_conv import geometric_long_conv, scalar_long_conv, vector_long_conv
+from scaling.parallel import transform
 from scaling.parallel.collectives import traffic
 from scaling.parallel.shard import SequenceShard, redistribute, redistribute_batch
 from tests.small_models import small_batch
@@ -101,6 +102,25 @@ def test_results_and_gradients_do_not_depend_on_the_number_of_ranks(
 ):
     for failures in distributed(case_grid, world, dtype, tolerance):
         assert not failures
+
+
+def case_split(group):
+    """Every rank cuts its tokens into phases of its own, as for the lengths that MKL gets wrong."""
+    usual, transform.MKL_LIMIT = transform.MKL_LIMIT, 8
+    try:
+        errors = [
+            compare(group, _geometric, n * dist.get_world_size(group), 2, **options)
+            for n in (8, 32)
+            for options in ({}, {"padding": "causal"}, {"segments": [[n // 2, n // 2 - 1], [n]]})
+        ]
+    finally:
+        transform.MKL_LIMIT = usual
+    return max(errors)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_phases_of_a_rank_change_nothing(distributed, world):
+    assert max(distributed(case_split, world)) <= 1e-12
 
 
 @st.composite

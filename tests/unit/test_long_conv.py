@@ -207,7 +207,7 @@ WRONG = {
     "scalar_long_conv(x, x[0, :2])": "ShapeError: q (1, 3, 5) and k (2, 5) must have one shape; a",
     "scalar_long_conv(x, x, segments=[[3, 3]])": "ShapeError: segments of row 0 make 6 tokens",
     "scalar_long_conv(x, x, segments=[[3], [2]])": "ShapeError: segments of 2 rows must be one",
-    "scalar_long_conv(x, x, segments=[[3]], lengths=torch.tensor([3]))": "ConfigError: give lengths",
+    "scalar_long_conv(x, x, lengths=torch.tensor([3]), segments=[[3]])": "ConfigError: give len",
     "scalar_long_conv(x, x, workspace_bytes=0)": "ConfigError: workspace_bytes=0",
 }
 
