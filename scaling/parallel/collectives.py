@@ -107,6 +107,7 @@ class Exchange:
         began = perf_counter()
         assert self._work is not None
         self._work.wait()
+        del self._work, self._wire  # what was sent is not needed any more
         traffic.record(self._operator, self._sent, self._launch + perf_counter() - began)
         return torch.view_as_complex(self._received)
 

@@ -126,9 +126,9 @@ class Convolution:
         parts = self._by_role(product, layout, channels)
         for g, group in enumerate(self.groups):
             for p in range(len(group.frequencies.parts)):
-                here = [{r: x[g][p] for r, x in some.items()} for some in (fresh, kept, parts)]
+                here = ({r: x[g][p] for r, x in some.items()} for some in (fresh, kept, parts))
                 multiply(self.product, group, p, *here, keep=found is not None)
-        del fresh
+        del fresh, pending  # before room is made for what comes back
         pending = self.transform.start_back(product, streams)
         del product, parts
         yield

@@ -158,8 +158,15 @@ class Transform:
             [torch.fft.rfft(_cut(x, group.split)) for x in tensors]
             for group, tensors in zip(self.groups, tokens, strict=True)
         ]
+        del tokens  # here and below: before room is made for what comes next
         if self.shard is None:
             return halves
+        wire, counts = self._pack(halves)
+        del halves
+        return self._exchange(wire, counts, back=False)
+
+    def _pack(self, halves: list[list[Tensor]]) -> tuple[Tensor, list[int]]:
+        """What is sent, and how much to each rank; overwrites the imaginary part of k = 0."""
         streams = [[half.shape[1] for half in tensors] for tensors in halves]
         for group, tensors in zip(self.groups, halves, strict=True):
             for half in tensors if group.local % 2 == 0 else ():
@@ -169,7 +176,7 @@ class Transform:
         for rank, block in enumerate(wire.split(counts)):
             for piece, half in self._pieces(block, rank, streams, halves):
                 piece.copy_(half)
-        return self._exchange(wire, counts, back=False)
+        return wire, counts
 
     def finish(self, pending: "list[list[Tensor]] | Exchange", streams: Streams) -> Spectra:
         if isinstance(pending, Exchange):
