@@ -107,6 +107,8 @@ def _check_operand(operand: Operand) -> None:
     scalars, vectors = operand
     if scalars is None and vectors is None:
         raise ShapeError("an operand (None, None) holds nothing; give scalars, vectors or both")
+    if scalars is not None and scalars.ndim < 1:
+        raise ShapeError("scalars need shape (..., n), not ()")
     if vectors is not None and (vectors.ndim < 2 or vectors.shape[-2] != 3):
         raise ShapeError(f"vectors need shape (..., 3, n), not {tuple(vectors.shape)}")
     if scalars is None or vectors is None:
@@ -141,6 +143,8 @@ def _check_segments(
             f" {tuple(some.shape)}"
         )
     for row, bodies in enumerate(segments):
+        if not all(isinstance(length, int) for length in bodies):
+            raise ShapeError(f"segments of row {row} are {bodies!r}; use a list of ints")
         if any(length < 0 for length in bodies) or sum(bodies) > total:
             raise ShapeError(
                 f"segments of row {row} make {sum(bodies)} tokens (shortest {min(bodies)}), but a"
