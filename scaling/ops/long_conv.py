@@ -119,12 +119,15 @@ def geometric_long_conv(
             no term takes must be None. None: all terms that the operands allow.
     """
     call = Call(shard, padding, lengths, segments, keep_spectra, workspace_bytes)
-    return _convolve(q, k, choose_terms(q, k, terms), call)
+    return _convolve(q, k, terms, call)
 
 
-def _convolve(q: Operand, k: Operand, terms: tuple[str, ...], call: Call) -> tuple[Tensor, ...]:
+def _convolve(
+    q: Operand, k: Operand, terms: Sequence[str] | None, call: Call
+) -> tuple[Tensor, ...]:
     """The results that the terms make."""
     check(q, k, call)
+    names = choose_terms(q, k, terms)
     some = next(x for x in q if x is not None)
     shard = None if call.shard is None or call.shard.size == 1 else call.shard
     total = some.shape[-1] if shard is None else shard.length
@@ -158,11 +161,11 @@ def _convolve(q: Operand, k: Operand, terms: tuple[str, ...], call: Call) -> tup
         groups = whole_rows(total, lengths, circular, shard, rows, kernels, some.device)
     dtype = torch.promote_types(some.dtype, torch.float32)
     convolution = Convolution(
-        product((q[0] is not None, k[0] is not None), (q[1] is not None, k[1] is not None), terms),
+        product((q[0] is not None, k[0] is not None), (q[1] is not None, k[1] is not None), names),
         groups,
         Transform(shard, [group.frequencies for group in groups], dtype, some.device, "long_conv"),
         {"q": rows, "k": kernels, "u": rows},
-        call.keep_spectra,
+        call.keep_spectra and torch.is_grad_enabled(),
         call.workspace_bytes,
     )
     results = convolution(with_four_axes(q, batch, rows), with_four_axes(k, kernel, kernels))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from scaling.ops.long_conv import geometric_long_conv, scalar_long_conv, vector_long_conv
+from scaling.parallel.long_conv import Convolution
 
 LENGTHS = (1, 2, 7, 16, 97, 120)
 
@@ -188,7 +189,26 @@ def test_derivatives_of_any_order():
     assert torch.autograd.gradgradcheck(convolve, (s, q, t, k))
 
 
+def test_spectra_are_kept_only_for_a_backward_pass(monkeypatch):
+    """Not in evaluation, although the parameters of a static kernel ask for gradients."""
+    kept, run = [], Convolution.run
+
+    def spy(self, given, old, wanted, keep):
+        kept.append(keep)
+        return run(self, given, old, wanted, keep)
+
+    monkeypatch.setattr(Convolution, "run", spy)
+    q, k = torch.randn(2, 3, 8), torch.randn(3, 8, requires_grad=True)
+    with torch.no_grad():
+        scalar_long_conv(q, k)
+    scalar_long_conv(q, k)
+    assert kept == [False, True]
+
+
 WRONG = {
+    "scalar_long_conv(x.sum(), x.sum())": "ShapeError: scalars need shape (..., n), not ()",
+    "scalar_long_conv(x, x, segments=torch.tensor([[2, 3]]))": "ShapeError: segments of row 0",
+    "geometric_long_conv((None, None), (None, x))": "ShapeError: an operand (None, None) holds",
     "vector_long_conv(x, x[..., :4])": "ShapeError: q (1, 3, 5) and k (1, 3, 4)",
     "vector_long_conv(x[:, :2], x[:, :2])": "ShapeError: vectors need shape (..., 3, n)",
     "scalar_long_conv(x, x, padding='mirror')": "ConfigError: unknown padding 'mirror'",
