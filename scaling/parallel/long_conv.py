@@ -179,8 +179,9 @@ class Convolution:
         for group, tensors in zip(self.groups, tokens, strict=True):
             goals = iter([x for parts in results.values() for x in parts])
             for role, piece in self._split(tensors, layout, group, chunk.stop - chunk.start):
-                if new:
-                    results[role].append(piece.permute(2, 0, 1, 3))
+                if new:  # autograd lets nobody change a function's result that is a view
+                    shape = [piece.shape[axis] for axis in (2, 0, 1, 3)]
+                    results[role].append(torch.ops.aten._unsafe_view(piece, shape))
                 else:
                     group.read(role, piece, next(goals)[:, chunk])
 

@@ -189,6 +189,20 @@ def test_derivatives_of_any_order():
     assert torch.autograd.gradgradcheck(convolve, (s, q, t, k))
 
 
+@pytest.mark.parametrize("padding", ["circular", "causal"])
+def test_results_can_be_changed_in_place(padding):
+    """A residual is added so; whether results were transformed in place must not matter."""
+    q, k = torch.randn(2, 1, 4, 3, 16, requires_grad=True)
+    s, t = torch.randn(2, 1, 4, 16, requires_grad=True)
+    found = []
+    for change in (lambda u: u.mul_(2).add_(1), lambda u: 2 * u + 1):
+        results = geometric_long_conv((s, q), (t, k), padding=padding)
+        loss = torch.cat([change(u).square().flatten() for u in results]).sum()
+        found.append(torch.autograd.grad(loss, (s, q, t, k)))
+    for a, b in zip(*found, strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-4)
+
+
 def test_spectra_are_kept_only_for_a_backward_pass(monkeypatch):
     """Not in evaluation, although the parameters of a static kernel ask for gradients."""
     kept, run = [], Convolution.run
