@@ -53,12 +53,13 @@ def test_convolutions_are_the_sums_that_define_them(n, padding):
 
 
 @pytest.mark.parametrize("padding", ["circular", "causal"])
-def test_every_row_wraps_at_its_own_length_whatever_its_padding_holds(padding):
-    lengths = torch.tensor([13, 7, 1, 0, 12])
-    q, k = torch.randn(2, 5, 2, 3, 13, dtype=torch.float64)
+@pytest.mark.parametrize("longest", [12, 13])  # a fast length and one that is padded
+def test_every_row_wraps_at_its_own_length_whatever_its_padding_holds(longest, padding):
+    lengths = torch.tensor([longest, 7, 1, 0, 11])
+    q, k = torch.randn(2, 5, 2, 3, longest, dtype=torch.float64)
     for x in (q, k):
         x[
-            torch.arange(13).expand(5, 13)[:, None, None].expand(x.shape)
+            torch.arange(longest).expand(5, longest)[:, None, None].expand(x.shape)
             >= lengths.view(-1, 1, 1, 1)
         ] = torch.nan
     q.requires_grad_()
