@@ -223,7 +223,6 @@ def test_spectra_are_kept_only_for_a_backward_pass(monkeypatch):
 WRONG = {
     "scalar_long_conv(x.sum(), x.sum())": "ShapeError: scalars need shape (..., n), not ()",
     "scalar_long_conv(x, x, segments=torch.tensor([[2, 3]]))": "ShapeError: segments of row 0",
-    "geometric_long_conv((None, None), (None, x))": "ShapeError: an operand (None, None) holds",
     "vector_long_conv(x, x[..., :4])": "ShapeError: q (1, 3, 5) and k (1, 3, 4)",
     "vector_long_conv(x[:, :2], x[:, :2])": "ShapeError: vectors need shape (..., 3, n)",
     "scalar_long_conv(x, x, padding='mirror')": "ConfigError: unknown padding 'mirror'",
@@ -238,7 +237,7 @@ WRONG = {
     "geometric_long_conv((None, None), (x, None))": "ShapeError: an operand (None, None) holds",
     "geometric_long_conv((x, None), (x, None), terms=['dot'])": "ConfigError: the term 'dot' lacks",
     "geometric_long_conv((x, None), (x, None), terms=['norm'])": "ConfigError: unknown term 'norm'",
-    "geometric_long_conv((x[0], x), (x[0], x), terms=['cross'])": "ConfigError: no term of",
+    "geometric_long_conv((x[:, 0], x), (x[:, 0], x), terms=['cross'])": "ConfigError: no term of",
     "scalar_long_conv(x, x[0, :2])": "ShapeError: q (1, 3, 5) and k (2, 5) must have one shape; a",
     "scalar_long_conv(x, x, segments=[[3, 3]])": "ShapeError: segments of row 0 make 6 tokens",
     "scalar_long_conv(x, x, segments=[[3], [2]])": "ShapeError: segments of 2 rows must be one",
