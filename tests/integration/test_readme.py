@@ -69,8 +69,9 @@ def test_the_convolution_works_outside_the_trainer(tmp_path):
     (example,) = re.findall(r"```python\n(.+?)```", text, re.DOTALL)
     assert len(example.splitlines()) <= 15
     (tmp_path / "example.py").write_text(example)
-    command = re.findall(r"# (torchrun .+)", example)[0]
-    ended = execute(shlex.split(command.replace("--nproc", "--standalone --nproc")), tmp_path)
+    (options,) = re.findall(r"# torchrun (.+)", example)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    ended = execute([*launcher, *shlex.split(options)], cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     lines = sorted(re.findall(r"rank (\d): (\d+) tokens, loss (\S+)", ended.stdout))
     assert [line[0] for line in lines] == ["0", "1"]
