@@ -4,7 +4,7 @@ All samples lie behind each other, n tokens in all, in one .npz file or a folder
 (read through memory maps, so that it may be larger than memory):
 
     points    (n, 3) or, for tokens of a points each, (n, a, 3); missing points are NaN
-    offsets   (samples + 1,)   sample i is [offsets[i], offsets[i + 1]); without it all are one
+    offsets   (samples + 1,)   sample i is [offsets[i], offsets[i + 1])
     vectors   (n, v, 3)        free vectors: velocities, dipoles
     scalars   (n, s)           what no rotation changes: charges, temperatures
     kinds     (n,) integers    what a token is (nucleotide, bead); becomes one-hot scalars
@@ -69,8 +69,7 @@ class ArraySource:
             SourceError: names the array or sample, what it has and what it needs.
         """
         arrays = self._arrays()
-        points = arrays["points"]
-        offsets = np.asarray(arrays.get("offsets", [0, len(points)]), np.int64)
+        offsets = np.asarray(arrays["offsets"], np.int64)
         kinds = int(arrays["kinds"].max()) + 1 if "kinds" in arrays else 0
         for sample, (first, last) in enumerate(pairwise(offsets.tolist())):
             here = {
@@ -148,11 +147,11 @@ class ArraySource:
 
 
 def _fault(arrays: dict[str, np.ndarray]) -> str:
-    if "points" not in arrays:
-        return f"there is no array points; it has {', '.join(arrays) or 'nothing'}"
-    offsets = arrays.get("offsets")
+    for name in ("points", "offsets"):
+        if name not in arrays:
+            return f"there is no array {name}; it has {', '.join(arrays) or 'nothing'}"
     tokens = len(arrays["points"]) if arrays["points"].ndim else 0
-    samples = 1 if offsets is None else max(offsets.size - 1, 0)
+    samples = max(arrays["offsets"].size - 1, 0)
     rows = {"tokens": tokens, "samples": samples, "ends": samples + 1}
     for name, array in arrays.items():
         if name not in _ARRAYS:

@@ -39,7 +39,7 @@ def cluster(
 
     Equal sequences are together. A chain with a key is in the group of that key, whatever its
     sequence. Groups are numbered in the order of their first member. The time grows with the
-    square of the number of sequences: about a minute for 10^5 of 260 residues.
+    square of the number of sequences: 105 s and 450 MB for 10^5 of 260 residues on one core.
     """
     lengths = np.diff(offsets)
     first = _first_equal(residue, offsets, keys)
@@ -76,8 +76,8 @@ def split(
     count = int(groups.max()) + 1
     if count < len(SPLITS):
         raise SourceError(
-            f"{len(groups)} chains form {count} group(s) of similar sequences; splitting them "
-            f"into {', '.join(SPLITS)} needs {len(SPLITS)}: add other structures"
+            f"{len(groups)} sample(s) form {count} group(s) of like sequences; splitting them "
+            f"into {', '.join(SPLITS)} needs {len(SPLITS)}: add others to the source"
         )
     residues = np.bincount(groups, weights=np.diff(offsets))
     target = HELD_OUT * residues.sum()

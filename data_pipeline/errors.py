@@ -43,5 +43,6 @@ def how_to_rebuild(store: str) -> str:
 def unreadable(file: str, error: Exception) -> str:
     """What a file system said, in one line, and the way out."""
     reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or repr(error)
-    fix = "install them" if isinstance(error, ImportError) else "change its permissions"
-    return f"{file} cannot be read: {reason}; {fix}, or choose another store=..."
+    fixes = {ImportError: "install them, or ", PermissionError: "change its permissions, or "}
+    fix = next((fix for kind, fix in fixes.items() if isinstance(error, kind)), "")
+    return f"{file} cannot be read: {reason}; {fix}choose another store=..."

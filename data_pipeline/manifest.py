@@ -26,11 +26,7 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
         files, root = url_to_fs(place)
         text = files.cat_file(f"{root}/{MANIFEST}")
     except (FileNotFoundError, NotADirectoryError) as error:
-        if "://" in place or Path(place).is_dir():
-            raise StoreError(
-                f"{place} has no {MANIFEST}, so it is no finished store; {how_to_rebuild(place)}"
-            ) from error
-        raise StoreError(f"there is no store at {place}; {how_to_build(place)}") from error
+        raise StoreError(_no_store(place)) from error
     except Exception as error:  # every file system has its own
         raise StoreError(unreadable(f"{place}/{MANIFEST}", error)) from error
     try:
@@ -57,6 +53,14 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
                 f"{how_to_rebuild(place)}"
             )
     return manifest
+
+
+def _no_store(place: str) -> str:
+    if "://" in place or Path(place, "zarr.json").exists():
+        return f"{place} has no {MANIFEST}, so it is no finished store; {how_to_rebuild(place)}"
+    if Path(place).exists():  # somebody's own
+        return f"{place} is no store, it has no {MANIFEST}; choose another store=..."
+    return f"there is no store at {place}; {how_to_build(place)}"
 
 
 def open_arrays(place: str, manifest: dict[str, Any]) -> dict[str, Any]:

@@ -49,6 +49,13 @@ class Layout:
 
     def __init__(self, stores: Stores, split: str, atoms: int, packed_length: int | None):
         self._stores, self._atoms, self._packed = stores, atoms, packed_length is not None
+        longest = int(np.argmax(stores.lengths))
+        tokens = int(stores.lengths[longest]) * atoms
+        if packed_length is not None and tokens > packed_length:
+            raise ConfigError(
+                f"the longest chain, {stores.name(longest)}, has {tokens} tokens, more than "
+                f"task.packed_length={packed_length}; raise it to {tokens} or more"
+            )
         parts = stores.chains(split)
         self._chains = np.concatenate(parts)
         self._lengths = stores.lengths[self._chains] * atoms
@@ -103,11 +110,5 @@ class Layout:
             firsts.append(first)
             before = ends[first - base - 1] if first > base else 0
             last = base + int(np.searchsorted(ends, before + packed_length, side="right"))
-            if last == first:
-                tokens = int(self._lengths[first])
-                raise ConfigError(
-                    f"chain {self._stores.name(int(self._chains[first]))} has {tokens} tokens, "
-                    f"more than task.packed_length={packed_length}; raise it to {tokens} or more"
-                )
             first = last
         return firsts

@@ -237,7 +237,10 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
     try:
         file = os.fdopen(os.open(path, os.O_RDONLY), "rb")
     except OSError as error:
-        raise SourceError(f"cannot read source.path={path}: {error.strerror}") from error
+        raise SourceError(
+            f"cannot read source.path={path}: {error.strerror}; give a pickle that you may read, "
+            "or a folder to download one into"
+        ) from error
     with file:
         yield file
 

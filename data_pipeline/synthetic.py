@@ -66,13 +66,9 @@ class SyntheticSource:
     def identity(self) -> dict[str, Any]:
         """Name and sha256 of the annotations, and the rule."""
         file = self.file()
-        try:
-            files = {file.name: file_sha256(file)}
-        except OSError as error:
-            raise SourceError(f"cannot read source.path={file}: {error.strerror}") from error
         return {
             "kind": "synthetic",
-            "files": files,
+            "files": {file.name: file_sha256(file)},
             "proteins": self.proteins,
             "seed": self.seed,
             **self.selection.identity(),

@@ -17,9 +17,9 @@ class PrepareConfig:
     source: dict[str, Any]
     """`name` and the options of that source."""
     store: str
-    """Folder of the store."""
-    figures: str
-    """Folder of the figures that `inspect` draws."""
+    """Folder of the store; to verify and inspect also its URL."""
+    figures: str | None = None
+    """Folder of the figures that `inspect` draws; None: the store's name with .inspect."""
     action: Literal["build", "verify", "inspect"] = "build"
 
 
@@ -28,8 +28,7 @@ def main(arguments: list[str]) -> None:
     config, _ = command_line(
         arguments, "prepare", PrepareConfig, "Build, verify or show a data store.", check=_check
     )
-    began, store = time.perf_counter(), Path(config.store)
-    more = ""
+    began, store, more = time.perf_counter(), config.store, ""
     if config.action == "build":
         source = make_source(config.source["name"], **options_of(config.source))
         manifest, built = ensure(store, source)
@@ -39,7 +38,8 @@ def main(arguments: list[str]) -> None:
     else:
         from launch.inspection import inspect
 
-        manifest, more = inspect(store, Path(config.figures))
+        beside = store.rpartition("/")[2] if "://" in store else store
+        manifest, more = inspect(store, Path(config.figures or f"{beside}.inspect"))
         done = "opened; action=verify reads it all"
     print(f"{store} {done} ({time.perf_counter() - began:.2f} s)")
     print(summary(manifest) + more)
@@ -60,7 +60,7 @@ def summary(manifest: dict[str, Any]) -> str:
         f"  residues    {counts['residues']:,}; {counts['breaks']:,} chain breaks, "
         f"{counts['missing atoms']:,} missing atoms",
         f"  size        {size:,} bytes, digest {manifest['digest'][:12]}",
-        f"  left out    {describe(manifest['left_out'])}",
+        f"  noted       {describe(manifest['left_out'])}",
         f"  bonds, Å    {', '.join(bonds) or 'not of protein backbones'}",
         "",
         f"  {'split':<12}{'chains':>8}{'clusters':>10}{'residues':>12}",
@@ -81,3 +81,8 @@ def _check(config: PrepareConfig) -> None:
             "add one of them to the command"
         )
     check_choice("source", config.source, SOURCES)
+    if config.action == "build" and "://" in config.store:
+        raise ConfigError(
+            f"store={config.store} is a URL, and stores are written into folders: write one here, "
+            "then copy it there"
+        )

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.bundle import BundledSource
 from data_pipeline.errors import ConfigError
+from data_pipeline.store import build
 from launch import train
 from tests.processes import run
 
@@ -79,6 +81,25 @@ def test_all_launchers_used_two_ranks(runs: Path):
     for name in commands(0):
         environment = json.loads((runs / name / "environment.json").read_text())
         assert environment["world"] == (1 if name == "python" else 2), name
+
+
+def test_packed_samples_sharded_over_two_ranks_give_the_curve_of_one(tmp_path: Path):
+    """Samples of many chains, cut inside a chain, from a store on the disk."""
+    build(tmp_path / "store", BundledSource())
+    options = [f"task.store={tmp_path / 'store'}", "task.atoms=[CA]", "task.neighbours=2",
+               "task.packed_length=1501", "train.batch_size=2", "train.micro_batch_size=1",
+               "train.steps=3", "engine=ddp", f"runs={tmp_path}"]  # fmt: skip
+    tiny = [each for each in TINY if not each.startswith(("experiment", "task.", "train."))]
+    tiny += ["train.log_every=1", "optim.warmup_steps=0"]
+    train.main([*tiny, *options, "name=one"])
+    environ = os.environ | {"OMP_NUM_THREADS": "1"}
+    ended = run(
+        [*TORCHRUN, "-m", "launch.train", *tiny, *options, "name=two"], cwd=ROOT, env=environ
+    )
+    assert ended.returncode == 0, ended.stderr
+    one, two = curve(tmp_path / "one"), curve(tmp_path / "two")
+    assert len({loss for *_, loss in one}) == 4
+    assert two == [(*place, pytest.approx(loss, rel=1e-5)) for *place, loss in one]
 
 
 def test_an_error_of_all_ranks_is_said_once_and_ends_them(runs: Path):

@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,20 @@ def test_configurations_compose(command, tmp_path):
         [sys.executable, "-m", "launch", *shlex.split(arguments), "--cfg"], cwd=tmp_path
     )
     assert ended.returncode == 0 and "name:" in ended.stdout, ended.stderr
+
+
+@pytest.mark.parametrize("page", ["data", "store"])
+def test_commands_of_the_data_pages_compose(page, tmp_path, monkeypatch):
+    """Their options exist and have such values."""
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / f"{page}.md").read_text()
+    commands = re.findall(r"^    python -m launch (prepare|train) (.*)", text, re.M)
+    assert commands
+    for name, arguments in commands:
+        known = arguments.replace("source=NAME source.option=value", "").replace("...", "a")
+        with pytest.raises(SystemExit) as ended:
+            import_module(f"launch.{name}").main([*shlex.split(known, comments=True), "--cfg"])
+        assert not ended.value.code
 
 
 def test_the_example_runs_on_two_ranks(tmp_path):

@@ -92,9 +92,9 @@ def test_everything_given_is_stored(tmp_path, folder):
     assert store.read("segment", 2, 0, 18).tolist() == [0] * 8 + [1] * 10
 
 
-def test_without_offsets_all_is_one_sample(tmp_path):
-    """Named by its file; frames of a group stay together where no split is given."""
-    np.savez(tmp_path / "walk.npz", points=np.ones((9, 3)))
+def test_points_and_offsets_are_enough(tmp_path):
+    """Named by the file; frames of a group stay together where no split is given."""
+    np.savez(tmp_path / "walk.npz", points=np.ones((9, 3)), offsets=np.array([0, 9]))
     (chain,) = read(tmp_path / "walk.npz")
     assert chain.id == "walk/0" and chain.xyz.shape == (9, 1, 3) and chain.cluster == "walk/0"
     frames = good() | {"groups": np.arange(40) // 4, "offsets": np.arange(41)}
@@ -110,6 +110,7 @@ def test_without_offsets_all_is_one_sample(tmp_path):
     "change, message",
     [
         ({"points": None}, "there is no array points; it has offsets"),
+        ({"offsets": None}, "there is no array offsets; it has "),
         ({"velocity": np.zeros((40, 3))}, "there is an array velocity; known ones are points"),
         ({"points": np.zeros((40, 2))}, "last axis must be x, y, z"),
         ({"points": np.zeros(40)}, r"points is float64 of shape \(40,\)"),

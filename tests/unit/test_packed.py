@@ -221,7 +221,7 @@ def test_a_rank_reads_its_own_part(paths, tmp_path, monkeypatch, name):
 def test_chains_too_long_and_bad_mixtures_are_named(paths):
     """One line: the value and the way out."""
     longest = max(Store(paths["plain"]).lengths) * 3
-    with pytest.raises(ConfigError, match=r"chain c\d+ has \d+ tokens, .*packed_length=100; raise"):
+    with pytest.raises(ConfigError, match=r"c\d+, has \d+ tokens, .*packed_length=100; raise"):
         Denoising(paths["plain"], packed_length=100)
     assert Denoising(paths["plain"], packed_length=int(longest)).size("train") > 40
     for weights in ([1], [1, 0], [1, 2, 3]):

@@ -20,7 +20,7 @@ def run(capsys, *arguments: str) -> str:
     return capsys.readouterr().out
 
 
-def test_builds_reuses_verifies_and_shows(tmp_path, capsys):
+def test_builds_reuses_verifies_and_shows(tmp_path, capsys, monkeypatch):
     """Counts, split and bond lengths are printed; the second time nothing is built."""
     store = f"store={tmp_path / 'new' / 'store'}"
     built = run(capsys, store)
@@ -40,6 +40,10 @@ def test_builds_reuses_verifies_and_shows(tmp_path, capsys):
     assert "reused" in again and built.split("\n", 1)[1] == again.split("\n", 1)[1]
     assert float(re.search(r"\(([\d.]+) s\)", again)[1]) < 0.5
     assert "verified" in run(capsys, store, "action=verify")
+    address = f"store=file://{tmp_path}/new/store"
+    assert "verified" in run(capsys, address, "action=verify")
+    monkeypatch.chdir(tmp_path)
+    assert " store.inspect/lengths.png" in run(capsys, address, "action=inspect")
 
 
 def test_structures_become_a_store_of_their_own(tmp_path, capsys):
@@ -93,6 +97,7 @@ def test_structures_become_a_store_of_their_own(tmp_path, capsys):
         (["source=structures", "source.path=files", "source.min_complete=2.0"], "min_complete=2"),
         (["action=check"], "action='check'"),
         (["stroe=x"], "did you mean store"),
+        (["store=memory://x"], "store=memory://x is a URL"),
     ],
 )
 def test_bad_input_is_named(tmp_path, monkeypatch, arguments, message):
