@@ -16,6 +16,7 @@ All samples lie behind each other, n tokens in all, in one .npz file or a folder
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -52,13 +53,13 @@ class ArraySource:
     @property
     def atoms(self) -> tuple[str, ...]:
         """Names for the points of a token."""
-        points = self._arrays()["points"]
+        points = self._arrays["points"]
         count = 1 if points.ndim == 2 else points.shape[1]
         return ("point",) if count == 1 else tuple(f"point{i}" for i in range(count))
 
     def identity(self) -> dict[str, Any]:
         """Names and sha256 of the files."""
-        self._arrays()
+        assert "points" in self._arrays  # or it raised
         files = {file.name: file_sha256(file) for file in self._files()}
         return {"kind": "arrays", "files": files}
 
@@ -68,7 +69,7 @@ class ArraySource:
         Raises:
             SourceError: names the array or sample, what it has and what it needs.
         """
-        arrays = self._arrays()
+        arrays = self._arrays
         offsets = np.asarray(arrays["offsets"], np.int64)
         kinds = int(arrays["kinds"].max()) + 1 if "kinds" in arrays else 0
         for sample, (first, last) in enumerate(pairwise(offsets.tolist())):
@@ -124,6 +125,7 @@ class ArraySource:
     def _files(self) -> list[Path]:
         return sorted(self.path.glob("*.npy")) if self.path.is_dir() else [self.path]
 
+    @cached_property
     def _arrays(self) -> dict[str, np.ndarray]:
         """All arrays, by name, whose shapes fit each other."""
         try:

@@ -30,7 +30,7 @@ class RunError(LongfoldError):
 
 
 def how_to_build(store: str) -> str:
-    return f"build it with: python -m launch prepare store={store}"
+    return f"build it with: python -m launch prepare source=... store={store}"
 
 
 def how_to_rebuild(store: str) -> str:

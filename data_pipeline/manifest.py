@@ -31,7 +31,7 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
         raise StoreError(unreadable(f"{place}/{MANIFEST}", error)) from error
     try:
         manifest = json.loads(text)
-        version, sizes = manifest["version"], manifest["files"]
+        version, sha256 = manifest["version"], manifest["sha256"]
     except (ValueError, KeyError, TypeError) as error:
         raise StoreError(
             f"{place}/{MANIFEST} is no manifest ({error!r}); {how_to_rebuild(place)}"
@@ -40,7 +40,9 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
         raise StoreError(
             f"{place} has version {version}, this program reads {VERSION}; {how_to_rebuild(place)}"
         )
-    for name, file in sizes.items():
+    if sha256 != _sha256(manifest):
+        raise StoreError(f"{place}/{MANIFEST} is damaged (sha256 differs); {how_to_rebuild(place)}")
+    for name, file in manifest["files"].items():
         try:
             size = files.size(f"{root}/{name}")
         except FileNotFoundError as error:
@@ -53,6 +55,19 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
                 f"{how_to_rebuild(place)}"
             )
     return manifest
+
+
+def write_manifest(draft: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Puts it into the folder, with its own hash; what `read_manifest` will give."""
+    text = json.dumps(manifest | {"sha256": _sha256(manifest)}, indent=1) + "\n"
+    (draft / MANIFEST).write_text(text)
+    return json.loads(text)
+
+
+def _sha256(manifest: dict[str, Any]) -> str:
+    """Of all in it but this hash."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _no_store(place: str) -> str:

@@ -149,5 +149,5 @@ def test_digest_tells_samples_apart_and_options_are_checked(gappy, bundled):
     for atoms in (("CB",), (), ("CA", "CA"), ("N", "CA", "N")):
         with pytest.raises(ConfigError, match=r"task\.atoms=\[.*N, CA, C, O, each once"):
             Denoising(gappy, atoms=atoms)
-    with pytest.raises(StoreError, match="prepare store="):
+    with pytest.raises(StoreError, match=r"prepare source=\.\.\. store="):
         Denoising(gappy + "x")

@@ -20,8 +20,8 @@ from data_pipeline.chains import RESIDUES, Chain, decode, encode
 from data_pipeline.clusters import SPLITS
 from data_pipeline.denoising import Denoising
 from data_pipeline.errors import SourceError, StoreError
+from data_pipeline.manifest import MANIFEST
 from data_pipeline.store import (
-    MANIFEST,
     Store,
     build,
     ensure,
@@ -138,20 +138,21 @@ def test_damaged_stores_are_refused(bundled, tmp_path, damage, opening, message)
             Store(path)
     with pytest.raises(StoreError, match=message) as caught:
         verify(path)
-    assert "prepare store=" in str(caught.value) and "\n" not in str(caught.value)
+    assert "prepare source=... store=" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_other_versions_and_false_content_are_refused(bundled, tmp_path):
-    """The manifest's version rules; a digest that is not the content's is found by verify."""
+def test_other_versions_and_changed_manifests_are_refused(bundled, tmp_path):
+    """The manifest's version rules; whatever changed in it is found when the store is opened."""
     path = tmp_path / "copy"
     shutil.copytree(bundled, path)
     manifest = json.loads((path / MANIFEST).read_text())
     (path / MANIFEST).write_text(json.dumps(manifest | {"version": 0}))
     with pytest.raises(StoreError, match="version 0, this program reads 1"):
         Store(path)
-    (path / MANIFEST).write_text(json.dumps(manifest | {"digest": "0"}))
-    with pytest.raises(StoreError, match="contradicts itself"):
-        verify(path)
+    for change in ({"digest": "0"}, {"atoms": ["N", "CB", "C", "O"]}, {"more": 1}):
+        (path / MANIFEST).write_text(json.dumps(manifest | change))
+        with pytest.raises(StoreError, match=r"manifest\.json is damaged .*rm -r"):
+            Store(path)
 
 
 def test_flipped_bits_and_vanished_chunks_stop_the_reader(bundled, tmp_path):
