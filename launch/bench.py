@@ -118,7 +118,7 @@ def table(summary: list[dict[str, Any]], lengths: list[int], fit: dict[str, Any]
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return (
         f"{text}\n\nPeak memory of a rank: {fit['base'] / 1e6:,.0f} MB + {fit['per_token']:,.0f}"
-        " bytes a local token and channel (vector convolution, forward and backward)."
+        " bytes a local token (vector convolution of one channel, forward and backward)."
     )
 
 

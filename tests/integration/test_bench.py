@@ -38,7 +38,7 @@ def test_means_goals_and_the_line_through_memory():
     (row,) = summarise(ratios)
     assert (row["value"], row["goal"], row["met"]) == (pytest.approx(4.0), ">= 4.5", "no")
     line = [
-        {"case": "memory", "sp": sp, "channels": 2, "length": n, "value": 1e6 + 30 * 2 * n / sp}
+        {"case": "memory", "sp": sp, "length": n, "value": 1e6 + 30 * n / sp}
         for n in (1000, 100_000)
         for sp in (1, 2)
     ]
