@@ -26,9 +26,8 @@ TOGETHER = 3
 """Streams from which MKL's time for one no longer falls by a factor with their number."""
 
 Parts = list[list[list[Tensor]]]
-"""One role's frequencies: group, part, tensors (rank, phase, channel, component, row, k) whose
-components
-follow one another."""
+"""One role's frequencies: group, part, tensors (rank, phase, channel, component, row, k), one for
+each of its parts."""
 Given = dict[Role, list[Tensor]]
 """Tensors of each role: (row, channel, component, n_local)."""
 Layout = list[list[tuple[Role, int]]]
