@@ -116,8 +116,8 @@ def fork_world(world: int, folder: Path) -> None:
     ]
     for process in ranks:
         process.start()
-    while any(process.is_alive() for process in ranks):
-        wait([process.sentinel for process in ranks if process.is_alive()])
+    while alive := [process for process in ranks if process.is_alive()]:
+        wait([process.sentinel for process in alive])
         if any(process.exitcode for process in ranks):
             sys.exit(1)  # the others, which wait for the failed one, are daemons and end too
 
