@@ -140,6 +140,8 @@ def _backbone(name: str, seq: str, msk: str, crd: Any) -> np.ndarray:
         raise FormatError(f"the coordinates of chain {name} are no array")
     try:
         array = crd.numpy()
+    except MemoryError:
+        raise
     except Exception as error:  # whatever a crafted array leads to
         raise FormatError(f"the coordinates of chain {name}: {error}") from None
     length, slots = len(seq), SLOTS.get(array.ndim, 0)

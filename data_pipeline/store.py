@@ -169,8 +169,11 @@ class Store:
         source, rows = self._arrays[array], self.chunk_rows(array)
         try:
             return source[start:stop]
-        except StoreError:
+        except (StoreError, MemoryError):  # a full memory damages no store
             raise
+        except OSError as error:  # nor do too many open files, or a disk that is away
+            file = str(error.filename or f"{self.path}/{array}")
+            raise StoreError(unreadable(file, error)) from error
         except Exception as error:  # every codec has its own
             if stop - start > rows:  # which chunk is it?
                 middle = (start // rows + stop // rows + 1) // 2 * rows

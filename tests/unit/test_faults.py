@@ -336,3 +336,18 @@ def test_chains_that_would_spoil_a_store_are_refused(tmp_path):
     with pytest.raises(SourceError, match="gives no chain"):
         build(tmp_path / "store", WalkSource(count=0))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EMFILE, "Too many open files"), MemoryError()])
+def test_what_the_machine_lacks_is_not_called_damage(stores, monkeypatch, error):
+    """Else the advice would be to delete a store that is whole."""
+    store = Store(stores / "plain")
+
+    async def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr("data_pipeline.files.CheckedFiles.get", fail)
+    with pytest.raises((StoreError, MemoryError)) as caught:
+        store.read("xyz", 0, 0, 40)
+    assert isinstance(error, MemoryError) or "Too many open files" in str(caught.value)
+    assert "damaged" not in str(caught.value) and "rm -r" not in str(caught.value)
