@@ -2,7 +2,7 @@
 # make test      the whole test suite (ARGS="tests/unit -k name" passes on to pytest)
 # make lint      ruff, pyright and codespell alone
 # make sweep     measure tokens/s, bytes and memory over lengths and ranks
-# make bench     measure the long convolution beside its rivals
+# make bench     measure beside rivals (ARGS="bench=..." which; see --help)
 # make clean     remove .venv and build outputs; runs/ and stores/ stay
 #
 # PYTHON=python3.12       another interpreter (3.11 is tested)

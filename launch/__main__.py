@@ -11,7 +11,7 @@ COMMANDS = {
     "train": "train a model on a task (under any launcher: -m launch.train)",
     "prepare": "build a data store from structure files or from the bundled ones",
     "sweep": "measure tokens/s, exchanged bytes and memory over lengths and ranks",
-    "bench": "measure the long convolution beside its rivals and its own FFTs",
+    "bench": "measure operators and training steps beside their rivals",
 }
 
 

@@ -1,18 +1,18 @@
-"""Measure operators beside their rivals: python -m launch bench [key=value] ...
+"""Measure operators and training steps beside rivals: python -m launch bench [bench=...] ...
 
-Both sides of every ratio run in turn in the same processes, one thread a rank. rows.csv has every
-number, summary.md one row a case: the geometric mean over the lengths, beside its goal.
+Both sides of every ratio run in turn in one run, one thread a rank. rows.csv has every number,
+summary.md one row a case: the geometric mean over the lengths, beside its goal.
 """
 
 import csv
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from data_pipeline.errors import ConfigError, RunError
-from launch.config import check_folder_name, command_line, to_yaml
+from launch.config import check_choice, check_folder_name, command_line, options_of, to_yaml
 from launch.measure import measure
 
 
@@ -20,70 +20,68 @@ from launch.measure import measure
 class BenchConfig:
     name: str
     """Results live in <benches>/<name>."""
-    lengths: list[int]
-    """N, tokens; multiples of every number in sp."""
-    sp: list[int]
-    """Numbers of ranks: one alone (against FFTs and the paper's listing), several against the
-    channel all-to-all."""
+    bench: dict[str, Any]
+    """`name` and options: the fields of its case in scaling/bench/<name>.py."""
     benches: str = "benches"
-    seconds: float = 2.0
-    """Of every comparison, s."""
-    tokens: int = 1 << 22
-    """Channels are 8, or as many fewer as keep channels · N within this."""
     threads: int = 1
     """Of each rank."""
     timeout_s: float = 1200.0
-    """Longest time of one number of ranks, s."""
+    """Longest time of one set of processes, s."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
         check_folder_name(self.name, "benches")
-        for key in ("lengths", "sp"):
-            values = getattr(self, key)
-            if not values or min(values) < 1:
-                raise ConfigError(f"{key}={values}: must be a list of positive numbers")
-        for key in ("seconds", "tokens", "threads", "timeout_s"):
+        for key in ("threads", "timeout_s"):
             if not getattr(self, key) > 0:
                 raise ConfigError(f"{key}={getattr(self, key)}: must be positive")
-        uneven = [(n, sp) for n in self.lengths for sp in self.sp if n % sp]
-        if uneven:
-            length, sp = uneven[0]
-            raise ConfigError(
-                f"lengths={length} is no multiple of sp={sp}, which the channel all-to-all needs;"
-                f" try {length // sp * sp or sp}"
-            )
 
 
 def main(arguments: list[str]) -> None:
     """Measure, write, summarise."""
-    about = "Measure the long convolution beside its rivals and beside its own FFTs."
-    config, overrides = command_line(arguments, "bench", BenchConfig, about)
+    about = "Measure an operator or a training step beside its rivals."
+    config, overrides = command_line(arguments, "bench", BenchConfig, about, check=_case)
+    from scaling.bench.family import summarise, table
+    from scaling.bench.registry import BENCHES
+
+    bench = BENCHES[config.bench["name"]]
     folder = Path(config.benches) / config.name
     _prepare(folder, config)
     rows: list[dict[str, Any]] = []
-    case = {"lengths": sorted(config.lengths), "tokens": config.tokens, "seconds": config.seconds}
-    for sp in sorted(config.sp):
-        print(f"sp = {sp}: N = {', '.join(map(str, case['lengths']))} ...", flush=True)
+    parts = bench.parts(_case(config))
+    for number, part in enumerate(parts, 1):
+        print(f"part {number}/{len(parts)}: {part.title} ...", flush=True)
         status, found = measure(
-            "long_conv",
-            case,
-            folder / f"sp{sp}",
-            sp,
+            "bench",
+            {"name": config.bench["name"]} | asdict(part.case),
+            folder / part.title,
+            part.ranks,
             threads=config.threads,
             timeout_s=config.timeout_s,
             device=config.device,
         )
         if status != "ok":
-            raise RunError(f"sp = {sp} failed: {status}; its ranks said: {folder}/sp{sp}/log.txt")
+            raise RunError(
+                f"{part.title} failed: {status}; its ranks said: {folder / part.title}/log.txt"
+            )
         rows += found
-    from scaling.bench.long_conv import memory_fit, summarise
-
-    fit = memory_fit(rows)
-    text = table(summarise([*rows, fit]), sorted(config.lengths), fit)
+    more, remarks = bench.conclude(rows)
+    text = "\n\n".join(filter(None, [table(summarise([*rows, *more], bench.goals)), remarks]))
     command = " ".join(["python -m launch bench", *overrides])
     _write(folder, rows, f"`{command}`\n\n{text}\n")
     print("", text, "", f"numbers   {folder / 'rows.csv'}", sep="\n")
     print(f"table     {folder / 'summary.md'}")
+    if bench.draw is not None:
+        bench.draw(rows, folder / "figure.png")
+        print(f"figure    {folder / 'figure.png'}")
+
+
+def _case(config: BenchConfig) -> Any:
+    """The options as the bench's case, checked."""
+    from scaling.bench.registry import BENCHES
+
+    cases = {name: bench.case for name, bench in BENCHES.items()}
+    check_choice("bench", config.bench, cases)
+    return cases[config.bench["name"]](**options_of(config.bench))
 
 
 def _prepare(folder: Path, config: BenchConfig) -> None:
@@ -103,27 +101,6 @@ def _write(folder: Path, rows: list[dict[str, Any]], summary: str) -> None:
         writer.writeheader()
         writer.writerows(rows)
     (folder / "summary.md").write_text(summary)
-
-
-def table(summary: list[dict[str, Any]], lengths: list[int], fit: dict[str, Any]) -> str:
-    """The summary as a Markdown table; ratios, or values where nothing is compared."""
-    heads = ["case", "sp", *map(_power_of_two, lengths), "mean or worst", "goal", "met"]
-    lines = [heads, ["---"] * len(heads)]
-    for row in summary:
-        if row["case"] != "memory":
-            by = row["by_length"]
-            numbers = [f"{by[n]:.3g}" if n in by else "" for n in lengths]
-            ends = [f"{row['value']:.3g}", row["goal"], row["met"]]
-            lines.append([row["case"], str(row["sp"]), *numbers, *ends])
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return (
-        f"{text}\n\nPeak memory of a rank: {fit['base'] / 1e6:,.0f} MB + {fit['per_token']:,.0f}"
-        " bytes a local token (vector convolution of one channel, forward and backward)."
-    )
-
-
-def _power_of_two(n: int) -> str:
-    return f"2^{n.bit_length() - 1}" if n & (n - 1) == 0 else str(n)
 
 
 if __name__ == "__main__":

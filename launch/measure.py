@@ -24,13 +24,15 @@ def _train_step(case: dict[str, Any], device: Any) -> dict[str, Any]:
     return dataclasses.asdict(measure_step(StepCase(**case), None, device))
 
 
-def _long_conv(case: dict[str, Any], device: Any) -> list[dict[str, Any]]:
-    from scaling.bench.long_conv import LongConvCase, long_conv_rows
+def _bench(case: dict[str, Any], device: Any) -> list[dict[str, Any]]:
+    from scaling.bench.registry import BENCHES
 
-    return long_conv_rows(LongConvCase(**case), None, device)
+    bench = BENCHES[case.pop("name")]
+    return bench.rows(bench.case(**case), None, device)
 
 
-MEASUREMENTS = {"train_step": _train_step, "long_conv": _long_conv}
+MEASUREMENTS = {"train_step": _train_step, "bench": _bench}
+"""Of `sweep` and of `bench`."""
 
 
 def main(arguments: list[str]) -> None:

@@ -1,23 +1,23 @@
 """What the long convolution costs, beside its rivals and its own FFTs, in one run each."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from data_pipeline.errors import ConfigError
 from scaling.algebra.spectra import fast_length
+from scaling.bench.family import Bench, Part, Row, check_positive
 from scaling.bench.rivals import channel_all_to_all_conv, expanded_vector_conv, transforms
-from scaling.bench.timing import geometric_mean, medians
+from scaling.bench.timing import medians
 from scaling.observe.memory import peak_bytes, reset_peak
 from scaling.ops import geometric_long_conv, vector_long_conv
 from scaling.parallel.collectives import Group, traffic
 from scaling.parallel.loss import global_maxima
 from scaling.parallel.shard import SequenceShard
 
-Row = dict[str, Any]
-TARGETS = {
+GOALS = {
     "vector, forward: speed-up over the listing": (">=", 4.5),
     "vector, forward: time / its 9 FFTs": ("<=", 1.15),
     "vector, forward + backward: time / its 18 FFTs": ("<=", 1.3),
@@ -34,24 +34,36 @@ TARGETS = {
 
 @dataclass
 class LongConvCase:
+    """
+    Args:
+        lengths: N, tokens; multiples of every number in sp.
+        sp: numbers of ranks: one alone (against FFTs and the paper's listing), several against the
+            channel all-to-all.
+        tokens: channels are 8, or as many fewer as keep channels · N within this.
+        seconds: of every comparison.
+    """
+
     lengths: list[int]
-    """N, tokens; multiples of the number of ranks."""
+    sp: list[int]
     tokens: int = 1 << 22
-    """Channels are 8, or fewer where more than these tokens · channels would be held."""
     seconds: float = 2.0
-    """For each comparison."""
+
+    def __post_init__(self) -> None:
+        check_positive(lengths=self.lengths, sp=self.sp, tokens=self.tokens, seconds=self.seconds)
+        uneven = [(n, sp) for n in self.lengths for sp in self.sp if n % sp]
+        if uneven:
+            length, sp = uneven[0]
+            raise ConfigError(
+                f"bench.lengths={length} is no multiple of bench.sp={sp}, which the channel"
+                f" all-to-all needs; try {length // sp * sp or sp}"
+            )
 
 
 def long_conv_rows(case: LongConvCase, group: Group, device: torch.device) -> list[Row]:
-    """All comparisons that this number of ranks allows; every rank calls it and gets the same.
-
-    Returns:
-        Rows of `case`, `sp`, `length`, `channels`, `value`, `unit` and, where two sides were timed,
-        `ratio`, as the name of the case says.
-    """
+    """All comparisons that this number of ranks allows."""
     # Memory first, and short sequences first: what was freed is not given back to the system.
     rows = [_Bench(length, 1, group, device, 0.0).memory() for length in sorted(case.lengths)]
-    for length in case.lengths:
+    for length in sorted(case.lengths):
         channels = max(1, min(8, case.tokens // length))
         bench = _Bench(length, channels, group, device, case.seconds)
         if bench.shard.size == 1:
@@ -59,26 +71,6 @@ def long_conv_rows(case: LongConvCase, group: Group, device: torch.device) -> li
         else:
             rows += bench.sharded()
     return rows
-
-
-def summarise(rows: list[Row]) -> list[Row]:
-    """One row a case and number of ranks: geometric mean of the ratios over N, or the largest
-    value, beside its goal."""
-    found = []
-    for case, sp in dict.fromkeys((row["case"], row["sp"]) for row in rows):
-        some = [row for row in rows if (row["case"], row["sp"]) == (case, sp)]
-        ratios = [row["ratio"] for row in some if row["ratio"] is not None]
-        value = geometric_mean(ratios) if ratios else max(row["value"] for row in some)
-        row = {"case": case, "sp": sp, "value": value, "goal": "", "met": ""}
-        if case in TARGETS:
-            sign, goal = TARGETS[case]
-            met = value >= goal if sign == ">=" else value <= goal
-            row |= {"goal": f"{sign} {goal:g}", "met": "yes" if met else "no"}
-        row["by_length"] = {
-            r["length"]: r["value"] if r["ratio"] is None else r["ratio"] for r in some
-        }
-        found.append(row)
-    return found
 
 
 def memory_fit(rows: list[Row]) -> Row:
@@ -93,8 +85,8 @@ def memory_fit(rows: list[Row]) -> Row:
     # Relative residuals count, so that short sequences do.
     a, b = torch.linalg.lstsq(design / y[:, None], torch.ones_like(y)[:, None]).solution[:, 0]
     residual = ((a + b * x - y).abs() / y).max().item()
-    fit = {"case": "memory: residual of a + b N/P", "value": residual, "ratio": None}
-    return fit | {"sp": "all", "length": 0, "base": a.item(), "per_token": b.item()}
+    fit = {"case": "memory: residual of a + b N/P", "value": residual, "unit": ""}
+    return fit | {"ratio": None, "sp": "all", "length": 0, "base": a.item(), "per_token": b.item()}
 
 
 class _Bench:
@@ -249,3 +241,18 @@ def awkward_length(n: int) -> int:
     while fast_length(n) == n and n > 1:
         n -= 2
     return n
+
+
+def _parts(case: LongConvCase) -> list[Part]:
+    return [Part(f"sp{sp}", sp, replace(case, sp=[sp])) for sp in sorted(case.sp)]
+
+
+def _conclude(rows: list[Row]) -> tuple[list[Row], str]:
+    fit = memory_fit(rows)
+    return [fit], (
+        f"Peak memory of a rank: {fit['base'] / 1e6:,.0f} MB + {fit['per_token']:,.0f}"
+        " bytes a local token (vector convolution of one channel, forward and backward)."
+    )
+
+
+BENCH = Bench(LongConvCase, _parts, long_conv_rows, GOALS, _conclude)

@@ -7,7 +7,8 @@ import torch
 
 from data_pipeline.errors import ConfigError
 from launch import bench
-from scaling.bench.long_conv import TARGETS, awkward_length, memory_fit, summarise
+from scaling.bench.family import summarise
+from scaling.bench.long_conv import GOALS, awkward_length, memory_fit
 from scaling.bench.rivals import channel_all_to_all_conv, expanded_vector_conv
 from scaling.ops import vector_long_conv
 from scaling.parallel import SequenceShard
@@ -15,18 +16,18 @@ from scaling.parallel.shard import redistribute
 
 
 def test_bench_measures_every_case_and_writes_both_tables(tmp_path, capsys):
-    bench.main([f"benches={tmp_path}", "lengths=[512]", "seconds=0.01", "device=cpu"])
+    bench.main([f"benches={tmp_path}", "bench.lengths=[512]", "bench.seconds=0.01", "device=cpu"])
     printed = capsys.readouterr().out
     summary = (tmp_path / "long_conv" / "summary.md").read_text()
-    assert all(f"| {case} |" in summary for case in TARGETS)
+    assert all(f"| {case} |" in summary for case in GOALS)
     assert summary.split("\n\n")[1] in printed
     with (tmp_path / "long_conv" / "rows.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert {row["sp"] for row in rows} == {"1", "2"}
     (sent,) = (row for row in rows if row["case"] == "exchange: bytes / formula")
     assert float(sent["value"]) == 18 * 8 * 512 / 2 * 4 / 2
-    with pytest.raises(ConfigError, match=r"lengths=513 is no multiple of sp=2.* try 512"):
-        bench.main([f"benches={tmp_path}", "lengths=[513]"])
+    with pytest.raises(ConfigError, match=r"lengths=513 is no multiple of bench.sp=2.* try 512"):
+        bench.main([f"benches={tmp_path}", "bench.lengths=[513]"])
 
 
 def test_means_goals_and_the_line_through_memory():
@@ -35,7 +36,7 @@ def test_means_goals_and_the_line_through_memory():
         {"case": case, "sp": 1, "length": n, "value": 1.0, "ratio": r}
         for n, r in ((1, 2.0), (2, 8.0))
     ]
-    (row,) = summarise(ratios)
+    (row,) = summarise(ratios, GOALS)
     assert (row["value"], row["goal"], row["met"]) == (pytest.approx(4.0), ">= 4.5", "no")
     line = [
         {"case": "memory", "sp": sp, "length": n, "value": 1e6 + 30 * n / sp}
