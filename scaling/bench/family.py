@@ -16,6 +16,19 @@ Row = dict[str, Any]
 sides were compared, `ratio`, as the name of the case says; else None."""
 
 
+def row(
+    case: str,
+    sp: int,
+    length: int,
+    value: float,
+    unit: str = "s",
+    ratio: float | None = None,
+    channels: int | None = None,
+) -> Row:
+    return {"case": case, "sp": sp, "length": length, "channels": channels, "value": value,
+            "unit": unit, "ratio": ratio}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Part:
     """What one set of fresh processes measures."""

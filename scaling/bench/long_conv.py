@@ -9,7 +9,7 @@ from torch import Tensor
 from data_pipeline.errors import ConfigError
 from scaling.algebra.spectra import fast_length
 from scaling.bench.family import Bench, Part, Row, check_positive
-from scaling.bench.rivals import channel_all_to_all_conv, expanded_vector_conv, transforms
+from scaling.bench.rivals import CROSS, channel_all_to_all_conv, expanded_conv, transforms
 from scaling.bench.timing import medians
 from scaling.observe.memory import peak_bytes, reset_peak
 from scaling.ops import geometric_long_conv, vector_long_conv
@@ -123,7 +123,7 @@ class _Bench:
         u = torch.fft.rfft(g)
         times = self.compare(
             lambda: vector_long_conv(q, k),
-            listed=lambda: expanded_vector_conv(q, k),
+            listed=lambda: expanded_conv(CROSS, q, k),
             bare=lambda: transforms([q, k], [u], n),
         )
         speed_up = times["listed"] / times["ours"]

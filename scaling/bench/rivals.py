@@ -1,5 +1,7 @@
 """What the long convolution is measured against."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -7,21 +9,39 @@ from torch import Tensor
 from scaling.ops import vector_long_conv
 from scaling.parallel.collectives import Group, all_to_all, group_size
 
+_AXES = ((1, 2), (2, 0), (0, 1))
+CROSS = [
+    (left, right, axis, sign)
+    for axis, (i, j) in enumerate(_AXES)
+    for left, right, sign in ((i, j, 1), (j, i, -1))
+]
+"""The six products of a cross product: left, right and result component, sign."""
+GEOMETRIC = [
+    *((i, i, 0, 1) for i in range(4)),
+    *(each for i in (1, 2, 3) for each in ((0, i, i, 1), (i, 0, i, 1))),
+    *((left + 1, right + 1, axis + 4, sign) for left, right, axis, sign in CROSS),
+]
+"""The sixteen of (scalar, vector) operands: a scalar, a polar and an axial vector."""
 
-def expanded_vector_conv(q: Float[Tensor, "c 3 n"], k: Float[Tensor, "c 3 n"]) -> Tensor:
-    """The vector convolution as the SE(3)-Hyena paper lists it (arXiv 2407.01049, Code 1).
 
-    Tokens come first; both operands are expanded to the six products of a cross product by a matrix
-    that is repeated for every token, six scalar convolutions of 18 transforms follow, and a third
-    repeated matrix sums them.
+def expanded_conv(
+    products: Sequence[tuple[int, int, int, int]],
+    q: Float[Tensor, "c m n"],
+    k: Float[Tensor, "c m n"],
+) -> Float[Tensor, "c l n"]:
+    """A convolution of products of components as the SE(3)-Hyena paper lists that of a cross
+    product (arXiv 2407.01049, Code 1).
+
+    Tokens come first; both operands are expanded to the products' factors by a matrix that is
+    repeated for every token, a scalar convolution for each product follows (18 transforms for a
+    cross product), and a third repeated matrix sums them.
     """
-    c, _, n = q.shape
-    left, right, total = q.new_zeros(6, 3), q.new_zeros(6, 3), q.new_zeros(3, 6)
-    for i in range(3):
-        after, before = (i + 1) % 3, (i + 2) % 3
-        left[2 * i, after] = right[2 * i, before] = total[i, 2 * i] = 1
-        left[2 * i + 1, before] = right[2 * i + 1, after] = 1
-        total[i, 2 * i + 1] = -1
+    c, components, n = q.shape
+    left, right = q.new_zeros(2, len(products), components)
+    total = q.new_zeros(1 + max(result for _, _, result, _ in products), len(products))
+    for number, (i, j, result, sign) in enumerate(products):
+        left[number, i] = right[number, j] = 1
+        total[result, number] = sign
 
     def each_token(matrix: Tensor, x: Tensor) -> Tensor:
         repeated = matrix.repeat(c * n, 1, 1)

@@ -1,21 +1,27 @@
-"""What one training step costs: time, exchanged bytes, memory."""
+"""What one training step costs: time, exchanged bytes, memory; and beside the naive one."""
 
 import gc
 import statistics
-from dataclasses import dataclass
-from time import perf_counter
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from data_pipeline.batch import GeometricBatch
+from scaling.bench.family import Bench, Part, Row, check_positive, row
+from scaling.bench.naive import straightforward
+from scaling.bench.timing import medians, now
 from scaling.models import build
 from scaling.observe.memory import peak_bytes, reset_peak
 from scaling.parallel.collectives import Group, traffic
 from scaling.parallel.engine import build_engine
 from scaling.parallel.loss import engine_loss, global_maxima
 from scaling.parallel.shard import SequenceShard, redistribute_batch
+
+Side = Literal["ours", "straightforward"]
+SIDES: Sequence[Side] = get_args(Side)
 
 REDUCTIONS = {"sum", "lengths"}
 """Operators that exchange by all-reduce; all others by one all-to-all a call."""
@@ -56,8 +62,8 @@ class StepCost:
     """Memory before the first step: interpreter, libraries, parameters."""
 
 
-def measure_step(case: StepCase, group: Group, device: torch.device) -> StepCost:
-    """Forward, backward and AdamW, repeated; every rank of `group` calls it and gets the same."""
+def training_step(case: StepCase, group: Group, device: torch.device) -> Callable[[], None]:
+    """Forward, backward and AdamW of a new model on a random batch; all ranks call it together."""
     torch.manual_seed(case.seed)
     natural = SequenceShard(case.length, group, "contiguous")
     batch = _random_batch(case, natural, device)
@@ -73,22 +79,32 @@ def measure_step(case: StepCase, group: Group, device: torch.device) -> StepCost
         environment={},  # how this process was launched does not matter here
         group=group,
     )
+
+    def step() -> None:
+        engine.backward(engine_loss(engine(batch), case.rows * case.length, engine.world))
+        engine.step(1e-3)
+
+    return step
+
+
+def measure_step(case: StepCase, group: Group, device: torch.device) -> StepCost:
+    """The step, repeated; every rank of `group` calls it and gets the same."""
+    step = training_step(case, group, device)
     gc.collect()
     base = reset_peak(device)
     seconds, waits = [], []
     for _ in range(case.warmup_steps + case.steps):
         traffic.reset()
-        began = _now(device)
-        engine.backward(engine_loss(engine(batch), case.rows * case.length, engine.world))
-        engine.step(1e-3)
-        seconds.append(_now(device) - began)
+        began = now(device)
+        step()
+        seconds.append(now(device) - began)
         waits.append(sum(count.seconds for count in traffic.snapshot().values()))
-    step = traffic.snapshot()  # every step exchanges the same
+    counts = traffic.snapshot().items()  # every step exchanges the same
     step_s, comm_s, sent, exchanges, peak, base = global_maxima(
         statistics.median(seconds[case.warmup_steps :]),
         statistics.median(waits[case.warmup_steps :]),
-        sum(count.bytes for count in step.values()),
-        sum(count.calls for name, count in step.items() if name not in REDUCTIONS),
+        sum(count.bytes for _, count in counts),
+        sum(count.calls for name, count in counts if name not in REDUCTIONS),
         peak_bytes(device),
         base,
         group=group,
@@ -96,6 +112,93 @@ def measure_step(case: StepCase, group: Group, device: torch.device) -> StepCost
     )
     speed = case.rows * case.length / step_s
     return StepCost(speed, step_s, comm_s, sent, exchanges, peak, base)
+
+
+@dataclass
+class TrainStepCase:
+    """
+    Args:
+        models: sections like `model`, under names for the table.
+        lengths: N, tokens of the one sequence of a step.
+        vectors: free vector channels of the input, besides the points.
+        scalars: scalar channels of the input.
+        seconds: of every comparison; at least three rounds.
+        sides: those that one process measures; the bench's parts choose them.
+    """
+
+    models: dict[str, dict[str, Any]]
+    lengths: list[int]
+    vectors: int = 0
+    scalars: int = 16
+    seconds: float = 10.0
+    sides: Sequence[Side] = SIDES
+
+    def __post_init__(self) -> None:
+        check_positive(lengths=self.lengths, seconds=self.seconds)
+
+
+def train_step_rows(case: TrainStepCase, group: Group, device: torch.device) -> list[Row]:
+    """Both sides in turn, or the memory of one side in a process of its own."""
+    rows = []
+    for name, model in case.models.items():
+        for length in sorted(case.lengths):
+            step_case = StepCase(model, length, vectors=case.vectors, scalars=case.scalars)
+            steps = {}
+            for side in case.sides:
+                step = training_step(step_case, group, device)
+                steps[side] = step if side == "ours" else _straightforward(step)
+            if len(steps) > 1:
+                times = medians(steps, group, device, case.seconds)
+                speed_up = times["straightforward"] / times["ours"]
+                title = f"{name}: speed-up over the straightforward step"
+                rows.append(row(title, 1, length, times["ours"], "s", speed_up))
+                continue
+            ((side, step),) = steps.items()
+            reset_peak(device)
+            step()
+            step()  # now with the optimiser's state
+            rows.append(row(f"{name}: memory, {side}", 1, length, peak_bytes(device), "B"))
+    return rows
+
+
+def _straightforward(step: Callable[[], None]) -> Callable[[], None]:
+    def slow() -> None:
+        with straightforward():
+            step()
+
+    return slow
+
+
+def _parts(case: TrainStepCase) -> list[Part]:
+    """Memory is a process's own, so each side and length has one."""
+    parts = []
+    for name, model in case.models.items():
+        here = replace(case, models={name: model})
+        parts.append(Part(f"{name}_time", 1, replace(here, sides=SIDES)))
+        for side in SIDES:
+            for n in sorted(case.lengths):
+                one = replace(here, sides=[side], lengths=[n])
+                parts.append(Part(f"{name}_memory_{side}_N{n}", 1, one))
+    return parts
+
+
+def _conclude(rows: list[Row]) -> tuple[list[Row], str]:
+    """How much more memory the straightforward step takes."""
+    found = []
+    for ours in rows:
+        if ours["case"].endswith(": memory, ours"):
+            name, length = ours["case"].partition(":")[0], ours["length"]
+            rival = f"{name}: memory, straightforward"
+            (theirs,) = (r for r in rows if (r["case"], r["length"]) == (rival, length))
+            title, value = f"{name}: memory, straightforward / ours", ours["value"]
+            found.append(row(title, 1, length, value, "B", theirs["value"] / value))
+    return found, "Memory is the peak of a whole process over two steps."
+
+
+GOALS = {
+    f"{name}: speed-up over the straightforward step": (">=", 3.0) for name in ("paper", "default")
+}
+BENCH = Bench(TrainStepCase, _parts, train_step_rows, GOALS, _conclude)
 
 
 class _MeanSquare(nn.Module):
@@ -122,9 +225,3 @@ def _random_batch(
     index = shard.index.expand(case.rows, -1).contiguous()
     batch = GeometricBatch(normal(3), normal(case.vectors, 3), normal(case.scalars), index)
     return batch.to(device)
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return perf_counter()

@@ -5,12 +5,16 @@ import csv
 import pytest
 import torch
 
+from data_pipeline.batch import GeometricBatch
 from data_pipeline.errors import ConfigError
 from launch import bench
+from scaling.algebra import clifford
 from scaling.bench.family import summarise
 from scaling.bench.long_conv import GOALS, awkward_length, memory_fit
-from scaling.bench.rivals import channel_all_to_all_conv, expanded_vector_conv
-from scaling.ops import vector_long_conv
+from scaling.bench.naive import straightforward
+from scaling.bench.rivals import CROSS, channel_all_to_all_conv, expanded_conv
+from scaling.models import build
+from scaling.ops import long_conv, vector_long_conv
 from scaling.parallel import SequenceShard
 from scaling.parallel.shard import redistribute
 
@@ -61,8 +65,35 @@ def by_channels(group):
 def test_rivals_compute_the_same(distributed):
     distributed(by_channels, 2)
     q, k = torch.randn(2, 4, 3, 30, dtype=torch.float64)
-    assert torch.allclose(expanded_vector_conv(q, k), vector_long_conv(q, k), atol=1e-12)
+    assert torch.allclose(expanded_conv(CROSS, q, k), vector_long_conv(q, k), atol=1e-12)
 
 
 def test_awkward_lengths_are_awkward():
     assert [awkward_length(n) for n in (1 << 14, 1000, 16)] == [(1 << 14) - 1, 999, 13]
+
+
+@pytest.mark.parametrize("name", ["se3_hyena", "se3_hyena_paper"])
+def test_the_straightforward_step_computes_the_same(name):
+    """Outputs and every gradient, from other code: ours is not there."""
+    torch.manual_seed(0)
+    model = build(name, vectors=1, scalars=3, hidden=4, gate_hidden=3, operators=2).double()
+    batch = GeometricBatch(
+        torch.randn(2, 3, 20, dtype=torch.float64),
+        torch.randn(2, 1, 3, 20, dtype=torch.float64),
+        torch.randn(2, 3, 20, dtype=torch.float64),
+        torch.arange(20).expand(2, -1).contiguous(),
+    )
+
+    def outputs_and_gradients() -> list[torch.Tensor]:
+        out = model(batch)
+        parts = [out.points, out.vectors, out.scalars]
+        loss = torch.cat([part.flatten() for part in parts]).sin().sum()
+        return [*parts, *torch.autograd.grad(loss, list(model.parameters()))]
+
+    ours = outputs_and_gradients()
+    with straightforward(), pytest.MonkeyPatch.context() as patch:
+        patch.delattr(clifford.GeometricProduct, "forward")
+        patch.delattr(long_conv, "_convolve")
+        theirs = outputs_and_gradients()
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a - b).norm() <= 1e-10 * b.norm().clamp(min=1e-3)
