@@ -7,9 +7,16 @@ Training rows, every log_every steps and at the last step:
     tokens          valid tokens of this step, over all ranks, each counted once
     tokens_per_s    of the steps since the last row; evaluation and saving are not counted
 and, per step, means since the last row, each of the rank where it is largest:
-    step_s data_wait_s forward_s backward_s optimizer_s
-    comm_s, comm_bytes       the sequence's exchanges; gradients are not counted
+    step_s forward_s backward_s
+    comm_bytes               the sequence's exchanges; gradients are not counted
     peak_bytes               memory so far
+and how ranks spent the step on average; these add up to the mean rank's step_s:
+    projection_s             pointwise modules, their recomputation and their backward
+    transforms_s             the long convolutions, forward and backward, except for
+    comm_s                   waiting in the sequence's exchanges
+    optimizer_s data_wait_s
+    other_s                  the rest: read-out and loss, gradients' exchange, waiting for slower
+                             ranks at the loss, what enters no part of parallel/clock.py
 Validation rows: step, split, loss, tokens, step_s (of the evaluation), equivariance_error.
 
 The first steps of a process (allocations, thread pools, DDP's buckets) are left out of rates and
@@ -28,13 +35,17 @@ from typing import Any
 import torch
 
 from scaling.observe.memory import peak_bytes
+from scaling.parallel.clock import clock
 from scaling.parallel.collectives import traffic
-from scaling.parallel.loss import global_maxima
+from scaling.parallel.loss import global_maxima, global_sums
 
 Row = dict[str, Any]
 
 WARMUP_STEPS = 2
-PARTS = ("data_wait_s", "forward_s", "backward_s", "optimizer_s", "comm_s", "comm_bytes")
+LARGEST = ("step_s", "forward_s", "backward_s", "comm_bytes")
+"""Of the rank where it is largest."""
+SPLIT = ("projection_s", "transforms_s", "comm_s", "optimizer_s", "data_wait_s", "other_s")
+"""Of the mean rank."""
 
 
 class MetricsFile:
@@ -76,42 +87,50 @@ class StepMeter:
     def start(self) -> None:
         """A step begins; its data is waited for inside."""
         traffic.reset()
-        self._parts = dict.fromkeys(PARTS, 0.0)
+        self._parts = dict.fromkeys((*LARGEST, *SPLIT), 0.0)
         self._began = self._now()
+        clock.start(self.device)
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Adds the time inside to `name`_s of this step."""
         began = self._now()
-        yield
+        with clock.range(name):
+            yield
         self._parts[f"{name}_s"] += self._now() - began
 
     def finish(self, tokens: int, data_wait_s: float) -> None:
         """The step is over."""
-        exchanged = traffic.snapshot().values()
-        self._parts |= {
-            "data_wait_s": data_wait_s,
-            "comm_s": sum(count.seconds for count in exchanged),
-            "comm_bytes": sum(count.bytes for count in exchanged),
+        step = self._parts | {f"{part}_s": s for part, s in clock.stop().items() if part}
+        step |= {
             "step_s": self._now() - self._began,
+            "data_wait_s": data_wait_s,
+            "comm_bytes": sum(count.bytes for count in traffic.snapshot().values()),
             "tokens": tokens,
-            "warm": self.steps_seen >= WARMUP_STEPS,
+            "warm": self.steps_seen >= WARMUP_STEPS and not clock.tracing,
         }
-        self._steps.append(self._parts)
+        step["other_s"] = step["step_s"] - sum(step[name] for name in SPLIT)
+        self._steps.append(step)
         self.steps_seen += 1
 
     def row(self) -> Row:
         """Tokens of the last step; rates and times since the last row. Collective."""
         steps, self._steps = self._steps, []
         warm = [step for step in steps if step["warm"]] or steps
-        names = ("step_s", *PARTS)
-        means = [sum(step[name] for step in warm) / len(warm) for name in names]
-        *means, peak = global_maxima(*means, peak_bytes(self.device), device=self.device)
-        seconds = means[0] * len(warm)
+
+        def mean(name: str) -> float:
+            return sum(step[name] for step in warm) / len(warm)
+
+        *most, peak = global_maxima(
+            *map(mean, LARGEST), peak_bytes(self.device), device=self.device
+        )
+        ranks, *split = global_sums(1, *map(mean, SPLIT), device=self.device)
+        seconds = most[0] * len(warm)
         return {
             "tokens": steps[-1]["tokens"],
             "tokens_per_s": sum(step["tokens"] for step in warm) / seconds,
-            **dict(zip(names, means, strict=True)),
+            **dict(zip(LARGEST, most, strict=True)),
+            **{name: value / ranks for name, value in zip(SPLIT, split, strict=True)},
             "peak_bytes": int(peak),
         }
 

@@ -18,7 +18,10 @@ SECTIONS = {
     "forward_s": "time",
     "backward_s": "time",
     "optimizer_s": "time",
+    "projection_s": "time",
+    "transforms_s": "time",
     "comm_s": "time",
+    "other_s": "time",
     "comm_bytes": "exchange",
     "peak_bytes": "memory",
 }

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from scaling.algebra.spectra import product
 from scaling.ops.operands import Call, Operand, Padding, Segments, batch_shape, check, choose_terms
+from scaling.parallel.clock import clock
 from scaling.parallel.long_conv import Convolution
 from scaling.parallel.rows import bodies, whole_rows
 from scaling.parallel.shard import SequenceShard
@@ -122,6 +123,7 @@ def geometric_long_conv(
     return _convolve(q, k, terms, call)
 
 
+@clock.part("transforms")
 def _convolve(
     q: Operand, k: Operand, terms: Sequence[str] | None, call: Call
 ) -> tuple[Tensor, ...]:

@@ -6,7 +6,8 @@ of the ranks' losses has the same gradient as one process computing it.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from scaling.parallel.clock import clock
 
 Group = dist.ProcessGroup | None
 
@@ -49,6 +52,15 @@ class Traffic:
 traffic = Traffic()
 
 
+@contextmanager
+def _waiting(operator: str, sent: int) -> Iterator[None]:
+    """Counts a collective, and the time inside as waiting for it."""
+    began = perf_counter()
+    with clock.part("comm"):
+        yield
+    traffic.record(operator, sent, perf_counter() - began)
+
+
 def group_size(group: Group) -> int:
     return dist.get_world_size(group) if dist.is_initialized() else 1
 
@@ -63,10 +75,8 @@ def all_to_all_blocks(x: Tensor, group: Group, operator: str) -> Tensor:
     # A strided buffer would be scrambled silently; NCCL knows no complex numbers.
     send = torch.view_as_real(x.contiguous()) if x.is_complex() else x.contiguous()
     receive = torch.empty_like(send)
-    start = perf_counter()
-    dist.all_to_all_single(receive, send, group=group)
-    foreign = send.shape[0] - 1
-    traffic.record(operator, foreign * send[0].nbytes, perf_counter() - start)
+    with _waiting(operator, (send.shape[0] - 1) * send[0].nbytes):
+        dist.all_to_all_single(receive, send, group=group)
     return torch.view_as_complex(receive) if x.is_complex() else receive
 
 
@@ -91,24 +101,22 @@ class Exchange:
         self._received = self._wire.new_empty(sum(receive_counts), 2)
         self._operator = operator
         self._sent = (sum(send_counts) - send_counts[group_rank(group)]) * wire.element_size()
-        began = perf_counter()
-        self._work = dist.all_to_all_single(
-            self._received,
-            self._wire,
-            list(receive_counts),
-            list(send_counts),
-            group=group,
-            async_op=True,
-        )
-        self._launch = perf_counter() - began
+        with clock.part("comm"):
+            self._work = dist.all_to_all_single(
+                self._received,
+                self._wire,
+                list(receive_counts),
+                list(send_counts),
+                group=group,
+                async_op=True,
+            )
 
     def wait(self) -> Tensor:
         """The numbers received, in the order of the ranks they came from."""
-        began = perf_counter()
         assert self._work is not None
-        self._work.wait()
+        with _waiting(self._operator, self._sent):
+            self._work.wait()
         del self._work, self._wire  # what was sent is not needed any more
-        traffic.record(self._operator, self._sent, self._launch + perf_counter() - began)
         return torch.view_as_complex(self._received)
 
 
@@ -145,11 +153,10 @@ def _exchange_rows(
     source = x.contiguous()
     wire = source.view(torch.uint8) if x.dtype == torch.bool else source
     result = wire.new_empty(sum(receive), *x.shape[1:])
-    start = perf_counter()
-    dist.all_to_all_single(result, wire, receive, send, group=group)
     row_bytes = wire[0].nbytes if len(wire) else 0
     foreign = sum(send) - send[group_rank(group)]
-    traffic.record(operator, foreign * row_bytes, perf_counter() - start)
+    with _waiting(operator, foreign * row_bytes):
+        dist.all_to_all_single(result, wire, receive, send, group=group)
     return result.view(torch.bool) if x.dtype == torch.bool else result
 
 
@@ -176,10 +183,9 @@ def all_reduce_max(x: Tensor, group: Group, operator: str) -> Tensor:
 
 def _reduce(x: Tensor, operation: Any, group: Group, operator: str) -> Tensor:
     result = x.clone(memory_format=torch.contiguous_format)
-    start = perf_counter()
-    dist.all_reduce(result, operation, group=group)
     size = group_size(group)  # a ring sends each byte twice, less the own share
-    traffic.record(operator, 2 * (size - 1) * result.nbytes // size, perf_counter() - start)
+    with _waiting(operator, 2 * (size - 1) * result.nbytes // size):
+        dist.all_reduce(result, operation, group=group)
     return result
 
 

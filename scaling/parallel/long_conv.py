@@ -16,6 +16,7 @@ from torch import Tensor
 
 from data_pipeline.errors import ConfigError
 from scaling.algebra.spectra import ROLES, Product, Role
+from scaling.parallel.clock import clock
 from scaling.parallel.pointwise import multiply
 from scaling.parallel.rows import RowGroup, WholeRows
 from scaling.parallel.transform import Spectra, Streams, Transform
@@ -226,6 +227,7 @@ class _LongConv(torch.autograd.Function):
         return tuple(results[role])
 
     @staticmethod
+    @clock.part("transforms")
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         convolution, others, again = ctx.convolution, _others(ctx.role), torch.is_grad_enabled()
         if ctx.keeps and again:  # only with create_graph=True

@@ -14,6 +14,8 @@ from scaling.observe.memory import peak_bytes, reset_peak
 from scaling.observe.metrics import MetricsFile, StepMeter
 from scaling.observe.progress import Progress, summarise
 from scaling.observe.sinks import TensorBoardSink
+from scaling.ops import scalar_long_conv
+from scaling.parallel.clock import clock
 from scaling.parallel.collectives import traffic
 from scaling.parallel.engine import build_engine
 from scaling.parallel.mesh import Mesh
@@ -65,25 +67,50 @@ def test_tensorboard_shows_each_row_once(tmp_path):
 def test_first_steps_are_left_out_of_the_rates(monkeypatch):
     """Steps of 5, 3, 1 and 1 seconds: the first two warm up."""
     now = 0.0
-    monkeypatch.setattr("scaling.observe.metrics.perf_counter", lambda: now)
+    for module in ("observe.metrics", "parallel.clock"):
+        monkeypatch.setattr(f"scaling.{module}.perf_counter", lambda: now)
     meter = StepMeter(CPU)
     for number, seconds in enumerate((5, 3, 1, 1)):
         meter.start()
         with meter.part("forward"):
             now += seconds / 2
         traffic.record("test", sent=100 * number, seconds=0.25)
-        with meter.part("forward"):  # of the second micro-batch
-            now += seconds / 4
-        now += seconds / 4
-        meter.finish(tokens=10 + number, data_wait_s=0.5)
+        with meter.part("forward"), clock.part("transforms"):  # of the second micro-batch
+            now += seconds / 16
+            with clock.part("comm"), clock.part("comm"):
+                now += seconds / 8
+            now += seconds / 16
+        with meter.part("optimizer"):
+            now += seconds / 8
+        now += seconds / 8
+        meter.finish(tokens=10 + number, data_wait_s=seconds / 16)
         if number == 0:
             row = meter.row()
             assert (row["step_s"], row["tokens_per_s"]) == (5, 2)  # there is nothing better
     row = meter.row()
-    assert row["step_s"] == 1 and row["forward_s"] == 0.75 and row["data_wait_s"] == 0.5
+    assert row["step_s"] == 1 and row["forward_s"] == 0.75 and row["comm_bytes"] == 250
     assert row["tokens_per_s"] == (12 + 13) / 2 and row["tokens"] == 13
-    assert (row["comm_bytes"], row["comm_s"]) == (250, 0.25)
+    split = ("projection_s", "transforms_s", "comm_s", "optimizer_s", "data_wait_s", "other_s")
+    assert [row[part] for part in split] == [0, 0.125, 0.125, 0.125, 0.0625, 0.5625]
     assert row["peak_bytes"] > 0
+
+
+def test_each_moment_counts_for_the_innermost_part(monkeypatch):
+    """Also in a backward, after an error inside, and with nobody measuring; moments are counted."""
+    moments = iter(range(100))
+    monkeypatch.setattr("scaling.parallel.clock.perf_counter", lambda: next(moments))
+    q = torch.randn(2, 8, requires_grad=True)
+    with clock.part("comm"):
+        scalar_long_conv(q, q)  # nobody measures
+    clock.start(CPU)
+    u = scalar_long_conv(q, q)
+    assert clock.stop() == {None: 2, "transforms": 1}
+    clock.start(CPU)
+    with pytest.raises(RuntimeError), clock.part("projection"):
+        u.backward(torch.ones(1))
+    with clock.part("projection"):
+        u.sum().backward()
+    assert clock.stop() == {None: 3, "projection": 3, "transforms": 1}
 
 
 def test_peak_memory_is_seen_and_forgotten():
