@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from data_pipeline.errors import ConfigError
+from scaling.execution import Execution
 from scaling.train.settings import EngineSettings, OptimSettings, TrainSettings
 
 T = TypeVar("T")
@@ -48,6 +49,7 @@ class Config:
     train: TrainSettings = field(default_factory=TrainSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
     engine: EngineSettings = field(default_factory=EngineSettings)
+    execution: Execution = field(default_factory=Execution)
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
 
     def __post_init__(self) -> None:

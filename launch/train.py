@@ -45,6 +45,7 @@ def train(config: Config, device: "torch.device") -> None:
     from data_pipeline.store import ensure_bundled
     from data_pipeline.task import build_task
     from scaling.models import build
+    from scaling.ops.tiles import use
     from scaling.parallel.collectives import group_size
     from scaling.parallel.mesh import Mesh
     from scaling.train.loop import fit
@@ -64,6 +65,7 @@ def train(config: Config, device: "torch.device") -> None:
         scalars=task.scalars,
         **options_of(config.model),
     )
+    use(model, config.execution)
     values = dataclasses.asdict(config)
     identity = {key: values[key] for key in ("task", "model", "train", "optim")}
     run = RunDirectory(Path(config.runs) / config.name, identity, values)

@@ -21,21 +21,24 @@ scalars, so that magnitudes survive the norms inside the Clifford MLPs.
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from data_pipeline.batch import GeometricBatch
 from scaling.algebra.clifford import CliffordMLP, embed, grade_0, grade_1, smooth_sqrt
 from scaling.algebra.spectra import cross
 from scaling.ops.long_conv import Padding, geometric_long_conv
-from scaling.ops.tokens import Tokens
+from scaling.ops.offload import offloading
+from scaling.ops.tiles import Tiled
+from scaling.ops.tokens import Tokens, keep
 from scaling.parallel.shard import SequenceShard
 
 Scalars = Float[Tensor, "b c n"]
 Vectors = Float[Tensor, "b c 3 n"]
+Mask = Bool[Tensor, "b n"]
 
 
-class SE3Hyena(nn.Module):
+class SE3Hyena(Tiled):
     """
     Args:
         vectors: free vector channels of the input, besides the points.
@@ -72,25 +75,38 @@ class SE3Hyena(nn.Module):
 
     def forward(self, batch: GeometricBatch, shard: SequenceShard | None = None) -> GeometricBatch:
         tokens = Tokens(batch.mask, shard)
+        given = tokens.keep(torch.cat([batch.points.unsqueeze(1), batch.vectors], 1))
+        centred, _ = tokens.centre(given[:, 0])
+        given = torch.cat([centred.unsqueeze(1), given[:, 1:]], 1)
+        with offloading(self.execution):
+            f, x = self.in_tiles(
+                self.enter, given, tokens.previous(given), batch.scalars, batch.mask
+            )
+            for operator in self.operators:
+                f, x = operator(f, x, tokens)
+            step, scalars = self.in_tiles(self.leave, f, x, batch.mask)
         points, vectors = tokens.keep(batch.points), tokens.keep(batch.vectors)
-        scalars = tokens.keep(batch.scalars)
-        centred, _ = tokens.centre(points)
-        given = torch.cat([centred.unsqueeze(1), vectors], 1)
-        norms = torch.log1p(smooth_sqrt(given.square().sum(2)))
-        x = self.embed_vectors(torch.cat([given, tokens.previous(given)], 1))
-        f = self.embed_scalars(torch.cat([scalars, norms], 1))
-        for operator in self.operators:
-            f, x = operator(f, x, tokens)
-        step = tokens.keep(self.read_vectors(x))
         return batch.replace(
             points=points + step[:, 0],
             vectors=vectors + step[:, 1:],
-            scalars=scalars + tokens.keep(self.read_scalars(f)),
+            scalars=tokens.keep(batch.scalars) + scalars,
         )
 
+    def enter(
+        self, given: Vectors, previous: Vectors, scalars: Float[Tensor, "b s n"], mask: Mask
+    ) -> tuple[Tensor, Tensor]:
+        """The streams of the first operator."""
+        norms = torch.log1p(smooth_sqrt(given.square().sum(2)))
+        x = self.embed_vectors(torch.cat([given, previous], 1))
+        return self.embed_scalars(torch.cat([keep(scalars, mask), norms], 1)), x
 
-class HyenaOperator(nn.Module):
-    """One block: project, convolve, gate, project, add."""
+    def leave(self, f: Scalars, x: Vectors, mask: Mask) -> tuple[Tensor, Tensor]:
+        """What the last operator's streams add to the input."""
+        return keep(self.read_vectors(x), mask), keep(self.read_scalars(f), mask)
+
+
+class HyenaOperator(Tiled):
+    """One block: project, convolve, mix."""
 
     def __init__(
         self, channels: int, hidden: int, gate_hidden: int, padding: Padding, chiral: bool
@@ -104,13 +120,40 @@ class HyenaOperator(nn.Module):
         self.w = nn.Parameter(torch.ones(5 + chiral, channels, 1))
 
     def forward(self, f: Scalars, x: Vectors, tokens: Tokens) -> tuple[Scalars, Vectors]:
+        def block(f: Scalars, x: Vectors) -> tuple[Scalars, Vectors]:
+            qs, ks, vs, q, k, v = self.in_tiles(self.project, f, x, tokens.mask)
+            a, u, axial = geometric_long_conv(
+                (qs, q),
+                (ks, k),
+                tokens.shard,
+                self.padding,
+                tokens.lengths,
+                workspace_bytes=self.execution.workspace_bytes,
+            )
+            z = tokens.lengths.clamp(min=1).to(f.dtype).rsqrt().reshape(-1, 1, 1)
+            return self.in_tiles(self.mix, f, x, vs, v, a, u, axial, z)
+
+        return self.again(block, f, x) if self.execution.recompute_operators else block(f, x)
+
+    def project(self, f: Scalars, x: Vectors, mask: Mask) -> tuple[Tensor, ...]:
+        """Queries, keys and values: qs, ks, vs and q, k, v."""
         projected = self.phi(embed(f, x))
-        qs, ks, vs = tokens.keep(grade_0(projected)).chunk(3, 1)
-        q, k, v = tokens.keep(grade_1(projected)).chunk(3, 1)
-        z = tokens.lengths.clamp(min=1).to(f.dtype).rsqrt().reshape(-1, 1, 1)
-        a, u, axial = geometric_long_conv(
-            (z * qs, z.unsqueeze(-1) * q), (ks, k), tokens.shard, self.padding, tokens.lengths
-        )
+        scalars, vectors = keep(grade_0(projected), mask), keep(grade_1(projected), mask)
+        return *scalars.chunk(3, 1), *vectors.chunk(3, 1)
+
+    def mix(
+        self,
+        f: Scalars,
+        x: Vectors,
+        vs: Scalars,
+        v: Vectors,
+        a: Scalars,
+        u: Vectors,
+        axial: Vectors,
+        z: Float[Tensor, "b 1 1"],
+    ) -> tuple[Scalars, Vectors]:
+        """Gates the convolutions, multiplies by values, and adds what xi makes of it."""
+        a, u, axial = z * a, z.unsqueeze(2) * u, z.unsqueeze(2) * axial
         gate_a, gate_u = torch.sigmoid(grade_0(self.gamma(embed(a, u)))).chunk(2, 1)
         a, u, axial = gate_a * a, gate_u.unsqueeze(2) * u, gate_u.unsqueeze(2) * axial
         w = self.w

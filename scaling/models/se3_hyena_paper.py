@@ -25,21 +25,24 @@ vector q, k and v are parallel to it token by token. The default model, SE3Hyena
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from data_pipeline.batch import GeometricBatch
 from scaling.algebra.clifford import CliffordMLP, embed, grade_0, grade_1
 from scaling.algebra.spectra import cross
 from scaling.ops.long_conv import scalar_long_conv, vector_long_conv
-from scaling.ops.tokens import Tokens
+from scaling.ops.offload import offloading
+from scaling.ops.tiles import Tiled
+from scaling.ops.tokens import Tokens, keep
 from scaling.parallel.shard import SequenceShard
 
 Scalars = Float[Tensor, "b s n"]
 Vectors = Float[Tensor, "b v 3 n"]
+Mask = Bool[Tensor, "b n"]
 
 
-class SE3HyenaPaper(nn.Module):
+class SE3HyenaPaper(Tiled):
     """
     Args:
         vectors: free vector channels of the input, besides the points.
@@ -71,14 +74,15 @@ class SE3HyenaPaper(nn.Module):
         tokens = Tokens(batch.mask, shard)
         f = tokens.keep(batch.scalars)
         x = tokens.keep(torch.cat([batch.points.unsqueeze(1), batch.vectors], 1))
-        for operator in self.operators:
-            positions, centre = tokens.centre(x[:, :1])
-            f, y = operator(f, torch.cat([positions, x[:, 1:]], 1), tokens)
-            x = tokens.keep(torch.cat([y[:, :1] + centre, y[:, 1:]], 1))
+        with offloading(self.execution):
+            for operator in self.operators:
+                positions, centre = tokens.centre(x[:, :1])
+                f, y = operator(f, torch.cat([positions, x[:, 1:]], 1), tokens)
+                x = tokens.keep(torch.cat([y[:, :1] + centre, y[:, 1:]], 1))
         return batch.replace(points=x[:, 0], vectors=x[:, 1:], scalars=tokens.keep(f))
 
 
-class PaperOperator(nn.Module):
+class PaperOperator(Tiled):
     """Algorithm 1 on S scalars and V centred vectors."""
 
     def __init__(
@@ -93,18 +97,42 @@ class PaperOperator(nn.Module):
         self.xi = CliffordMLP(channels, hidden, channels, final=final)
 
     def forward(self, f: Scalars, x: Vectors, tokens: Tokens) -> tuple[Scalars, Vectors]:
-        s = self.scalars
+        def block(f: Scalars, x: Vectors) -> tuple[Scalars, Vectors]:
+            qs, ks, vs, q, k, v = self.in_tiles(self.project, f, x, tokens.mask)
+            shared = {
+                "shard": tokens.shard,
+                "lengths": tokens.lengths,
+                "workspace_bytes": self.execution.workspace_bytes,
+            }
+            a, u = scalar_long_conv(qs, ks, **shared), vector_long_conv(q, k, **shared)
+            z = 1 / tokens.lengths.clamp(min=1).to(f.dtype).reshape(-1, 1, 1)
+            return self.in_tiles(self.mix, f, x, vs, v, a, u, z)
+
+        return self.again(block, f, x) if self.execution.recompute_operators else block(f, x)
+
+    def project(self, f: Scalars, x: Vectors, mask: Mask) -> tuple[Tensor, ...]:
+        """Queries, keys and values: qs, ks, vs and q, k, v."""
         projected = self.phi(self._embed(f, x))
-        qs, ks, vs = tokens.keep(grade_0(projected[:, :, : 3 * s])).chunk(3, 1)
-        q, k, v = tokens.keep(grade_1(projected[:, :, 3 * s :])).chunk(3, 1)
-        lengths = tokens.lengths
-        u = vector_long_conv(q, k, tokens.shard, lengths=lengths)
-        u = u / lengths.clamp(min=1).reshape(-1, 1, 1, 1)
-        a = scalar_long_conv(qs, ks, tokens.shard, lengths=lengths)
+        scalars = keep(grade_0(projected[:, :, : 3 * self.scalars]), mask)
+        vectors = keep(grade_1(projected[:, :, 3 * self.scalars :]), mask)
+        return *scalars.chunk(3, 1), *vectors.chunk(3, 1)
+
+    def mix(
+        self,
+        f: Scalars,
+        x: Vectors,
+        vs: Scalars,
+        v: Vectors,
+        a: Scalars,
+        u: Vectors,
+        z: Float[Tensor, "b 1 1"],
+    ) -> tuple[Scalars, Vectors]:
+        """Gates the convolutions, multiplies by values, and what xi makes of it."""
+        u = z.unsqueeze(2) * u
         gate_a, gate_u = torch.sigmoid(grade_0(self.gamma(self._embed(a, u)))).chunk(2, 1)
         a, u = gate_a * a, gate_u.unsqueeze(2) * u
         mixed = self.xi(self._embed(f + a * vs, x + cross(u, v)))
-        g, y = grade_0(mixed[:, :, :s]), grade_1(mixed[:, :, s:])
+        g, y = grade_0(mixed[:, :, : self.scalars]), grade_1(mixed[:, :, self.scalars :])
         return (f + g, x + y) if self.residual else (g, y)
 
     def _embed(self, f: Scalars, x: Vectors) -> Float[Tensor, "b 8 c n"]:

@@ -25,7 +25,7 @@ class Tokens:
 
     def keep(self, x: Float[Tensor, "b ... n"]) -> Float[Tensor, "b ... n"]:
         """x with 0 at tokens that are not valid, whatever they hold."""
-        return x.masked_fill(~self._over(x), 0)
+        return keep(x, self.mask)
 
     def sum(self, x: Float[Tensor, "b ... n"]) -> Float[Tensor, "b ..."]:
         """Sum over the valid tokens of the whole row."""
@@ -66,6 +66,8 @@ class Tokens:
         """Each token's predecessor's valid value; 0 where there is none."""
         return sharded_previous(self.keep(x), self.shard)
 
-    def _over(self, x: Tensor) -> Tensor:
-        rows, n = self.mask.shape
-        return self.mask.reshape(rows, *[1] * (x.ndim - 2), n)
+
+def keep(x: Float[Tensor, "b ... n"], mask: Bool[Tensor, "b n"]) -> Float[Tensor, "b ... n"]:
+    """x with 0 at tokens that are not valid, whatever they hold."""
+    rows, n = mask.shape
+    return x.masked_fill(~mask.reshape(rows, *[1] * (x.ndim - 2), n), 0)

@@ -47,6 +47,9 @@ class DeepSpeedEngine(Engine):
         _quieten_deepspeed()
         import deepspeed  # slow, and needs a compiler at first use: only who chooses it pays
 
+        for part in module.modules():
+            if getattr(part, "gathers_whole", False):
+                deepspeed.utils.set_z3_leaf_module(part, True)
         with redirect_stdout(StringIO()):  # every rank would print that its extension is built
             self._deepspeed: Any = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=config, dist_init_required=False

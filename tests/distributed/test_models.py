@@ -11,6 +11,8 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from data_pipeline.batch import GeometricBatch
 from scaling.models import MODELS
+from scaling.execution import Execution
+from scaling.ops.tiles import use
 from scaling.parallel.shard import SequenceShard
 from tests.small_models import small_batch, small_model
 
@@ -29,7 +31,10 @@ def loss_of(out: GeometricBatch, given: GeometricBatch) -> Tensor:
 def run(name, lengths, dtype, options, steps, group=None, sharded=False) -> list[Tensor]:
     """Outputs and their inputs' gradients (gathered), every parameter's gradient, and the
     parameters after `steps` of SGD."""
+    options = dict(options)
+    execution = options.pop("execution", Execution())
     model, batch = small_model(name, dtype, **options), small_batch(lengths, dtype)
+    use(model, execution)
     shard = SequenceShard(max(lengths), group) if sharded else None
     given = batch.map(shard.scatter) if shard else batch
     fields = ("points", "vectors", "scalars")
@@ -71,6 +76,7 @@ def compare_with_one_process(group, case, expected):
     return max(relative_errors(ours, [torch.from_numpy(e) for e in expected]))
 
 
+AGAIN = Execution(tile_bytes=1, recompute_operators=True, workspace_bytes=1, offload="file")
 SMALLEST = {"operators": 1, "hidden": 4}
 CASES = [
     # unequal rows with a missing token and NaN in the padding; rows shorter than the group
@@ -79,6 +85,8 @@ CASES = [
     *[(name, [16, 11], torch.float64, SMALLEST, 20, 1e-10) for name in MODELS],
     *[(name, [16, 11], torch.float32, SMALLEST, 20, 1e-5) for name in MODELS],
     ("se3_hyena", [11, 11], torch.float64, {"padding": "causal", "chiral": True}, 0, 1e-10),
+    # tiles of 16 tokens, operators and their exchanges run again
+    *[(name, [600, 411], torch.float64, {"execution": AGAIN}, 0, 1e-10) for name in MODELS],
 ]
 
 

@@ -1,0 +1,31 @@
+"""How a model runs: settings that models, training and configuration share. Imports no torch."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from data_pipeline.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a model runs. Nothing here changes a result beyond the order of sums."""
+
+    tile_bytes: int | None = None
+    """Activations that a tile of tokens keeps, bytes. A part that keeps less in all is neither cut
+    nor run again. null: 32 MiB on a CPU, 512 MiB on a GPU."""
+    recompute_operators: bool = False
+    """Keep nothing of an operator but its inputs, and run it again, exchanges too, for its
+    gradient."""
+    workspace_bytes: int = 1 << 30
+    """Buffers of the long convolutions' channels under way, bytes."""
+    offload: Literal["none", "host", "file"] = "none"
+    """Where waits what is kept for the backward pass: "host" (pinned memory, for GPUs), "file" (a
+    memory-mapped temporary file), or "none": where it is."""
+    compile: bool = False
+    """Run the parts by torch.compile, where it works."""
+
+    def __post_init__(self) -> None:
+        for key in ("tile_bytes", "workspace_bytes"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ConfigError(f"execution.{key}={value} must be at least 1")

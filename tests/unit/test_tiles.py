@@ -1,0 +1,126 @@
+"""Tiles, recomputation and offload change nothing but memory."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from data_pipeline.errors import ConfigError, RunError
+from scaling.models import MODELS
+from scaling.ops import offload
+from scaling.execution import Execution
+from scaling.ops.tiles import Tiled, kept_per_token, use
+from tests.small_models import small_batch, small_model
+
+LENGTHS = [150, 97]
+EXECUTIONS = {
+    "tiles": Execution(tile_bytes=1 << 17),
+    "operators": Execution(tile_bytes=1 << 17, recompute_operators=True, workspace_bytes=1),
+    "file": Execution(tile_bytes=1 << 17, recompute_operators=True, offload="file"),
+    "host": Execution(offload="host"),
+    "file, nothing again": Execution(tile_bytes=1 << 40, offload="file"),
+}
+
+
+def outputs_and_gradients(name: str, execution: Execution) -> dict[str, Tensor]:
+    model, batch = small_model(name), small_batch(LENGTHS)
+    use(model, execution)
+    found = {}
+    fields = ("points", "vectors", "scalars")
+    leaves = {field: getattr(batch, field).requires_grad_() for field in fields}
+    out = model(batch)
+    for field in fields:
+        found[field] = getattr(out, field).nan_to_num()
+    sum(x.square().sum() for x in found.values()).backward()
+    found |= {f"gradient of {field}": leaf.grad for field, leaf in leaves.items()}
+    return found | {parameter: p.grad for parameter, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_outputs_and_every_gradient_stay(name, monkeypatch):
+    monkeypatch.setattr(offload, "LEAST_BYTES", 1)
+    expected = outputs_and_gradients(name, Execution(tile_bytes=1 << 40))
+    for how, execution in EXECUTIONS.items():
+        found = outputs_and_gradients(name, execution)
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            assert torch.allclose(found[key], value, rtol=1e-11, atol=1e-13), (how, key)
+
+
+class Cube(Tiled):
+    """Keeps x and x² of every token; counts its runs and their lengths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(1))
+        self.lengths: list[int] = []
+
+    def part(self, x: Tensor, shared: Tensor) -> tuple[Tensor]:
+        self.lengths.append(x.shape[-1])
+        return (self.scale * shared * (x * x) * x,)
+
+
+def test_tiles_are_as_large_as_the_budget_allows():
+    cube, shared = Cube(), torch.tensor([[2.0]], requires_grad=True)
+    x = torch.randn(3, 1000, requires_grad=True)
+    per_token = kept_per_token(cube.part, (x, shared))
+    assert per_token == 4 * 3 * 3  # bytes x rows x (x, x², shared x²)
+    cube.lengths.clear()
+    cube.execution = Execution(tile_bytes=int(100 * per_token))
+    (y,) = cube.in_tiles(cube.part, x, shared)
+    assert cube.lengths == [64, 32, *[112] * 8, 104]  # even tiles, at multiples of 64 bytes
+    y.sum().backward()
+    assert cube.lengths[11:] == [112] * 8 + [104]
+    assert torch.allclose(x.grad, 6 * x.detach() ** 2)
+    assert torch.allclose(shared.grad, (x.detach() ** 3).sum().reshape(1, 1))
+    assert torch.allclose(cube.scale.grad, 2 * (x.detach() ** 3).sum())
+    cube.lengths.clear()
+    with torch.no_grad():
+        cube.in_tiles(cube.part, x, shared)
+    assert cube.lengths == [112] * 8 + [104]  # evaluation is cut too, and runs nothing twice
+
+
+def test_little_is_kept_and_all_of_it_is_offloaded(monkeypatch):
+    filed: list[int] = []
+    to_file = offload._to_file
+    monkeypatch.setattr(offload, "LEAST_BYTES", 4 << 10)
+    monkeypatch.setattr(offload, "_to_file", lambda x: filed.append(x.nbytes) or to_file(x))
+    kept = {}
+    for how in ("none", "tiles", "operators"):
+        execution = EXECUTIONS.get(how, Execution(tile_bytes=1 << 40))
+        model, batch = small_model("se3_hyena", operators=3), small_batch([1000])
+        use(model, execution)
+        found: dict[int, Tensor] = {}
+
+        def pack(x: Tensor, found: dict[int, Tensor] = found) -> Tensor:
+            return found.setdefault(x.untyped_storage().data_ptr(), x)
+
+        with saved_tensors_hooks(pack, lambda x: x):
+            model(batch)
+        kept[how] = sum(x.untyped_storage().nbytes() for x in found.values()) / 1000 / 8
+    assert kept["tiles"] < kept["none"] / 8
+    # scalars and vectors of 4 channels for each operator and the read-out; the input at the door
+    assert kept["operators"] < 4 * 16 + 30
+    use(model, EXECUTIONS["file"])
+    model(batch)
+    assert sum(filed) > 1000 * 8 * 3 * 16
+
+
+def test_a_full_disk_is_an_error(monkeypatch, tmp_path):
+    monkeypatch.setattr(offload, "LEAST_BYTES", 1)
+
+    def full(*_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    model = small_model("se3_hyena")
+    use(model, Execution(offload="file"))
+    with pytest.raises(RunError, match=r"execution\.offload=file cannot write .* No space left"):
+        model(small_batch([20]))
+
+
+def test_bad_values_are_refused():
+    with pytest.raises(ConfigError, match=r"execution\.tile_bytes=0 must be at least 1"):
+        Execution(tile_bytes=0)
+    with pytest.raises(ConfigError, match=r"execution\.workspace_bytes=-1 must"):
+        Execution(workspace_bytes=-1)
