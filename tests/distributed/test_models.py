@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from data_pipeline.batch import GeometricBatch
-from scaling.models import MODELS
 from scaling.execution import Execution
+from scaling.models import MODELS
 from scaling.ops.tiles import use
 from scaling.parallel.shard import SequenceShard
 from tests.small_models import small_batch, small_model

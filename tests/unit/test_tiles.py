@@ -6,9 +6,9 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from data_pipeline.errors import ConfigError, RunError
+from scaling.execution import Execution
 from scaling.models import MODELS
 from scaling.ops import offload
-from scaling.execution import Execution
 from scaling.ops.tiles import Tiled, kept_per_token, use
 from tests.small_models import small_batch, small_model
 
