@@ -7,13 +7,14 @@ a rerun measures only what is missing or failed.
 import csv
 import json
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from data_pipeline.errors import ConfigError, RunError
 from launch.config import check_choice, check_folder_name, command_line, to_yaml
 from launch.measure import measure
+from scaling.execution import Execution
 
 
 @dataclass
@@ -29,6 +30,7 @@ class SweepConfig:
     sp: list[int]
     """Ranks that share a sequence."""
     sweeps: str = "sweeps"
+    execution: Execution = field(default_factory=Execution)
     rows: int = 1
     """Sequences of a step."""
     vectors: int = 1
@@ -94,7 +96,8 @@ def measure_point(config: SweepConfig, folder: Path, length: int, sp: int) -> di
     keys = ("model", "rows", "vectors", "scalars", "warmup_steps", "steps", "seed")
     status, cost = measure(
         "train_step",
-        {"length": length} | {key: getattr(config, key) for key in keys},
+        {"length": length, "execution": asdict(config.execution)}
+        | {key: getattr(config, key) for key in keys},
         folder / "points" / f"N{length}_sp{sp}",
         sp,
         threads=config.threads,

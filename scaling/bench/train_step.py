@@ -3,7 +3,7 @@
 import gc
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -13,8 +13,10 @@ from data_pipeline.batch import GeometricBatch
 from scaling.bench.family import Bench, Part, Row, check_positive, row
 from scaling.bench.naive import straightforward
 from scaling.bench.timing import medians, now
+from scaling.execution import Execution
 from scaling.models import build
 from scaling.observe.memory import peak_bytes, reset_peak
+from scaling.ops.tiles import use
 from scaling.parallel.collectives import Group, traffic
 from scaling.parallel.engine import build_engine
 from scaling.parallel.loss import engine_loss, global_maxima
@@ -35,6 +37,7 @@ class StepCase:
     """`name` and options."""
     length: int
     """Tokens of a sequence."""
+    execution: dict[str, Any] = field(default_factory=dict)
     rows: int = 1
     """Sequences."""
     vectors: int = 1
@@ -69,6 +72,7 @@ def training_step(case: StepCase, group: Group, device: torch.device) -> Callabl
     batch = _random_batch(case, natural, device)
     options = {key: value for key, value in case.model.items() if key != "name"}
     model = build(case.model["name"], case.vectors, case.scalars, **options).to(device)
+    use(model, Execution(**case.execution))
     engine = build_engine(
         "ddp",
         _MeanSquare(model, natural, SequenceShard(case.length, group)),

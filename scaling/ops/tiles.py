@@ -8,6 +8,7 @@ along the sequence: ALST, arXiv 2506.13996.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any, TypeVar, cast
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from scaling.execution import Execution
+from scaling.parallel.clock import clock
 
 TILE_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
 """A tile stays in a CPU's caches, and keeps a GPU's processors busy."""
@@ -56,14 +58,17 @@ class Tiled(nn.Module):
             tensors: (..., n), or (..., 1) for what all tokens share.
         """
         tokens = max(x.shape[-1] for x in tensors)
-        tile = self._tile(part, tensors, tokens)
-        if tile >= tokens:
-            return part(*tensors)
-        return _again(part, self.parameters(), tensors, tile)
+        with clock.part("projection"):
+            tile = self._tile(part, tensors, tokens)
+            if tile >= tokens:
+                return part(*tensors)
+            return _again(part, self.parameters(), tensors, tile)
 
     def again(self, part: Part[Results], *tensors: Tensor) -> Results:
         """part(*tensors), keeping nothing but its inputs; any part, run as one piece."""
-        return _again(part, self.parameters(), tensors, None)
+        return _again(
+            part, self.parameters(), tensors, None
+        )  # enters the parts of the clock itself
 
     def _tile(self, part: Part, tensors: Sequence[Tensor], tokens: int) -> int:
         """Tokens of a tile."""
@@ -137,6 +142,11 @@ class _Again(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        with nullcontext() if ctx.tile is None else clock.part("projection"):
+            return None, None, None, *_Again._gradients(ctx, grads)
+
+    @staticmethod
+    def _gradients(ctx: Any, grads: Sequence[Tensor]) -> list[Tensor | None]:
         given, part, count = ctx.saved_tensors, ctx.part, ctx.count
         tensors, parameters = given[:count], given[count:]
         needed = [i for i, need in enumerate(ctx.needs_input_grad[3:]) if need]
@@ -156,7 +166,7 @@ class _Again(torch.autograd.Function):
             for i, grad in zip(needed, got, strict=True):
                 if grad is not None:
                     found[i] = _add(found[i], grad, given[i], here if i < count else None)
-        return None, None, None, *found
+        return found
 
 
 def _add(total: Tensor | None, grad: Tensor, x: Tensor, here: slice | None) -> Tensor:
