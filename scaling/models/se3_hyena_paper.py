@@ -135,8 +135,8 @@ class PaperOperator(Tiled):
         g, y = grade_0(mixed[:, :, : self.scalars]), grade_1(mixed[:, :, self.scalars :])
         return (f + g, x + y) if self.residual else (g, y)
 
-    def _embed(self, f: Scalars, x: Vectors) -> Float[Tensor, "b 8 c n"]:
-        """Scalars and vectors as multivector channels of their own: (b, 8, S + V, n)."""
+    def _embed(self, f: Scalars, x: Vectors) -> Float[Tensor, "b 4 c n"]:
+        """Scalars and vectors as multivector channels of their own: (b, 4, S + V, n)."""
         rows, vectors, _, n = x.shape
         no_vectors, no_scalars = (
             x.new_zeros(rows, self.scalars, 3, n),
