@@ -114,9 +114,9 @@ class HyenaOperator(Tiled):
         super().__init__()
         self.padding: Padding = padding
         self.chiral = chiral
-        self.phi = CliffordMLP(channels, hidden, 3 * channels)
-        self.gamma = CliffordMLP(channels, gate_hidden, 2 * channels)
-        self.xi = CliffordMLP(channels, hidden, channels)
+        self.phi = CliffordMLP(channels, hidden, 3 * channels, grades=2)
+        self.gamma = CliffordMLP(channels, gate_hidden, 2 * channels, grades=1)
+        self.xi = CliffordMLP(channels, hidden, channels, grades=2)
         self.w = nn.Parameter(torch.ones(5 + chiral, channels, 1))
 
     def forward(self, f: Scalars, x: Vectors, tokens: Tokens) -> tuple[Scalars, Vectors]:

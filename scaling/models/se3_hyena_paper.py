@@ -92,9 +92,9 @@ class PaperOperator(Tiled):
         self.scalars = scalars
         self.residual = residual
         channels = scalars + vectors
-        self.phi = CliffordMLP(channels, hidden, 3 * channels, final=final)
-        self.gamma = CliffordMLP(channels, gate_hidden, 2, final=final)
-        self.xi = CliffordMLP(channels, hidden, channels, final=final)
+        self.phi = CliffordMLP(channels, hidden, 3 * channels, final=final, grades=2)
+        self.gamma = CliffordMLP(channels, gate_hidden, 2, final=final, grades=1)
+        self.xi = CliffordMLP(channels, hidden, channels, final=final, grades=2)
 
     def forward(self, f: Scalars, x: Vectors, tokens: Tokens) -> tuple[Scalars, Vectors]:
         def block(f: Scalars, x: Vectors) -> tuple[Scalars, Vectors]:
