@@ -7,6 +7,7 @@ from data_pipeline.batch import Sample
 from data_pipeline.denoising import Denoising
 from data_pipeline.errors import ConfigError
 from data_pipeline.generated import GENERATED, Materialised
+from data_pipeline.needles import Needles
 
 
 @runtime_checkable
@@ -57,7 +58,12 @@ class Task(Protocol):
         ...
 
 
-TASKS = {"denoising": Denoising, **GENERATED, "materialised": Materialised}
+TASKS = {
+    "denoising": Denoising,
+    **GENERATED,
+    "needles": Needles,
+    "materialised": Materialised,
+}
 
 
 def build_task(name: str, **options: Any) -> Task:

@@ -16,6 +16,11 @@ products of the scales that phi's last linear map learns for qs, ks, q and k: th
 All terms are polar: the model is exactly E(3)-equivariant and cannot tell mirror images; `chiral`
 lets ua join the vectors, which leaves SE(3).
 
+`salience` multiplies qs and q by S s, a linear map of the input's scalars s after each has lost its
+mean over the row and has rms 1 there. What marks a single token then weighs as much as what marks
+thousands, so that a lone question is not drowned at any length: without, it starts at 1/N of the
+energy of q, and its influence has to be found among the noise of all others.
+
 Vectors enter with their predecessors' (a key has to meet the next token) and with their norms as
 scalars, so that magnitudes survive the norms inside the Clifford MLPs.
 """
@@ -25,6 +30,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from data_pipeline.batch import GeometricBatch
+from data_pipeline.errors import ConfigError
 from scaling.algebra.clifford import CliffordMLP, embed, grade_0, grade_1, smooth_sqrt
 from scaling.algebra.spectra import cross
 from scaling.ops.long_conv import Padding, geometric_long_conv
@@ -49,6 +55,10 @@ class SE3Hyena(Tiled):
         padding: "circular" over each row's own length, or "causal".
         chiral: let axial vectors join the polar ones.
         readout: scale of the initial read-out; small where the answer is near the input.
+        salience: weigh the tokens of q by their standardised scalars.
+
+    Raises:
+        ConfigError: salience without scalars.
     """
 
     def __init__(
@@ -62,13 +72,18 @@ class SE3Hyena(Tiled):
         padding: Padding = "circular",
         chiral: bool = False,
         readout: float = 1.0,
+        salience: bool = False,
     ) -> None:
         super().__init__()
+        if salience and not scalars:
+            raise ConfigError("model.salience=true needs scalars, and the task gives none")
+        self.salience = salience
         inputs = 1 + vectors
         self.embed_vectors = ChannelLinear(2 * inputs, channels)
         self.embed_scalars = ChannelLinear(scalars + inputs, channels, bias=True)
         self.operators = nn.ModuleList(
-            HyenaOperator(channels, hidden, gate_hidden, padding, chiral) for _ in range(operators)
+            HyenaOperator(channels, hidden, gate_hidden, padding, chiral, scalars * salience)
+            for _ in range(operators)
         )
         self.read_vectors = ChannelLinear(channels, inputs, gain=readout)
         self.read_scalars = ChannelLinear(channels, scalars, bias=True, gain=readout)
@@ -82,8 +97,9 @@ class SE3Hyena(Tiled):
             f, x = self.in_tiles(
                 self.enter, given, tokens.previous(given), batch.scalars, batch.mask
             )
+            s = tokens.standardise(batch.scalars) if self.salience else batch.scalars[:, :0]
             for operator in self.operators:
-                f, x = operator(f, x, tokens)
+                f, x = operator(f, x, s, tokens)
             step, scalars = self.in_tiles(self.leave, f, x, batch.mask)
         points, vectors = tokens.keep(batch.points), tokens.keep(batch.vectors)
         return batch.replace(
@@ -109,7 +125,13 @@ class HyenaOperator(Tiled):
     """One block: project, convolve, mix."""
 
     def __init__(
-        self, channels: int, hidden: int, gate_hidden: int, padding: Padding, chiral: bool
+        self,
+        channels: int,
+        hidden: int,
+        gate_hidden: int,
+        padding: Padding,
+        chiral: bool,
+        scalars: int = 0,
     ) -> None:
         super().__init__()
         self.padding: Padding = padding
@@ -118,10 +140,15 @@ class HyenaOperator(Tiled):
         self.gamma = CliffordMLP(channels, gate_hidden, 2 * channels, grades=1)
         self.xi = CliffordMLP(channels, hidden, channels, grades=2)
         self.w = nn.Parameter(torch.ones(5 + chiral, channels, 1))
+        # Every channel begins with one scalar, in turn.
+        listens = torch.eye(scalars)[torch.arange(channels) % scalars] if scalars else None
+        self.salience = None if listens is None else nn.Parameter(listens)
 
-    def forward(self, f: Scalars, x: Vectors, tokens: Tokens) -> tuple[Scalars, Vectors]:
-        def block(f: Scalars, x: Vectors) -> tuple[Scalars, Vectors]:
-            qs, ks, vs, q, k, v = self.in_tiles(self.project, f, x, tokens.mask)
+    def forward(
+        self, f: Scalars, x: Vectors, s: Float[Tensor, "b s n"], tokens: Tokens
+    ) -> tuple[Scalars, Vectors]:
+        def block(f: Scalars, x: Vectors, s: Tensor) -> tuple[Scalars, Vectors]:
+            qs, ks, vs, q, k, v = self.in_tiles(self.project, f, x, s, tokens.mask)
             a, u, axial = geometric_long_conv(
                 (qs, q),
                 (ks, k),
@@ -133,13 +160,19 @@ class HyenaOperator(Tiled):
             z = tokens.lengths.clamp(min=1).to(f.dtype).rsqrt().reshape(-1, 1, 1)
             return self.in_tiles(self.mix, f, x, vs, v, a, u, axial, z)
 
-        return self.again(block, f, x) if self.execution.recompute_operators else block(f, x)
+        return self.again(block, f, x, s) if self.execution.recompute_operators else block(f, x, s)
 
-    def project(self, f: Scalars, x: Vectors, mask: Mask) -> tuple[Tensor, ...]:
+    def project(
+        self, f: Scalars, x: Vectors, s: Float[Tensor, "b s n"], mask: Mask
+    ) -> tuple[Tensor, ...]:
         """Queries, keys and values: qs, ks, vs and q, k, v."""
         projected = self.phi(embed(f, x))
         scalars, vectors = keep(grade_0(projected), mask), keep(grade_1(projected), mask)
-        return *scalars.chunk(3, 1), *vectors.chunk(3, 1)
+        (qs, ks, vs), (q, k, v) = scalars.chunk(3, 1), vectors.chunk(3, 1)
+        if self.salience is not None:
+            weight = self.salience @ s
+            qs, q = weight * qs, weight.unsqueeze(2) * q
+        return qs, ks, vs, q, k, v
 
     def mix(
         self,

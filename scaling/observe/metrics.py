@@ -17,7 +17,9 @@ and how ranks spent the step on average; these add up to the mean rank's step_s:
     optimizer_s data_wait_s
     other_s                  the rest: read-out and loss, gradients' exchange, waiting for slower
                              ranks at the loss, what enters no part of parallel/clock.py
-Validation rows: step, split, loss, tokens, step_s (of the evaluation), equivariance_error.
+Validation rows: step, split, loss, tokens, step_s (of the evaluation), equivariance_error, and
+where tokens have targets of their own by_depth: eighths of the longest sequence with the loss of
+the targets from token `from` up to `to`, and its standard_error over sequences.
 
 The first steps of a process (allocations, thread pools, DDP's buckets) are left out of rates and
 times, unless a row has no others.

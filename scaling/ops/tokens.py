@@ -47,6 +47,12 @@ class Tokens:
         second = self.mean(rest).unsqueeze(-1)
         return self.keep(rest - second), first + second
 
+    def standardise(self, x: Float[Tensor, "b ... n"]) -> Float[Tensor, "b ... n"]:
+        """x with mean 0 and rms 1 over its row, 0 at tokens that are not valid; what does not
+        differ within a row becomes 0."""
+        centred, _ = self.centre(x)
+        return centred * (self.mean(centred.square()) + 1e-12).rsqrt().unsqueeze(-1)
+
     @cached_property
     def counts(self) -> Int[Tensor, " b"]:
         """Valid tokens of each row."""

@@ -9,11 +9,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from data_pipeline.batch import Sample
-from data_pipeline.stream import MicroBatch, evaluation_batches
+from data_pipeline.stream import MicroBatch, check_lengths, evaluation_batches
 from data_pipeline.task import Task
 from scaling.observe.metrics import Row
 from scaling.parallel.engine import Engine
 from scaling.parallel.loss import global_sums
+from scaling.parallel.shard import SequenceShard
+from scaling.train.depth import ErrorByDepth
 from scaling.train.objective import Objective
 from scaling.train.settings import TrainSettings
 
@@ -32,12 +34,14 @@ class Evaluation:
     device: torch.device
 
     def row(self, step: int, split: str = "validation") -> Row:
-        """Loss over every sample of the split once, in units of the trivial answer, and the
-        equivariance error of its first micro-batch. Collective."""
+        """Loss over every sample of the split once, in units of the trivial answer, by depth where
+        tokens have targets, and the equivariance error of its first micro-batch. Collective."""
         began = perf_counter()
         total = weight = tokens = 0.0
         equivariance = None
         mesh = self.objective.mesh
+        check_lengths(self.task, split, self.train.max_length)
+        by_depth = ErrorByDepth(self.task.length(split, self.task.longest(split)), self.device)
         batches = evaluation_batches(
             self.task,
             split,
@@ -56,10 +60,14 @@ class Evaluation:
                 total += local_sum.double().item()
                 weight += self.objective.weight(sample).double().item()
                 tokens += batch.tokens / mesh.sp
+                if sample.per_token:
+                    shard = SequenceShard(batch.length, mesh.sequence_group)
+                    errors = self.objective.token_errors(moved[0], sample, shard)
+                    by_depth.add(*errors, shard)
                 if equivariance is None:
                     equivariance = self._equivariance_error(sample, batch.length, *moved)
         total, weight, tokens = global_sums(total, weight, tokens, device=self.device)
-        return {
+        row = {
             "step": step,
             "split": split,
             "loss": total / weight / self.task.unit,
@@ -67,6 +75,8 @@ class Evaluation:
             "step_s": perf_counter() - began,
             "equivariance_error": equivariance,
         }
+        parts = by_depth.parts(self.task.unit)
+        return row | ({"by_depth": parts} if parts else {})
 
     def place(self, batch: MicroBatch) -> Sample:
         dtype = torch.float64 if self.train.precision == "float64" else torch.float32

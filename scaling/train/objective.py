@@ -59,9 +59,22 @@ class Objective(nn.Module):
             answer = Tokens(moved.mask, shard).mean(moved.vectors[:, 0])
             error = (answer - sample.target).square().sum(1) / 3
             return (sample.weight * error).sum() / self.mesh.sp
+        error, _ = self.token_errors(moved.points, sample, shard)
+        return error.sum()
+
+    def token_errors(
+        self, points: Float[Tensor, "b 3 n"], sample: Sample, shard: SequenceShard
+    ) -> tuple[Float[Tensor, "b n"], Float[Tensor, "b n"]]:
+        """weight · |answer - target|² / 3 and the weight of this rank's cyclic tokens.
+
+        Args:
+            points: answers of the cyclic tokens.
+            sample: this rank's contiguous tokens; its targets are per token.
+            shard: the cyclic one.
+        """
         contiguous = SequenceShard(shard.length, shard.group, "contiguous")
         target = redistribute(sample.target, contiguous, shard)
         weight = redistribute(sample.weight, contiguous, shard)
         # Where nothing counts the target means nothing: it may not reach the gradient either.
-        difference = (moved.points - target).masked_fill((weight == 0).unsqueeze(1), 0)
-        return (weight * difference.square().sum(1)).sum() / 3
+        difference = (points - target).masked_fill((weight == 0).unsqueeze(1), 0)
+        return weight * difference.square().sum(1) / 3, weight

@@ -1,0 +1,64 @@
+"""Error by depth against plain loops over sequences."""
+
+import pytest
+import torch
+
+from scaling.parallel.shard import SequenceShard
+from scaling.train.depth import PARTS, ErrorByDepth
+
+UNIT = 0.5
+
+
+def weighted_errors():
+    """Errors of 5 rows of 37 tokens: nothing counts in the last row, nor behind token 30."""
+    random = torch.Generator().manual_seed(0)
+    error, weight = torch.rand(2, 5, 37, generator=random, dtype=torch.float64)
+    weight[4], weight[:, 30:] = 0, 0
+    return error * weight, weight
+
+
+def by_depth(group):
+    """Rows arrive as one micro-batch of two and one of three."""
+    depth = ErrorByDepth(37, group=group)
+    shard = None if group is None else SequenceShard(37, group)
+    for rows in (slice(2), slice(2, None)):
+        error, weight = (t[rows] for t in weighted_errors())
+        if shard is None:
+            depth.add(error, weight, SequenceShard(37))
+        else:
+            depth.add(shard.scatter(error), shard.scatter(weight), shard)
+    return depth.parts(UNIT)
+
+
+def check(group):
+    """Loss: sum of errors over sum of weights. Standard error: over rows, of that ratio."""
+    error, weight = weighted_errors()
+    found = by_depth(group)
+    assert [(part["from"], part["to"]) for part in found] == [
+        (37 * p // PARTS, 37 * (p + 1) // PARTS) for p in range(7)
+    ]
+    for part in found:
+        here = slice(part["from"], part["to"])
+        e, w = error[:4, here].sum(1), weight[:4, here].sum(1)
+        loss = e.sum() / w.sum()
+        residual = (e - loss * w) / w.mean()
+        assert part["loss"] == pytest.approx((loss / UNIT).item(), rel=1e-9)
+        spread = residual.square().sum() / 3
+        assert part["standard_error"] == pytest.approx((spread / 4).sqrt().item() / UNIT, rel=1e-9)
+
+
+def test_parts_of_the_depth_have_their_own_loss_and_standard_error():
+    check(None)
+
+
+def test_also_sharded(distributed):
+    distributed(check, 3)
+
+
+def test_a_single_sequence_has_no_standard_error():
+    depth = ErrorByDepth(16)
+    depth.add(torch.ones(1, 16), torch.full((1, 16), 2.0), SequenceShard(16))
+    assert depth.parts(1.0) == [
+        {"from": 2 * p, "to": 2 * p + 2, "loss": 0.5, "standard_error": None} for p in range(PARTS)
+    ]
+    assert ErrorByDepth(16).parts(1.0) == []
