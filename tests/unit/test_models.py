@@ -134,6 +134,7 @@ def test_smallest_batches(name):
         ("se3_hyena", {"channels": 0}, "channels=0"),
         ("se3_hyena", {"padding": "mirror"}, "'mirror'.*circular, causal"),
         ("se3_hyena_paper", {"hidden": -1}, "hidden=-1"),
+        ("se3_hyena", {"salience": True}, "salience=true needs scalars"),
     ],
 )
 def test_impossible_models_are_refused(name, options, said):
