@@ -1,13 +1,15 @@
 """The weighted geometric product of Cl(3,0): 20 paths, 64 terms, with its own backward pass.
 
-Every path takes a grade of each operand to a grade of the result by a number, dot or cross product.
-With the result's cotangent r it is one trilinear form T(a, b, r) = <a, b∘r> = <b, r∘a> = <r, a∘b>,
-whose derivatives are products of the same kind.
+A path takes a grade of each operand to a grade of the result, by a number, dot or cross product.
+With the result's cotangent r it is a trilinear form, the sum of sign · x_i y_j r_k over its terms,
+and derivatives of the form are sums over the same terms.
 
-On a CPU the work goes in tiles that fit its cache; a compiler fuses the whole instead.
+Dispatching 64 terms costs as much as computing them: the steps are listed once, and run on tiles
+that fit a CPU's cache. A compiler gets the formula instead, and fuses it.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import product
 from typing import Any
 
@@ -30,13 +32,21 @@ _PATHS = (  # left, right and result grade, sign
     *[(0, 2, 2, 1), (2, 0, 2, 1), (3, 1, 2, 1), (1, 3, 2, 1), (1, 1, 2, 1), (2, 2, 2, -1)],
     *[(0, 3, 3, 1), (3, 0, 3, 1), (1, 2, 3, 1), (2, 1, 3, 1)],
 )
+_Term = tuple[tuple[int, int, int], int]
+"""Components of left, right and result; the sign but for the path's."""
 
-Grade = list[Tensor]
-"""Components of one grade in a tile, each (b, c, n)."""
-Sums = list[Tensor | None]
-"""The same while it is summed up; None is 0."""
-Tile = tuple[slice, slice, slice, slice]
-"""Rows, all components, channels, tokens."""
+
+def _terms(*grades: int) -> list[_Term]:
+    sizes, starts = [GRADES[g] for g in grades], [sum(GRADES[:g]) for g in grades]
+    if min(sizes) == 3:
+        turns = [(m, (m + 1) % 3, (m + 2) % 3) for m in range(3)]
+        found = [(turn, 1) for turn in turns] + [((i, k, j), -1) for i, j, k in turns]
+    else:
+        found = [([m % size for size in sizes], 1) for m in range(max(sizes))]
+    return [((a + i, b + j, c + k), sign) for ((i, j, k), sign) in found for a, b, c in [starts]]
+
+
+_TERMS = [_terms(*grades) for *grades, _ in _PATHS]
 
 
 def geometric_product(
@@ -44,7 +54,7 @@ def geometric_product(
     y: Float[Tensor, "b e c n"],
     weights: Float[Tensor, "20 c"] | None = None,
 ) -> Float[Tensor, "b f c n"]:
-    """Product channel by channel; `weights` scales each of the 20 paths.
+    """Product channel by channel of multivectors' first grades; `weights` scales the 20 paths.
 
     With weights 1: s = s1 s2 + v1·v2 - b1·b2 - p1 p2;  v = s1 v2 + s2 v1 - p1 b2 - p2 b1 - v1×b2
     - b1×v2;  b = s1 b2 + s2 b1 + p1 v2 + p2 v1 + v1×v2 - b1×b2;  p = s1 p2 + p1 s2 + v1·b2 + b1·v2.
@@ -52,135 +62,157 @@ def geometric_product(
     """
     if weights is None:
         weights = x.new_ones(PATHS, x.shape[2])
+    if torch.compiler.is_compiling():
+        return _formula(x, y, weights)
     return _WeightedProduct.apply(x, y, weights)
+
+
+def _paths(left: int, right: int) -> list[tuple[int, list[_Term]]]:
+    """Number and terms of the paths between operands of so many components."""
+    return [
+        (path, terms)
+        for path, terms in enumerate(_TERMS)
+        if all(i < left and j < right for (i, j, _), _ in terms)
+    ]
+
+
+def _result_size(x: Tensor, y: Tensor) -> int:
+    return SIZES[min(3, SIZES.index(x.shape[1]) + SIZES.index(y.shape[1]))]
+
+
+def _formula(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+    """All terms in one expression."""
+    a, b, signed = x.unbind(1), y.unbind(1), _signed(weights).unsqueeze(-1)
+    sums: list[Any] = [0] * _result_size(x, y)
+    for path, terms in _paths(x.shape[1], y.shape[1]):
+        for (i, j, k), sign in terms:
+            sums[k] = sums[k] + sign * (signed[path] * a[i] * b[j])
+    return torch.stack(sums, 1)
 
 
 class _WeightedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
         ctx.save_for_backward(x, y, weights)
-        paths = _paths(x, y, weights)
-        size = SIZES[max(k for _, (_, _, k), _, _ in paths)]
         dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), weights.dtype)
-        result = x.new_empty(x.shape[0], size, *x.shape[2:], dtype=dtype)
+        result = x.new_empty(x.shape[0], _result_size(x, y), *x.shape[2:], dtype=dtype)
+        steps = _forward_steps(x.shape[1], y.shape[1])
+        signed = _signed(weights)
         for tile in tiles(x):
-            a, b, sums = grades(x, tile), grades(y, tile), no_sums(size)
-            for _, (i, j, k), _, weight in paths:
-                _add_product(sums[k], a[i], b[j], weight[tile[2]])
-            result = put(result, tile, sums)
+            operands = [z[tile].unbind(1) for z in (x, y, result)]
+            weight = signed[:, tile[2]].unsqueeze(-1).unbind(0)
+            scratch = result.new_empty(3, *operands[0][0].shape).unbind(0)
+            _run(steps, [*operands, weight, scratch])
         return result
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, y, weights = ctx.saved_tensors
-        paths = _paths(x, y, weights)
-        grad_x, grad_y = torch.empty_like(x), torch.empty_like(y)
+        grad_x, grad_y = (torch.empty_like(z, dtype=grads[0].dtype) for z in (x, y))
         grad_weights = torch.zeros_like(weights)
+        steps = _backward_steps(x.shape[1], y.shape[1])
+        signed = _signed(weights)
         for tile in tiles(x):
-            a, b, r = grades(x, tile), grades(y, tile), grades(grads[0], tile)
-            to_a, to_b = no_sums(x.shape[1]), no_sums(y.shape[1])
-            forms = [weights.new_zeros(a[0][0].shape[:2])] * PATHS
-            for path, (i, j, k), sign, weight in paths:
-                parts = [(a[i], to_a[i]), (b[j], to_b[j]), (r[k], None)]
-                forms[path] = _add_gradients(parts, weight[tile[2]]).sum(-1) * sign
-            grad_x, grad_y = put(grad_x, tile, to_a), put(grad_y, tile, to_b)
-            grad_weights[:, tile[2]] += torch.stack(forms).sum(1)
-        return grad_x, grad_y, grad_weights
+            operands = [z[tile].unbind(1) for z in (x, y, grads[0])]
+            results = [z[tile].unbind(1) for z in (grad_x, grad_y)]
+            sums = grad_weights[:, tile[2]].unbind(0)
+            weight = signed[:, tile[2]].unsqueeze(-1).unbind(0)
+            scratch = grad_x.new_empty(3, *operands[0][0].shape).unbind(0)
+            _run(steps, [*operands, weight, scratch, *results, sums])
+        return grad_x.to(x.dtype), grad_y.to(y.dtype), _signed(grad_weights)
 
 
-def _paths(
-    x: Tensor, y: Tensor, weights: Tensor
-) -> list[tuple[int, tuple[int, int, int], int, Tensor]]:
-    """Number, grades, sign and signed weight (c, 1) of the paths whose operands exist."""
-    left, right = SIZES.index(x.shape[1]), SIZES.index(y.shape[1])
-    return [
-        (path, (i, j, k), sign, sign * weights[path].unsqueeze(-1))
-        for path, (i, j, k, sign) in enumerate(_PATHS)
-        if i <= left and j <= right
-    ]
+_X, _Y, _R, _WEIGHT, _SCRATCH, _TO_X, _TO_Y, _TO_WEIGHT = range(8)
+"""Where a step finds a number a token, as (one of these, which of them)."""
+_At = tuple[int, int]
+_Step = tuple[_At, _At, _At, int]
+"""goal, left, right, sign of a term that is added; 0 where it is the first and sets the goal."""
 
 
-def _add_gradients(form: list[tuple[Grade, Sums | None]], weight: Tensor) -> Tensor:
-    """Adds the derivatives of weight · T(a, b, r) to the sums beside a, b and r; returns T."""
-    while len(form[0][0]) > min(len(grade) for grade, _ in form):  # a number first, if any
-        form = [*form[1:], form[0]]
-    (a, to_a), (b, to_b), (r, to_r) = form
-    by_a = multiply(b, r, len(a))
-    if to_a is not None:
-        for m, part in enumerate(by_a):
-            add(to_a, m, part, weight)
-    if to_b is not None:
-        _add_product(to_b, r, a, weight)
-    if to_r is not None:
-        _add_product(to_r, a, b, weight)
-    return dot(a, by_a)
+def _run(steps: Sequence[_Step], places: Sequence[Sequence[Tensor]]) -> None:
+    for (goal, k), (left, i), (right, j), sign in steps:
+        a, b = places[left][i], places[right][j]
+        if goal == _TO_WEIGHT:
+            places[goal][k].add_((a * b).sum((0, 2)))
+        elif sign:
+            places[goal][k].addcmul_(a, b, value=sign)
+        else:
+            torch.mul(a, b, out=places[goal][k])
 
 
-def _add_product(sums: Sums, a: Grade, b: Grade, weight: Tensor) -> None:
-    """sums += weight · (a∘b)."""
-    if len(a) != len(b):  # the number takes the weight
-        number, parts = (a[0], b) if len(a) == 1 else (b[0], a)
-        weight = number * weight
-    else:
-        parts = multiply(a, b, len(sums))
-    for m, part in enumerate(parts):
-        add(sums, m, part, weight)
+class _Steps:
+    def __init__(self) -> None:
+        self.steps: list[_Step] = []
+        self.begun: set[_At] = set()
+
+    def set(self, goal: _At, left: _At, right: _At) -> None:
+        self.steps.append((goal, left, right, 0))
+        self.begun.add(goal)
+
+    def add(self, goal: _At, left: _At, right: _At, sign: int = 1) -> None:
+        assert sign == 1 or goal in self.begun
+        self.steps.append((goal, left, right, sign if goal in self.begun else 0))
+        self.begun.add(goal)
 
 
-def multiply(a: Grade, b: Grade, components: int) -> Grade:
-    """The number, dot or cross product of two grades of equal size."""
-    if components == 1:
-        return [dot(a, b)]
-    return [torch.addcmul(a[i] * b[j], a[j], b[i], value=-1) for i, j in ((1, 2), (2, 0), (0, 1))]
+@lru_cache
+def _forward_steps(left: int, right: int) -> list[_Step]:
+    """For every path: the smaller operand times the weight, times the other."""
+    steps = _Steps()
+    for path, terms in _paths(left, right):
+        components = _components(terms)
+        small, other = sorted((_X, _Y), key=lambda role: len(components[role]))
+        for m, i in enumerate(components[small]):
+            steps.set((_SCRATCH, m), (small, i), (_WEIGHT, path))
+        for term, sign in terms:
+            scaled = (_SCRATCH, term[small] - components[small][0])
+            steps.add((_R, term[_R]), scaled, (other, term[other]), sign)
+    return steps.steps
 
 
-def dot(a: Grade, b: Grade) -> Tensor:
-    sums: Sums = [None]
-    for left, right in zip(a, b, strict=True):
-        add(sums, 0, left, right)
-    assert sums[0] is not None
-    return sums[0]
+@lru_cache
+def _backward_steps(left: int, right: int) -> list[_Step]:
+    """For every path: the derivative by the smallest of x, y, r, which also gives that by the
+    weight; then the smallest times the weight gives the other derivatives."""
+    steps = _Steps()
+    goals = {_X: _TO_X, _Y: _TO_Y}
+    for path, terms in _paths(left, right):
+        components = _components(terms)
+        small, *others = sorted((_X, _Y, _R), key=lambda role: len(components[role]))
+        scratch = {i: (_SCRATCH, m) for m, i in enumerate(components[small])}
+        steps.begun -= set(scratch.values())
+        for term, sign in terms:
+            a, b = ((role, term[role]) for role in others)
+            steps.add(scratch[term[small]], a, b, sign)
+        for i, derivative in scratch.items():
+            steps.set((_TO_WEIGHT, path), (small, i), derivative)
+            if small in goals:
+                steps.add((goals[small], i), derivative, (_WEIGHT, path))
+        for i, scaled in scratch.items():
+            steps.set(scaled, (small, i), (_WEIGHT, path))
+        for role, other in (others, reversed(others)):
+            for term, sign in terms if role in goals else ():
+                goal = (goals[role], term[role])
+                steps.add(goal, scratch[term[small]], (other, term[other]), sign)
+    return steps.steps
 
 
-def add(sums: Sums, m: int, a: Tensor, b: Tensor) -> None:
-    """sums[m] += a · b."""
-    total = sums[m]
-    sums[m] = a * b if total is None else total.addcmul_(a, b)
+def _components(terms: list[_Term]) -> list[list[int]]:
+    """Those of x, y and r that take part."""
+    return [sorted({term[role] for term, _ in terms}) for role in (_X, _Y, _R)]
 
 
-def tiles(x: Tensor) -> Iterator[Tile]:
-    """Parts of (b, d, c, n) that a CPU works on at once; the whole for others and compilers."""
+def _signed(weights: Tensor) -> Tensor:
+    return weights * weights.new_tensor([sign for *_, sign in _PATHS]).unsqueeze(-1)
+
+
+def tiles(x: Tensor) -> Iterator[tuple[slice, slice, slice, slice]]:
+    """Rows, components, channels and tokens of (b, d, c, n) that a CPU works on at once."""
     b, _, c, n = x.shape
-    most = b * c * n
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        most = TILE
+    most = TILE if x.device.type == "cpu" else b * c * n
     tokens = max(1, min(n, most))
     channels = max(1, min(c, most // tokens))
     rows = max(1, most // (tokens * channels))
-    starts = (range(0, size, step) for size, step in ((b, rows), (c, channels), (n, tokens)))
-    for i, j, k in product(*starts):
+    for i, j, k in product(range(0, b, rows), range(0, c, channels), range(0, n, tokens)):
         yield slice(i, i + rows), slice(None), slice(j, j + channels), slice(k, k + tokens)
-
-
-def grades(x: Tensor, tile: Tile) -> list[Grade]:
-    return by_grade(x[tile].unbind(1))
-
-
-def no_sums(components: int) -> list[Sums]:
-    return by_grade([None] * components)
-
-
-def by_grade(components: Sequence[Any]) -> list[list[Any]]:
-    ends = SIZES[: SIZES.index(len(components)) + 1]
-    return [list(components[i:j]) for i, j in zip((0, *ends), ends, strict=False)]
-
-
-def put(x: Tensor, tile: Tile, sums: list[Sums]) -> Tensor:
-    """x with a tile filled in."""
-    parts = [part for grade in sums for part in grade if part is not None]
-    if torch.compiler.is_compiling():
-        return torch.stack(parts, 1).to(x.dtype)
-    for component, part in zip(x[tile].unbind(1), parts, strict=True):
-        component.copy_(part)
-    return x
