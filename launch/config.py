@@ -188,6 +188,8 @@ def check_fields(config: Config) -> None:
     _require(all(0 <= b < 1 for b in betas), "optim.betas", betas, "must lie in [0, 1)")
     _require(1 <= parallel.timeout_s <= _LONGEST_WAIT_S, "parallel.timeout_s", parallel.timeout_s,
              f"must lie in 1 ... {_LONGEST_WAIT_S} seconds (30 days)")  # fmt: skip
+    _require(0 <= train.profile_steps <= _LONGEST_TRACE, "train.profile_steps", train.profile_steps,
+             f"must lie in 0 ... {_LONGEST_TRACE} (no viewer opens a longer trace)")  # fmt: skip
     _require(0 <= train.seed < 2**63, "train.seed", train.seed, f"must lie in 0 ... {2**63 - 1}")
     check_folder_name(config.name, "runs")
 
@@ -197,6 +199,7 @@ _COUNTS = ("steps", "batch_size", "micro_batch_size", "max_length", "log_every",
 
 
 _LONGEST_WAIT_S = 30 * 86400
+_LONGEST_TRACE = 20
 
 
 def check_folder_name(name: str, parent: str) -> None:

@@ -12,7 +12,9 @@ from data_pipeline.errors import ConfigError, RunError
 from data_pipeline.stream import MicroBatch, Stream, check_lengths
 from data_pipeline.task import Task
 from scaling.observe.metrics import Row, StepMeter
+from scaling.observe.profile import StepProfiler
 from scaling.observe.progress import Summary
+from scaling.parallel.clock import clock
 from scaling.parallel.engine import Engine, build_engine
 from scaling.parallel.loss import engine_loss, global_sums
 from scaling.parallel.mesh import Mesh
@@ -55,7 +57,8 @@ def fit(
         trainer = build_trainer(model, task, mesh, train, optim, engine, device)
         evaluation = Evaluation(trainer.engine, trainer.objective, task, train, device)
         checkpoints = Checkpoints(run.checkpoints, train.keep)
-        with closing(trainer.stream) as stream:
+        profiler = StepProfiler(run.path / "profile", train.profile_steps, device, report.say)
+        with closing(trainer.stream) as stream, profiler:
             step = checkpoints.load(trainer.engine, stream)
             report.start(step)
             if step and due(step) and first_rank_says(lambda: not run.evaluated(step)):
@@ -63,7 +66,8 @@ def fit(
             stopped = False
             while step < train.steps and not stopped:
                 step += 1
-                row, stopped = trainer.step(step, stop.asked())
+                with profiler.step(step):
+                    row, stopped = trainer.step(step, stop.asked())
                 last = step == train.steps
                 if last or step % train.log_every == 0:
                     report.row(row | trainer.meter.row())
@@ -92,7 +96,8 @@ class Trainer:
     def step(self, step: int, stop: bool) -> tuple[Row, bool]:
         """One optimiser step, which is the row's; and whether any rank wants to stop after it."""
         self.meter.start()
-        window = next(self.stream)
+        with clock.range("data_wait"):
+            window = next(self.stream)
         samples = [self._place(micro_batch) for micro_batch in window]
         weight, tokens, stops = global_sums(
             sum(self.objective.weight(sample).double().item() for sample in samples),

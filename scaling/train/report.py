@@ -52,6 +52,10 @@ class Reporter:
         else:
             self._progress.validation(row)
 
+    def say(self, line: str) -> None:
+        """A line for the person who watches."""
+        self._progress.say(line)
+
     def advance(self, step: int, saved: bool) -> None:
         """A step is done."""
         self._step = step

@@ -5,7 +5,7 @@ identity.json       the part of it that defines the result; another one is refus
 environment.json    versions, host, ranks, command line, git commit
 status.json         state (running, finished, failed, interrupted), step, process, error
 metrics.jsonl       rows: see observe/metrics.py        tensorboard/    a view of them
-checkpoints/        see train/checkpoint.py
+checkpoints/        see train/checkpoint.py        profile/        see observe/profile.py
 STOP                put there by a person: save, stop, and remove it
 """
 
@@ -38,6 +38,7 @@ FREE = {
     "train.save_every",
     "train.keep",
     "train.max_length",
+    "train.profile_steps",
 }
 """Settings that change what is seen, not what is computed."""
 STEPS = "train.steps"

@@ -28,6 +28,9 @@ class TrainSettings:
     """Steps between checkpoints; the last step is always saved."""
     keep: int = 2
     """Checkpoints kept."""
+    profile_steps: int = 0
+    """Steps that every process traces, after its first two, into <runs>/<name>/profile; 0: none.
+    See docs/performance.md."""
 
 
 @dataclass

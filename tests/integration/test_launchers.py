@@ -1,10 +1,12 @@
 """One module under every launcher: the same curve, and errors that end all ranks with one line."""
 
+import gzip
 import json
 import os
 import socket
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from data_pipeline.bundle import BundledSource
 from data_pipeline.errors import ConfigError
 from data_pipeline.store import build
 from launch import train
+from scaling.observe.metrics import SPLIT
 from tests.processes import run
 
 ROOT = Path(__file__).parents[2]
@@ -32,7 +35,7 @@ def commands(port: int) -> dict[str, list[str]]:
         "python": [sys.executable, "-m", "launch", "train", "engine=ddp"],
         "torchrun": [*TORCHRUN, "-m", "launch.train", "engine=ddp", "parallel=data"],
         "accelerate": [*ACCELERATE, "configs/accelerate/cpu_deepspeed_zero1.yaml",
-                       "-m", "launch.train"],
+                       "-m", "launch.train", "train.profile_steps=1"],
         "deepspeed": [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", str(port),
                       "--module", "launch.train", "engine.zero_stage=0"],
     }  # fmt: skip
@@ -81,6 +84,29 @@ def test_all_launchers_used_two_ranks(runs: Path):
     for name in commands(0):
         environment = json.loads((runs / name / "environment.json").read_text())
         assert environment["world"] == (1 if name == "python" else 2), name
+
+
+def test_a_trace_and_the_rows_say_where_the_time_went(runs: Path):
+    """Of each rank the steps after the warm-up, with our ranges; parts of a step fit into it."""
+    files = sorted((runs / "accelerate" / "profile").iterdir())
+    assert [file.name for file in files] == [
+        f"rank{rank}.steps3-3.pt.trace.json.gz" for rank in range(2)
+    ]
+    for file in files:
+        events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
+        calls = Counter(event["name"] for event in events if event.get("cat") == "user_annotation")
+        ranges = {name.removeprefix("longfold."): n for name, n in calls.items() if "fold" in name}
+        assert ranges.keys() >= {"data_wait", "forward", "backward", "optimizer", "comm"}
+        assert ranges["data_wait"] == ranges["optimizer"] == 1
+        assert ranges["transforms"] == 4  # micro-batches, forward and backward
+    assert not (runs / "torchrun" / "profile").exists()
+    for name in commands(0):
+        lines = (runs / name / "metrics.jsonl").read_text().splitlines()
+        for row in (row for row in map(json.loads, lines) if row["split"] == "train"):
+            split = [row[part] for part in SPLIT]
+            assert min(split) >= 0 and sum(split) <= row["step_s"] * 1.0001
+            assert row["transforms_s"] > 0
+            assert (row["comm_s"] > 0) == (name in ("accelerate", "deepspeed"))
 
 
 def test_packed_samples_sharded_over_two_ranks_give_the_curve_of_one(tmp_path: Path):

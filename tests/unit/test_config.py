@@ -61,6 +61,7 @@ def test_values_come_from_groups_then_experiment_then_command_line():
         ("train.steps=0", "train.steps=0: must be at least 1"),
         ("parallel.sp=0", "parallel.sp=0: must be at least 1"),
         ("optim.lr=nan", "optim.lr=nan: must be positive"),
+        ("train.profile_steps=-1", "train.profile_steps=-1: must lie in 0 ... 20"),
         ("engine.zero_stage=4", "engine.zero_stage=4"),
         *(
             (f"name={name}", f"name='{name}': must be one folder")

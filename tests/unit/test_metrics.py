@@ -1,5 +1,6 @@
 """metrics.jsonl is the truth, and every view of it agrees."""
 
+import gzip
 import math
 
 import pytest
@@ -7,11 +8,13 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data_pipeline.batch import Sample
+from data_pipeline.errors import RunError
 from data_pipeline.keyed import evaluation_key
 from data_pipeline.task import build_task
 from scaling.models import build
 from scaling.observe.memory import peak_bytes, reset_peak
 from scaling.observe.metrics import MetricsFile, StepMeter
+from scaling.observe.profile import StepProfiler
 from scaling.observe.progress import Progress, summarise
 from scaling.observe.sinks import TensorBoardSink
 from scaling.ops import scalar_long_conv
@@ -111,6 +114,40 @@ def test_each_moment_counts_for_the_innermost_part(monkeypatch):
     with clock.part("projection"):
         u.sum().backward()
     assert clock.stop() == {None: 3, "projection": 3, "transforms": 1}
+
+
+@pytest.mark.parametrize(("steps", "traced"), [(2, None), (3, "3-3"), (9, "3-4")])
+def test_traces_hold_the_steps_after_the_warm_up_or_say_that_there_are_none(
+    tmp_path, steps, traced
+):
+    said = []
+    with StepProfiler(tmp_path / "profile", 2, CPU, said.append) as profiler:
+        for step in range(1, steps + 1):
+            with profiler.step(step), clock.range(f"step{step}"):
+                torch.ones(1)
+            assert clock.tracing == (2 <= step < 4)
+    (line,) = said
+    assert not clock.tracing
+    if traced is None:
+        assert "profile_steps=2 traced nothing: this process took 2 steps" in line
+        return
+    (file,) = (tmp_path / "profile").iterdir()
+    assert file.name == f"rank0.steps{traced}.pt.trace.json.gz" and str(file) in line
+    text = gzip.decompress(file.read_bytes()).decode()
+    found = [step for step in range(1, 10) if f"longfold.step{step}" in text]
+    assert found == [3, 4][: steps - 2]
+
+
+def test_a_trace_that_cannot_be_written_is_an_error(tmp_path):
+    (tmp_path / "profile").touch()
+    with (
+        pytest.raises(RunError, match="cannot write the trace"),
+        StepProfiler(tmp_path / "profile", 1, CPU, print) as profiler,
+    ):
+        for step in range(1, 4):
+            with profiler.step(step):
+                torch.ones(1)
+    assert not clock.tracing
 
 
 def test_peak_memory_is_seen_and_forgotten():

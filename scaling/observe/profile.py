@@ -1,0 +1,105 @@
+"""A trace of a few training steps, for a viewer: what ran when, on every rank.
+
+Our own ranges in it are longfold.data_wait, .forward, .backward, .optimizer and, inside of these,
+the parts of parallel/clock.py.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from types import TracebackType
+
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile, schedule
+
+from data_pipeline.errors import RunError
+from scaling.observe.metrics import WARMUP_STEPS
+from scaling.parallel.clock import clock
+
+
+class StepProfiler:
+    """Traces `count` steps of this process, those after its warm-up; 0 none. A file a rank.
+
+    Traced steps are slower: StepMeter leaves them out of its means. Every rank needs the same
+    count and the same steps.
+    """
+
+    def __init__(
+        self, folder: Path, count: int, device: torch.device, say: Callable[[str], None]
+    ) -> None:
+        self._folder, self._count, self._device, self._say = folder, count, device, say
+        self._steps: list[int] = []
+        """Of this process, so far."""
+        self._profile: profile | None = None
+        self._written = False
+
+    def __enter__(self) -> "StepProfiler":
+        return self
+
+    @contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Around the step of that number."""
+        self._steps.append(number)
+        if self._count and len(self._steps) == WARMUP_STEPS:
+            self._start()
+        yield
+        if self._profile is not None:
+            self._profile.step()
+            if len(self._steps) == WARMUP_STEPS + self._count:
+                self._stop()
+                if dist.is_initialized():
+                    dist.barrier()  # else the next step would wait for who writes longest
+
+    def _start(self) -> None:
+        activities = [ProfilerActivity.CPU]
+        if self._device.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+        self._profile = profile(
+            activities=activities,
+            schedule=schedule(wait=0, warmup=1, active=self._count, repeat=1),
+            on_trace_ready=self._write,
+            record_shapes=True,
+        )
+        clock.tracing = True
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else every rank notes its start and stop
+        self._profile.start()
+
+    def _stop(self) -> None:
+        running, self._profile = self._profile, None
+        clock.tracing = False
+        if running is not None:
+            running.stop()  # writes what has been traced
+
+    def _write(self, trace: profile) -> None:
+        traced = self._steps[WARMUP_STEPS:]
+        if not traced:
+            return
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        steps = f"steps{traced[0]}-{traced[-1]}"
+        # What TensorBoard's profiler plugin looks for ends so.
+        path = self._folder / f"rank{rank}.{steps}.pt.trace.json.gz"
+        try:
+            path.parent.mkdir(exist_ok=True)
+            trace.export_chrome_trace(str(path))
+        except (OSError, RuntimeError) as error:
+            raise RunError(
+                f"cannot write the trace {path}: {error}; make room, or say train.profile_steps=0"
+            ) from error
+        self._written = True
+        self._say(f"traced steps {traced[0]} to {traced[-1]}: open {path} in ui.perfetto.dev")
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with suppress(RunError) if error else nullcontext():
+            self._stop()
+        if self._count and self._steps and not (self._written or error):
+            self._say(
+                f"train.profile_steps={self._count} traced nothing: this process took "
+                f"{len(self._steps)} steps, and the first {WARMUP_STEPS} warm up"
+            )
