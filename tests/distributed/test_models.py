@@ -87,6 +87,7 @@ CASES = [
     ("se3_hyena", [11, 11], torch.float64, {"padding": "causal", "chiral": True}, 0, 1e-10),
     # tiles of 16 tokens, operators and their exchanges run again
     *[(name, [600, 411], torch.float64, {"execution": AGAIN}, 0, 1e-10) for name in MODELS],
+    ("se3_hyena", [600, 411], torch.float64, {"execution": AGAIN, "salience": True}, 0, 1e-10),
 ]
 
 

@@ -74,7 +74,7 @@ def test_also_sharded(distributed, name):
 
 
 def test_a_chiral_model_tells_mirror_images_apart():
-    model, batch = small_model("se3_hyena", chiral=True), small_batch([40])
+    model, batch = small_model("se3_hyena", chiral=True, salience=True), small_batch([40])
     rotation, shift = random_motion(torch.float64)
     assert equivariance_errors(model, batch, None, rotation, shift)["points"][0] < 1e-10
     mirrored = equivariance_errors(model, batch, None, -rotation, shift)["points"]

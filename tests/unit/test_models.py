@@ -41,16 +41,19 @@ def rows_of(tokens, *tensors):
         yield row, length, [tokens.keep(t)[row, ..., :length].movedim(-1, 0) for t in tensors]
 
 
-@pytest.mark.parametrize("chiral", [False, True])
-def test_the_default_operator_is_its_formulas(chiral):
-    operator = HyenaOperator(4, 5, 3, "circular", chiral).double()
+@pytest.mark.parametrize("chiral, salient", [(False, 0), (True, 3)])
+def test_the_default_operator_is_its_formulas(chiral, salient):
+    operator = HyenaOperator(4, 5, 3, "circular", chiral, salient).double()
     torch.nn.init.normal_(operator.w)
     f, x, tokens = case()
-    new_f, new_x = operator(f, x, tokens)
+    s = torch.randn(2, salient, 7).double()
+    new_f, new_x = operator(f, x, s, tokens)
+    weight = operator.salience @ s if salient else torch.ones_like(f)
     projected = operator.phi(embed(f, x))
     scalars, vectors = grade_0(projected).chunk(3, 1), grade_1(projected).chunk(3, 1)
     w = operator.w.squeeze(-1)
-    for row, length, (qs, ks, vs, q, k, v) in rows_of(tokens, *scalars, *vectors):
+    for row, length, (qs, ks, vs, q, k, v, r) in rows_of(tokens, *scalars, *vectors, weight):
+        qs, q = r * qs, r.unsqueeze(-1) * q
         qs, ks, vs = (t.unsqueeze(-1) for t in (qs, ks, vs))
         a = convolve(torch.mul, qs, ks, length) + convolve(torch.mul, q, k, length).sum(-1, True)
         u = convolve(torch.mul, qs, k, length) + convolve(torch.mul, q, ks, length)
@@ -69,6 +72,17 @@ def test_the_default_operator_is_its_formulas(chiral):
         assert torch.allclose(new_f[row, :, :length], (here_f.T + grade_0(update)[0]), atol=1e-12)
         expected = here_x.movedim(0, -1) + grade_1(update)[0]
         assert torch.allclose(new_x[row, ..., :length], expected, atol=1e-12)
+
+
+def test_standardised_scalars_have_mean_0_and_rms_1_and_constant_ones_are_0():
+    f, _, tokens = case()
+    f[:, 0] = 0.3
+    s = tokens.standardise(f.masked_fill(~tokens.mask.unsqueeze(1), torch.nan))
+    assert torch.equal(s, tokens.keep(s)) and s[:, 0].abs().max() < 1e-9
+    for row in range(len(LENGTHS)):
+        there = f[row, 1:][:, tokens.mask[row]]
+        expected = (there - there.mean(1, True)) / there.std(1, correction=0, keepdim=True)
+        assert torch.allclose(s[row, 1:][:, tokens.mask[row]], expected, atol=1e-9)
 
 
 @pytest.mark.parametrize("residual", [False, True])
@@ -134,9 +148,10 @@ def test_smallest_batches(name):
         ("se3_hyena", {"channels": 0}, "channels=0"),
         ("se3_hyena", {"padding": "mirror"}, "'mirror'.*circular, causal"),
         ("se3_hyena_paper", {"hidden": -1}, "hidden=-1"),
-        ("se3_hyena", {"salience": True}, "salience=true needs scalars"),
     ],
 )
 def test_impossible_models_are_refused(name, options, said):
     with pytest.raises(ConfigError, match=said):
         build(name, vectors=1, scalars=1, **options)
+    with pytest.raises(ConfigError, match=r"model\.salience=true needs scalars"):
+        build("se3_hyena", vectors=1, scalars=0, salience=True)
