@@ -1,6 +1,7 @@
 """A small bench of the long convolution: every case runs, and its numbers are what they say."""
 
 import csv
+import math
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from data_pipeline.batch import GeometricBatch
 from data_pipeline.errors import ConfigError
 from launch import bench
 from scaling.algebra import clifford
+from scaling.bench import machine
 from scaling.bench.family import summarise
 from scaling.bench.long_conv import GOALS, awkward_length, memory_fit
 from scaling.bench.naive import straightforward
@@ -97,3 +99,41 @@ def test_the_straightforward_step_computes_the_same(name):
         theirs = outputs_and_gradients()
     for a, b in zip(ours, theirs, strict=True):
         assert (a - b).norm() <= 1e-10 * b.norm().clamp(min=1e-3)
+
+
+def measure_exchange(group, case) -> list[dict]:
+    return machine.BENCH.rows(case, group, torch.device("cpu"))
+
+
+def test_the_machine_bench_sets_a_step_against_the_peaks(distributed, monkeypatch):
+    """Every part runs; shares of a step sum to 1; a least time is work over the best peak."""
+    for name, size in (("IN_MEMORY", 1 << 10), ("SQUARE", 32), ("COLUMNS", 64)):
+        monkeypatch.setattr(machine, name, size)
+    model = {"name": "se3_hyena", "channels": 2, "hidden": 3, "operators": 1}
+    case = machine.MachineCase({"tiny": model}, [512], [64, 256], seconds=0.001)
+    rows = []
+    for part in machine.BENCH.parts(case):
+        if part.ranks == 1:
+            rows += machine.BENCH.rows(part.case, None, torch.device("cpu"))
+        else:
+            rows += distributed(measure_exchange, part.ranks, part.case)[0]
+    assert all(math.isfinite(row["value"]) and row["value"] > 0 for row in rows)
+    assert {row["case"].partition(":")[0] for row in rows} == {
+        "1 thread", "all cores", "all-to-all", "tiny",
+    }  # fmt: skip
+    more, _ = machine.BENCH.conclude(rows)
+    ratio = {row["case"]: row["ratio"] for row in more}
+    shares = [share for case, share in ratio.items() if case.endswith("/ step")]
+    assert len(shares) == 3 and sum(shares) == pytest.approx(1)
+    value = {(row["case"], row["length"]): row["value"] for row in rows}
+    products = [x for (case, _), x in value.items() if case.startswith("1 thread: (")]
+    bests = {
+        "matrix_flops at the peak of matrix products / projection": max(products[:3]),  # float32
+        "transform_flops at the peak of transforms / transforms": value[
+            "1 thread: real transform", 256
+        ],
+    }
+    for title, best in bests.items():
+        work, part = title.split()[0], title.split()[-1]
+        least = value[f"tiny: {work}", 512] / best / value[f"tiny: {part}", 512]
+        assert ratio[f"tiny: {title}"] == pytest.approx(least)
