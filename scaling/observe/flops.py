@@ -66,10 +66,12 @@ def training_work(model: nn.Module, length: int, ranks: int = 1) -> Work:
 
 
 def _operator(operator: nn.Module, length: int, ranks: int) -> Work:
+    scores = None  # what weighs queries: linear in scalars of its own
     if isinstance(operator, HyenaOperator):
         channels = operator.w.shape[1]
         convolutions = [(SCALARS_AND_VECTORS, channels)]
         circular, stream, convolved = operator.padding == "circular", 4 * channels, 7 * channels
+        scores = operator.salience
     else:
         assert isinstance(operator, PaperOperator)
         linear = operator.phi[0]
@@ -84,6 +86,9 @@ def _operator(operator: nn.Module, length: int, ranks: int) -> Work:
     # project: stream -> q, k, v; mix: stream, v and what was convolved -> stream. The backward
     # reads inputs and the result's gradients and writes the inputs' gradients.
     given, made = stream + (2 * stream + convolved), 3 * stream + stream
+    if scores is not None:
+        given += scores.shape[1]
+        total += Work(matrix_flops=3 * 2.0 * scores.numel())
     return total + Work(projection_bytes=float(NUMBER * (3 * given + 2 * made)))
 
 

@@ -16,7 +16,7 @@ and how ranks spent the step on average; these add up to the mean rank's step_s:
     comm_s                   waiting in the sequence's exchanges
     optimizer_s data_wait_s
     other_s                  the rest: read-out and loss, gradients' exchange, waiting for slower
-                             ranks at the loss, what enters no part of parallel/clock.py
+                             ranks at the loss, the backward of modules too small for tiles
 Validation rows: step, split, loss, tokens, step_s (of the evaluation), equivariance_error, and
 where tokens have targets of their own by_depth: eighths of the longest sequence with the loss of
 the targets from token `from` up to `to`, and its standard_error over sequences.

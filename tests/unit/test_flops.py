@@ -16,6 +16,7 @@ N = 24
     ("name", "options"),
     [
         ("se3_hyena", {"channels": 5, "gate_hidden": 3, "hidden": 6}),
+        ("se3_hyena", {"channels": 3, "salience": True}),
         ("se3_hyena_paper", {"gate_hidden": 2, "hidden": 7}),
         ("se3_hyena_paper", {"hidden": 4, "final": True}),
     ],
