@@ -7,7 +7,7 @@ from statistics import median
 
 from tqdm import tqdm
 
-from scaling.observe.metrics import Row, of_split
+from scaling.observe.metrics import SPLIT, Row, of_split
 from scaling.observe.sinks import tensorboard_command
 
 
@@ -68,12 +68,15 @@ class Summary:
     peak_bytes: int | None
     """Of the rank that needed most."""
     equivariance_error: float | None
+    split: dict[str, float] = field(default_factory=dict)
+    """Shares of the training rows' time, by part."""
     baselines: dict[str, float] = field(default_factory=dict)
     """Validation loss of trivial answers."""
     status: str = "finished"
 
     def lines(self) -> list[str]:
         """For people."""
+        time = ", ".join(f"{part} {share:.0%}" for part, share in self.split.items())
         baselines = "; ".join(f"{name} {value:.4f}" for name, value in self.baselines.items())
         lines = [
             f"{self.folder}: {self.status} at step {self.steps}",
@@ -81,6 +84,7 @@ class Summary:
             f"  validation loss     {_number(self.validation_loss, '.4f')}  ({baselines})",
             f"  equivariance error  {_number(self.equivariance_error, '.1e')}",
             f"  tokens/s            {_number(self.tokens_per_s, ',.0f')}",
+            f"  time                {time or '-'}",
             f"  peak memory         {_number(self.peak_bytes, ',.0f', 2**20)} MiB a rank",
             f"  {tensorboard_command(self.folder / 'tensorboard')}",
         ]
@@ -103,9 +107,17 @@ def summarise(
         tokens_per_s=median(speeds) if speeds else None,
         peak_bytes=max((row["peak_bytes"] for row in train), default=None),
         equivariance_error=last.get("equivariance_error"),
+        split=_split(train[1:] or train),
         baselines=baselines,
         status=status,
     )
+
+
+def _split(rows: list[Row]) -> dict[str, float]:
+    """Rows of earlier versions lack parts."""
+    seconds = {name: sum(row.get(name, 0.0) for row in rows) for name in SPLIT}
+    whole = sum(seconds.values())
+    return {name.removesuffix("_s"): x / whole for name, x in seconds.items() if x}
 
 
 def _figures(row: Row) -> str:

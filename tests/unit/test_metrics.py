@@ -160,7 +160,8 @@ def test_peak_memory_is_seen_and_forgotten():
 
 
 def test_plain_lines_and_summary_say_what_matters(tmp_path, capsys):
-    rows = [train_row(step, peak_bytes=step << 20) for step in range(1, 21)]
+    parts = {"projection_s": 0.06, "other_s": 0.02, "comm_s": 0.0}
+    rows = [train_row(step, peak_bytes=step << 20, **parts) for step in range(1, 21)]
     rows += [
         {"step": 20, "split": "validation", "loss": 0.25, "tokens": 5, "equivariance_error": 3e-6}
     ]
@@ -176,6 +177,7 @@ def test_plain_lines_and_summary_say_what_matters(tmp_path, capsys):
     assert summary.train_loss == pytest.approx((1 / 19 + 1 / 20) / 2)
     assert summary.tokens_per_s == 1100  # median of all rows but the first
     assert "0.2500  (identity 1.0000)" in text and "20 MiB" in text
+    assert " projection 75%, other 25%" in text
     assert text.endswith(f"tensorboard --logdir {tmp_path / 'tensorboard'}")
     assert "-" in "\n".join(summarise(tmp_path, [], {}, 0, "interrupted").lines())
 
