@@ -47,7 +47,8 @@ def main(arguments: list[str]) -> None:
     folder = Path(config.benches) / config.name
     _prepare(folder, config)
     rows: list[dict[str, Any]] = []
-    parts = bench.parts(_case(config))
+    case = _case(config)
+    parts = bench.parts(case)
     for number, part in enumerate(parts, 1):
         print(f"part {number}/{len(parts)}: {part.title} ...", flush=True)
         status, found = measure(
@@ -64,14 +65,16 @@ def main(arguments: list[str]) -> None:
                 f"{part.title} failed: {status}; its ranks said: {folder / part.title}/log.txt"
             )
         rows += found
-    more, remarks = bench.conclude(rows)
-    text = "\n\n".join(filter(None, [table(summarise([*rows, *more], bench.goals)), remarks]))
+    concluded, remarks = bench.conclude(case, rows)
+    text = "\n\n".join(filter(None, [table(summarise(concluded, bench.goals)), remarks]))
     command = " ".join(["python -m launch bench", *overrides])
     _write(folder, rows, f"`{command}`\n\n{text}\n")
     print("", text, "", f"numbers   {folder / 'rows.csv'}", sep="\n")
     print(f"table     {folder / 'summary.md'}")
-    if bench.draw is not None:
-        bench.draw(rows, folder / "figure.png")
+    if bench.figure:
+        from scaling.curves.plots import plot_rows
+
+        plot_rows(rows, folder / "figure.png", bench.figure)
         print(f"figure    {folder / 'figure.png'}")
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ def row(
     case: str,
     sp: int,
     length: int,
-    value: float,
+    value: int | float,
     unit: str = "s",
     ratio: float | None = None,
     channels: int | None = None,
@@ -40,8 +39,8 @@ class Part:
     """The bench's case, narrowed to this part."""
 
 
-def _nothing_more(rows: list[Row]) -> tuple[list[Row], str]:
-    return [], ""
+def _as_they_are(_case: Any, rows: list[Row]) -> tuple[list[Row], str]:
+    return rows, ""
 
 
 @dataclass(frozen=True)
@@ -56,10 +55,10 @@ class Bench:
     """Measures a part's case; every rank calls it and gets the same."""
     goals: Mapping[str, tuple[str, float]] = field(default_factory=dict)
     """Case -> how its mean should compare (">=" or "<=", number); see `summarise`."""
-    conclude: Callable[[list[Row]], tuple[list[Row], str]] = _nothing_more
-    """Rows that follow from those of all parts, and remarks under the table (Markdown)."""
-    draw: Callable[[list[Row], Path], None] | None = None
-    """Draws all rows as a PNG."""
+    conclude: Callable[[Any, list[Row]], tuple[list[Row], str]] = _as_they_are
+    """The rows of the table, from the case and the rows of all parts; remarks under it."""
+    figure: str = ""
+    """Title of a figure of all rows, values over N; empty: none."""
 
 
 def summarise(rows: list[Row], goals: Mapping[str, tuple[str, float]]) -> list[Row]:

@@ -247,9 +247,9 @@ def _parts(case: LongConvCase) -> list[Part]:
     return [Part(f"sp{sp}", sp, replace(case, sp=[sp])) for sp in sorted(case.sp)]
 
 
-def _conclude(rows: list[Row]) -> tuple[list[Row], str]:
+def _conclude(_case: LongConvCase, rows: list[Row]) -> tuple[list[Row], str]:
     fit = memory_fit(rows)
-    return [fit], (
+    return [*(row for row in rows if row["case"] != "memory"), fit], (
         f"Peak memory of a rank: {fit['base'] / 1e6:,.0f} MB + {fit['per_token']:,.0f}"
         " bytes a local token (vector convolution of one channel, forward and backward)."
     )

@@ -175,7 +175,7 @@ def _parts(case: MachineCase) -> list[Part]:
     return [*peaks, exchange, Part("step", 1, replace(case, measured="step"))]
 
 
-def _conclude(rows: list[Row]) -> tuple[list[Row], str]:
+def _conclude(_case: MachineCase, rows: list[Row]) -> tuple[list[Row], str]:
     """What share of a step its parts take, and of a part the least time of its work."""
     found = {(row["case"], row["length"]): row["value"] for row in rows}
     measured = [
@@ -194,7 +194,7 @@ def _conclude(rows: list[Row]) -> tuple[list[Row], str]:
             least = found[f"{name}: {work}", length] / peaks[peak]
             title = f"{name}: {work} at the peak of {peak} / {part}"
             more.append(row(title, 1, length, least, "s", least / times[part]))
-    return more, REMARK
+    return [*rows, *more], REMARK
 
 
 def _peaks_of_one_thread(rows: list[Row], length: int) -> dict[str, float]:

@@ -1,10 +1,12 @@
 """The benches by name."""
 
-from scaling.bench import long_conv, machine, train_step
+from scaling.bench import attention, long_conv, machine, scaling, train_step
 from scaling.bench.family import Bench
 
 BENCHES: dict[str, Bench] = {
+    "attention": attention.BENCH,
     "long_conv": long_conv.BENCH,
     "machine": machine.BENCH,
+    "scaling": scaling.BENCH,
     "train_step": train_step.BENCH,
 }

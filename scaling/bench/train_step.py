@@ -186,16 +186,16 @@ def _parts(case: TrainStepCase) -> list[Part]:
     return parts
 
 
-def _conclude(rows: list[Row]) -> tuple[list[Row], str]:
+def _conclude(_case: TrainStepCase, rows: list[Row]) -> tuple[list[Row], str]:
     """How much more memory the straightforward step takes."""
-    found = []
-    for ours in rows:
-        if ours["case"].endswith(": memory, ours"):
-            name, length = ours["case"].partition(":")[0], ours["length"]
-            rival = f"{name}: memory, straightforward"
-            (theirs,) = (r for r in rows if (r["case"], r["length"]) == (rival, length))
-            title, value = f"{name}: memory, straightforward / ours", ours["value"]
-            found.append(row(title, 1, length, value, "B", theirs["value"] / value))
+    found = [r for r in rows if r["ratio"] is not None]
+    for name, length in dict.fromkeys((r["case"].partition(":")[0], r["length"]) for r in rows):
+        ours, theirs = (
+            next(r for r in rows if (r["case"], r["length"]) == (f"{name}: memory, {side}", length))
+            for side in SIDES
+        )
+        title = f"{name}: memory, straightforward / ours"
+        found.append(row(title, 1, length, ours["value"], "B", theirs["value"] / ours["value"]))
     return found, "Memory is the peak of a whole process over two steps."
 
 

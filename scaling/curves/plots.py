@@ -25,9 +25,12 @@ def plot_sweep(rows: Sequence[Row], path: Path, title: str) -> None:
     figure = Figure(figsize=(13, 4.4), layout="constrained")
     figure.suptitle(title)
     speed, memory, traffic = figure.subplots(1, 3)
-    _lines(speed, measured, "speed", "tokens/s, all ranks", lambda row: row["tokens_per_s"])
-    _lines(memory, measured, "peak memory per rank", "MB", lambda row: row["peak_bytes"] / 1e6)
-    _lines(traffic, measured, "sent per rank and step", "MB", lambda row: row["comm_bytes"] / 1e6)
+    for axes, what, unit, value in (
+        (speed, "speed", "tokens/s, all ranks", lambda row: row["tokens_per_s"]),
+        (memory, "peak memory per rank", "MB", lambda row: row["peak_bytes"] / 1e6),
+        (traffic, "sent per rank and step", "MB", lambda row: row["comm_bytes"] / 1e6),
+    ):
+        _lines(axes, _by_ranks(measured, value), what, unit)
     if measured:
         # A flat line is flat: no magnified noise.
         bottom, top = speed.get_ylim()
@@ -44,16 +47,45 @@ def plot_sweep(rows: Sequence[Row], path: Path, title: str) -> None:
     figure.savefig(path, dpi=150)
 
 
+def plot_rows(rows: Sequence[Row], path: Path, title: str) -> None:
+    """Seconds and memory of a bench's rows over N, one line per case, as PNG.
+
+    Cases are named "line: what it is", units are "s" and "B".
+    """
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    figure.suptitle(title)
+    panels = {"s": ("time", "s", 1.0), "B": ("peak memory of the process", "MB", 1e-6)}
+    for axes, (unit, (what, shown, scale)) in zip(
+        figure.subplots(1, 2), panels.items(), strict=True
+    ):
+        lines: dict[str, list[tuple[int, float]]] = {}
+        for row in sorted(rows, key=lambda row: row["length"]):
+            if row["unit"] == unit:
+                point = row["length"], row["value"] * scale
+                lines.setdefault(row["case"].partition(":")[0], []).append(point)
+        _lines(axes, lines, what, shown)
+    figure.savefig(path, dpi=150)
+
+
+def _by_ranks(
+    rows: Sequence[Row], value: Callable[[Row], float]
+) -> dict[str, list[tuple[int, float]]]:
+    """One line per sp."""
+    lines = {}
+    for sp in sorted({row["sp"] for row in rows}):
+        points = [(row["length"], value(row)) for row in rows if row["sp"] == sp]
+        lines[f"sp = {sp}" if any(y > 0 for _, y in points) else f"sp = {sp}: nothing"] = points
+    return lines
+
+
 def _lines(
-    axes: Axes, rows: Sequence[Row], title: str, unit: str, value: Callable[[Row], float]
+    axes: Axes, lines: Mapping[str, Sequence[tuple[int, float]]], title: str, unit: str
 ) -> None:
-    """One line per sp over N, both axes logarithmic; what is zero everywhere is said in words."""
+    """Points (N, y) of each label, both axes logarithmic; what is zero is left out."""
     axes.set(title=title, xlabel="sequence length N, tokens", ylabel=unit)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    for number, sp in enumerate(sorted({row["sp"] for row in rows})):
-        points = [(row["length"], value(row)) for row in rows if row["sp"] == sp]
-        label = f"sp = {sp}" if any(y > 0 for _, y in points) else f"sp = {sp}: nothing"
+    for number, (label, points) in enumerate(lines.items()):
         axes.plot(
             [x for x, _ in points],
             [y if y > 0 else math.nan for _, y in points],
@@ -61,7 +93,7 @@ def _lines(
             marker=MARKERS[number % len(MARKERS)],
             label=label,
         )
-    lengths = sorted({float(row["length"]) for row in rows})
+    lengths = sorted({float(x) for points in lines.values() for x, _ in points})
     axes.xaxis.set_major_locator(FixedLocator(lengths))
     axes.xaxis.set_major_formatter(FuncFormatter(_power_of_two))
     axes.xaxis.set_minor_formatter(NullFormatter())

@@ -1,0 +1,168 @@
+"""The benches behind `python -m launch bench bench=<name>`, each run small, in this process."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_pipeline.batch import GeometricBatch
+from data_pipeline.errors import ConfigError
+from launch import bench
+from launch.config import compose, config_folder
+from scaling.algebra import clifford
+from scaling.bench.attention import BLOCKED, CONVOLUTION, PLAIN, SIDES, AttentionCase, crossover
+from scaling.bench.family import row
+from scaling.bench.naive import straightforward
+from scaling.bench.registry import BENCHES
+from scaling.bench.scaling import CROWDED, ScalingCase
+from scaling.models import build
+from scaling.ops import long_conv
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """Runs a bench without starting processes; its rows by (case, length), and its summary."""
+
+    def measure(_measurement, case, place, ranks, **_settings):
+        assert ranks == 1
+        place.mkdir()
+        found = BENCHES[case.pop("name")]
+        return "ok", found.rows(found.case(**case), None, torch.device("cpu"))
+
+    def run(name: str, *overrides: str) -> tuple[dict[tuple[str, int], float], str]:
+        monkeypatch.setattr(bench, "measure", measure)
+        bench.main([f"bench={name}", f"benches={tmp_path}", *overrides])
+        folder: Path = tmp_path / name
+        with (folder / "rows.csv").open(newline="") as file:
+            rows = {(r["case"], int(r["length"])): float(r["value"]) for r in csv.DictReader(file)}
+        return rows, (folder / "summary.md").read_text()
+
+    return run
+
+
+def test_every_configuration_is_that_of_a_bench():
+    names = sorted(file.stem for file in (config_folder() / "bench").glob("*.yaml"))
+    assert names == sorted(BENCHES)
+    for name in names:
+        config = compose("bench", [f"bench={name}"], bench.BenchConfig)
+        assert config.name == config.bench["name"] == name
+        assert BENCHES[name].parts(bench._case(config))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("bench.long=1", "unknown key bench.long for bench=attention, did you mean"),
+        ("bench.lengths=[0]", r"bench.lengths=\[0\]: must be a list of positive numbers"),
+        ("bench.memory_bytes=0", "bench.memory_bytes=0: must be positive"),
+        ("bench.channels=many", "bench.channels='many': must be a valid integer"),
+    ],
+)
+def test_options_are_those_of_the_case(override, message):
+    with pytest.raises(ConfigError, match=message):
+        bench.main(["bench=attention", override])
+
+
+@pytest.mark.parametrize("name", ["se3_hyena", "se3_hyena_paper"])
+def test_the_straightforward_step_computes_the_same(name):
+    """Outputs and every gradient, where our products and convolutions are not to be found."""
+    torch.manual_seed(0)
+    model = build(name, vectors=1, scalars=3, hidden=4, gate_hidden=3, operators=2).double()
+    batch = GeometricBatch(
+        torch.randn(2, 3, 20, dtype=torch.float64),
+        torch.randn(2, 1, 3, 20, dtype=torch.float64),
+        torch.randn(2, 3, 20, dtype=torch.float64),
+        torch.arange(20).expand(2, -1).contiguous(),
+    )
+
+    def outputs_and_gradients() -> list[torch.Tensor]:
+        out = model(batch)
+        parts = [out.points, out.vectors, out.scalars]
+        loss = torch.cat([part.flatten() for part in parts]).sin().sum()
+        return [*parts, *torch.autograd.grad(loss, list(model.parameters()))]
+
+    ours = outputs_and_gradients()
+    with straightforward(), pytest.MonkeyPatch.context() as patch:
+        patch.delattr(clifford.GeometricProduct, "forward")
+        patch.delattr(long_conv, "_convolve")
+        theirs = outputs_and_gradients()
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a - b).norm() <= 1e-10 * b.norm().clamp(min=1e-3)
+
+
+def test_train_step_compares_time_and_memory(small):
+    sizes = [
+        f"bench.models.{name}.{size}"
+        for name in ("paper", "default")
+        for size in ("hidden=2", "operators=1")
+    ]
+    rows, summary = small("train_step", "bench.lengths=[32]", "bench.seconds=0.01", *sizes)
+    for name in ("paper", "default"):
+        assert rows[f"{name}: speed-up over the straightforward step", 32] > 0
+        assert rows[f"{name}: memory, ours", 32] > 1e7
+        assert f"| {name}: memory, straightforward / ours | 1 | " in summary
+        assert f"| {name}: speed-up over the straightforward step | 1 | " in summary
+    assert summary.count("| >= 3 |") == 2
+
+
+def test_scaling_derives_speed_up_efficiency_and_share():
+    case = ScalingCase({}, [1024], [2], 256, [2, 4], rounds=3)
+    parts = BENCHES["scaling"].parts(case)
+    points = [(1024, 1), (1024, 2), (256, 1), (512, 2), (1024, 4)]
+    assert [(part.case.length, part.ranks) for part in parts] == 3 * points
+    rows = []
+    for (n, sp), seconds in zip(points, (8.0, 5.0, 2.0, 2.5, 4.0), strict=True):
+        mark = CROWDED if sp == 4 else ""
+        for noise in (0.9, 1.0, 30.0):  # the median is what counts
+            rows.append(row(f"step{mark}", sp, n, seconds * noise))
+            rows.append(row(f"exposed communication{mark}", sp, n, 0.5 * noise * (sp > 1)))
+    found, _ = BENCHES["scaling"].conclude(case, rows)
+    assert {(r["case"], r["sp"], r["length"]): pytest.approx(r["ratio"]) for r in found} == {
+        ("strong: 2 ranks, speed-up over one", 2, 1024): 1.6,
+        ("weak: efficiency", 2, 512): 0.8,
+        ("weak: efficiency, log-corrected", 2, 512): 0.8 * 9 / 8,
+        (f"weak: efficiency{CROWDED}", 4, 1024): 0.5,
+        (f"weak: efficiency, log-corrected{CROWDED}", 4, 1024): 0.5 * 10 / 8,
+        ("exposed communication / step", 2, 1024): 0.1,
+        ("exposed communication / step", 2, 512): 0.2,
+        (f"exposed communication / step{CROWDED}", 4, 1024): 0.125,
+    }
+
+
+def test_scaling_measures_a_point():
+    model = {"name": "se3_hyena", "channels": 2, "hidden": 2, "operators": 1}
+    case = ScalingCase(model, [64], [2], 64, [2], steps=1, length=64)
+    step, waiting = BENCHES["scaling"].rows(case, None, torch.device("cpu"))
+    assert (step["sp"], step["length"]) == (1, 64) and step["value"] > 0
+    assert waiting["value"] == 0
+
+
+def test_attention_runs_beside_the_convolution_until_it_does_not_fit(small, tmp_path):
+    tiny = ("bench.lengths=[16,64]", "bench.seconds=0.01")
+    rows, summary = small("attention", *tiny)
+    for n in (16, 64):
+        assert rows[f"{CONVOLUTION}: time", n] > 0
+        for side in (PLAIN, BLOCKED):
+            assert rows[f"{side}: time / {CONVOLUTION}", n] > 0
+        assert all(rows[f"{side}: memory", n] > 1e7 for side in SIDES)
+    assert f"- {PLAIN.capitalize()}: " in summary
+    assert (tmp_path / "attention" / "figure.png").stat().st_size > 20_000
+
+
+def test_attention_stops_before_what_is_too_much():
+    """The plain form's memory is foreseen from a shorter sequence, and then not tried."""
+    case = AttentionCase([256, 1 << 20], sides=[PLAIN], longest_s=1e9)
+    fits, stops = BENCHES["attention"].rows(case, None, torch.device("cpu"))
+    assert (fits["case"], fits["length"]) == (f"{PLAIN}: memory", 256)
+    assert (stops["case"], stops["unit"]) == (f"{PLAIN}: would take", "GiB")
+    assert stops["value"] * 2**30 > 1 << 40  # at least a float for each pair of tokens
+    case = AttentionCase([256, 1 << 20], sides=[BLOCKED], memory_bytes=1 << 60)
+    *_, stops = BENCHES["attention"].rows(case, None, torch.device("cpu"))
+    assert (stops["length"], stops["unit"]) == (1 << 20, "seconds")
+
+
+def test_crossovers_lie_between_the_points():
+    assert crossover({10: 0.5, 1000: 50.0, 20: 2.0}) == pytest.approx(10 * 2**0.5)
+    assert crossover({1: 0.5, 2: 0.9}) is None
+    assert crossover({1: 1.0, 2: 4.0}) == 0
