@@ -18,8 +18,11 @@ from scaling.parallel.collectives import Group
 
 Side = Literal["long convolution", "plain attention", "attention in blocks"]
 CONVOLUTION, PLAIN, BLOCKED = SIDES = get_args(Side)
+NUMBERS = {CONVOLUTION: (52, 0), PLAIN: (0, 18), BLOCKED: (30, 0)}
+"""What forward and backward hold: numbers a token, and a pair of tokens, of a channel (measured).
+Up to half as much again on a CPU where tensors are small, whose memory is not given back at once."""
 PROBE = 1024
-"""The longest N that is tried without knowing what a shorter one takes, tokens."""
+"""The longest N whose time is not foreseen from a shorter one's, tokens."""
 
 
 @dataclass
@@ -28,7 +31,7 @@ class AttentionCase:
     Args:
         lengths: N, tokens.
         channels: vector channels.
-        memory_bytes: a side stops before the N at which its process would take more.
+        memory_bytes: a side stops before the N at which it would hold more.
         longest_s: and before the N at which forward and backward would take longer, s.
         seconds: of every comparison, of three rounds at least.
         sides: those that one process measures; the bench's parts choose them.
@@ -52,43 +55,44 @@ class AttentionCase:
 
 
 class _Contestant:
-    """One side, and what it took last."""
+    """One side."""
 
-    def __init__(self, side: Side, channels: int, device: torch.device) -> None:
-        self.side, self.channels, self.device = side, channels, device
-        self.powers = {CONVOLUTION: (1, 1), PLAIN: (2, 2), BLOCKED: (2, 1)}[side]
-        """Of N, to which time and memory grow."""
-        self.length, self.taken_s, self.base, self.peak = 0, 0.0, 0, 0
+    def __init__(self, side: Side, case: AttentionCase, device: torch.device) -> None:
+        self.side, self.case, self.device = side, case, device
+        self.length, self.taken_s = 0, 0.0
+        """Of the last run."""
 
     def step(self, length: int) -> Callable[[], None]:
         """Forward and backward."""
-        q, k, v, g = torch.randn(4, self.channels, 3, length, device=self.device)
+        q, k, v, g = torch.randn(4, self.case.channels, 3, length, device=self.device)
         if self.side == CONVOLUTION:
             return trainer(vector_long_conv, [q, k], [g])
         block = None if self.side == PLAIN else BLOCK
         return trainer(partial(vector_attention, block=block), [q, k, v], [g])
 
     def run(self, length: int) -> None:
-        step = self.step(length)
-        self.length, self.base = length, reset_peak(self.device)
+        step, self.length = self.step(length), length
         began = now(self.device)
         step()
-        self.taken_s, self.peak = now(self.device) - began, peak_bytes(self.device)
+        self.taken_s = now(self.device) - began
 
-    def excess(self, length: int, case: AttentionCase) -> tuple[float, str] | None:
+    def excess(self, length: int) -> tuple[float, str] | None:
         """What a run at that length would take, where that is more than it may."""
-        if not self.length:
-            self.run(min(length, PROBE))  # also the first call of all, which takes longer
-        time, memory = ((length / self.length) ** power for power in self.powers)
-        held = self.base + memory * (self.peak - self.base)
-        if held > case.memory_bytes:
+        tokens, pairs = NUMBERS[self.side]
+        held = 4 * self.case.channels * (tokens * length + pairs * length**2)
+        if held > self.case.memory_bytes:
             return held / 2**30, "GiB"
-        return (time * self.taken_s, "seconds") if time * self.taken_s > case.longest_s else None
+        if self.length < min(length, PROBE):
+            self.run(min(length, PROBE))  # also the first call of all, which takes longer
+            self.run(self.length)
+        growth = length / self.length
+        seconds = self.taken_s * (growth if self.side == CONVOLUTION else growth**2)
+        return (seconds, "seconds") if seconds > self.case.longest_s else None
 
 
 def attention_rows(case: AttentionCase, group: Group, device: torch.device) -> list[Row]:
     """Peak memory of one side in a process of its own, or the times of several in turn."""
-    running = [_Contestant(side, case.channels, device) for side in case.sides]
+    running = [_Contestant(side, case, device) for side in case.sides]
     measure = _memory if len(running) == 1 else partial(_times, group=group)
     return [
         row(title, 1, length, value, unit, ratio, case.channels)
@@ -99,22 +103,23 @@ def attention_rows(case: AttentionCase, group: Group, device: torch.device) -> l
 _Found = Iterator[tuple[str, int, float, str, float | None]]
 
 
-def _memory(case: AttentionCase, running: list[_Contestant], _device: torch.device) -> _Found:
+def _memory(case: AttentionCase, running: list[_Contestant], device: torch.device) -> _Found:
     """Short N first, because the system does not get back all that was freed."""
     (one,) = running
     for length in sorted(case.lengths):
-        if excess := one.excess(length, case):
+        if excess := one.excess(length):
             yield f"{one.side}: would take", length, *excess, None
             return
+        reset_peak(device)
         one.run(length)
-        yield f"{one.side}: memory", length, one.peak, "B", None
+        yield f"{one.side}: memory", length, peak_bytes(device), "B", None
 
 
 def _times(
     case: AttentionCase, running: list[_Contestant], device: torch.device, group: Group
 ) -> _Found:
     for length in sorted(case.lengths):
-        running = [one for one in running if one.excess(length, case) is None]
+        running = [one for one in running if one.excess(length) is None]
         if CONVOLUTION not in [one.side for one in running]:
             return
         for one in running:

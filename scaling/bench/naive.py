@@ -8,7 +8,7 @@ autograd wants is kept.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor
 from scaling.algebra import clifford
 from scaling.bench.rivals import CROSS, GEOMETRIC, expanded_conv
 from scaling.models import se3_hyena, se3_hyena_paper
+from scaling.ops.tiles import Tiled
 
 GRADE = (0, 1, 1, 1, 2, 2, 2, 3)
 """Of the components s, v1 ... v3, b1 ... b3, p."""
@@ -45,6 +46,8 @@ def straightforward() -> Iterator[None]:
     Forward and backward belong inside.
     """
     changes = [
+        (Tiled, "in_tiles", at_once),
+        (Tiled, "again", at_once),
         (clifford.CliffordMLP, "forward", clifford_mlp),
         (se3_hyena, "geometric_long_conv", geometric_conv),
         (se3_hyena_paper, "scalar_long_conv", scalar_conv),
@@ -56,9 +59,14 @@ def straightforward() -> Iterator[None]:
         yield
 
 
-def clifford_mlp(mlp: Any, x: Float[Tensor, "b 8 i n"]) -> Float[Tensor, "b 8 o n"]:
-    rows, _, _, n = x.shape
-    y = x.permute(0, 3, 2, 1).flatten(0, 1)
+def at_once(_module: Tiled, part: Callable[..., Any], *tensors: Tensor) -> Any:
+    return part(*tensors)
+
+
+def clifford_mlp(mlp: Any, x: Float[Tensor, "b d i n"]) -> Float[Tensor, "b 8 o n"]:
+    """All grades, whichever are given and read."""
+    rows, given, _, n = x.shape
+    y = torch.nn.functional.pad(x.permute(0, 3, 2, 1).flatten(0, 1), (0, 8 - given))
     for layer in mlp:
         y = _LAYERS[type(layer)](layer, y)
     return y.unflatten(0, (rows, n)).permute(0, 3, 2, 1)

@@ -3,14 +3,14 @@
 import math
 import os
 import statistics
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from data_pipeline.errors import ConfigError
 from scaling.bench.family import Bench, Part, Row, check_positive, row
-from scaling.bench.train_step import StepCase, measure_step
+from scaling.bench.train_step import StepCase, check_execution, measure_step
 from scaling.parallel.collectives import Group, group_size
 
 CROWDED = ", oversubscribed"
@@ -31,6 +31,7 @@ class ScalingCase:
         scalars: scalar channels of the input.
         rounds: of fresh processes, every point once in each; medians over rounds count.
         steps: timed steps of a process; their median counts.
+        execution: how the model runs: fields of `Execution`.
         length: of the point that a process measures; the bench's parts choose it.
     """
 
@@ -43,6 +44,7 @@ class ScalingCase:
     scalars: int = 4
     rounds: int = 3
     steps: int = 3
+    execution: dict[str, Any] = field(default_factory=dict)
     length: int = 0
 
     def __post_init__(self) -> None:
@@ -54,6 +56,7 @@ class ScalingCase:
             rounds=self.rounds,
             steps=self.steps,
         )
+        check_execution(self.execution)
         if self.weak_tokens == 1:
             raise ConfigError("bench.weak_tokens=1: must be at least 2, an FFT of 1 is no work")
 
@@ -69,7 +72,12 @@ def scaling_rows(case: ScalingCase, group: Group, device: torch.device) -> list[
     """Step and exposed communication of one point."""
     cost = measure_step(
         StepCase(
-            case.model, case.length, vectors=case.vectors, scalars=case.scalars, steps=case.steps
+            case.model,
+            case.length,
+            case.execution,
+            vectors=case.vectors,
+            scalars=case.scalars,
+            steps=case.steps,
         ),
         group,
         device,

@@ -3,13 +3,14 @@
 import gc
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from data_pipeline.batch import GeometricBatch
+from data_pipeline.errors import ConfigError
 from scaling.bench.family import Bench, Part, Row, check_positive, row
 from scaling.bench.naive import straightforward
 from scaling.bench.timing import medians, now
@@ -91,6 +92,14 @@ def training_step(case: StepCase, group: Group, device: torch.device) -> Callabl
     return step
 
 
+def check_execution(execution: dict[str, Any]) -> None:
+    """Raises ConfigError for what is no field of `Execution`."""
+    names = [field.name for field in fields(Execution)]
+    for key in execution:
+        if key not in names:
+            raise ConfigError(f"unknown key bench.execution.{key}; it has: {', '.join(names)}")
+
+
 def measure_step(case: StepCase, group: Group, device: torch.device) -> StepCost:
     """The step, repeated; every rank of `group` calls it and gets the same."""
     step = training_step(case, group, device)
@@ -127,6 +136,7 @@ class TrainStepCase:
         vectors: free vector channels of the input, besides the points.
         scalars: scalar channels of the input.
         seconds: of every comparison; at least three rounds.
+        execution: how our side runs: fields of `Execution`.
         sides: those that one process measures; the bench's parts choose them.
     """
 
@@ -135,10 +145,12 @@ class TrainStepCase:
     vectors: int = 0
     scalars: int = 16
     seconds: float = 10.0
+    execution: dict[str, Any] = field(default_factory=dict)
     sides: Sequence[Side] = SIDES
 
     def __post_init__(self) -> None:
         check_positive(lengths=self.lengths, seconds=self.seconds)
+        check_execution(self.execution)
 
 
 def train_step_rows(case: TrainStepCase, group: Group, device: torch.device) -> list[Row]:
@@ -146,7 +158,7 @@ def train_step_rows(case: TrainStepCase, group: Group, device: torch.device) -> 
     rows = []
     for name, model in case.models.items():
         for length in sorted(case.lengths):
-            step_case = StepCase(model, length, vectors=case.vectors, scalars=case.scalars)
+            step_case = StepCase(model, length, case.execution, 1, case.vectors, case.scalars)
             steps = {}
             for side in case.sides:
                 step = training_step(step_case, group, device)

@@ -16,8 +16,10 @@ from scaling.bench.family import row
 from scaling.bench.naive import straightforward
 from scaling.bench.registry import BENCHES
 from scaling.bench.scaling import CROWDED, ScalingCase
+from scaling.execution import Execution
 from scaling.models import build
-from scaling.ops import long_conv
+from scaling.observe.memory import reset_peak
+from scaling.ops import long_conv, tiles
 
 
 @pytest.fixture
@@ -55,25 +57,28 @@ def test_every_configuration_is_that_of_a_bench():
     [
         ("bench.long=1", "unknown key bench.long for bench=attention, did you mean"),
         ("bench.lengths=[0]", r"bench.lengths=\[0\]: must be a list of positive numbers"),
+        ("bench=scaling +bench.execution.tiles=1", "unknown key bench.execution.tiles; it"),
+        ("bench=scaling bench.weak_tokens=1", "bench.weak_tokens=1: must be at least 2"),
         ("bench.memory_bytes=0", "bench.memory_bytes=0: must be positive"),
         ("bench.channels=many", "bench.channels='many': must be a valid integer"),
     ],
 )
 def test_options_are_those_of_the_case(override, message):
     with pytest.raises(ConfigError, match=message):
-        bench.main(["bench=attention", override])
+        bench.main(["bench=attention", *override.split()])
 
 
 @pytest.mark.parametrize("name", ["se3_hyena", "se3_hyena_paper"])
 def test_the_straightforward_step_computes_the_same(name):
-    """Outputs and every gradient, where our products and convolutions are not to be found."""
+    """Outputs and every gradient, where our products, convolutions and tiles are not found."""
     torch.manual_seed(0)
+    n = 100  # tiles are cut of more than 64 tokens
     model = build(name, vectors=1, scalars=3, hidden=4, gate_hidden=3, operators=2).double()
     batch = GeometricBatch(
-        torch.randn(2, 3, 20, dtype=torch.float64),
-        torch.randn(2, 1, 3, 20, dtype=torch.float64),
-        torch.randn(2, 3, 20, dtype=torch.float64),
-        torch.arange(20).expand(2, -1).contiguous(),
+        torch.randn(2, 3, n, dtype=torch.float64),
+        torch.randn(2, 1, 3, n, dtype=torch.float64),
+        torch.randn(2, 3, n, dtype=torch.float64),
+        torch.arange(n).expand(2, -1).contiguous(),
     )
 
     def outputs_and_gradients() -> list[torch.Tensor]:
@@ -82,10 +87,12 @@ def test_the_straightforward_step_computes_the_same(name):
         loss = torch.cat([part.flatten() for part in parts]).sin().sum()
         return [*parts, *torch.autograd.grad(loss, list(model.parameters()))]
 
+    tiles.use(model, Execution(tile_bytes=1 << 14, recompute_operators=True))
     ours = outputs_and_gradients()
     with straightforward(), pytest.MonkeyPatch.context() as patch:
         patch.delattr(clifford.GeometricProduct, "forward")
         patch.delattr(long_conv, "_convolve")
+        patch.delattr(tiles, "_again")
         theirs = outputs_and_gradients()
     for a, b in zip(ours, theirs, strict=True):
         assert (a - b).norm() <= 1e-10 * b.norm().clamp(min=1e-3)
@@ -151,15 +158,21 @@ def test_attention_runs_beside_the_convolution_until_it_does_not_fit(small, tmp_
 
 
 def test_attention_stops_before_what_is_too_much():
-    """The plain form's memory is foreseen from a shorter sequence, and then not tried."""
-    case = AttentionCase([256, 1 << 20], sides=[PLAIN], longest_s=1e9)
-    fits, stops = BENCHES["attention"].rows(case, None, torch.device("cpu"))
-    assert (fits["case"], fits["length"]) == (f"{PLAIN}: memory", 256)
-    assert (stops["case"], stops["unit"]) == (f"{PLAIN}: would take", "GiB")
-    assert stops["value"] * 2**30 > 1 << 40  # at least a float for each pair of tokens
-    case = AttentionCase([256, 1 << 20], sides=[BLOCKED], memory_bytes=1 << 60)
-    *_, stops = BENCHES["attention"].rows(case, None, torch.device("cpu"))
-    assert (stops["length"], stops["unit"]) == (1 << 20, "seconds")
+    """Memory and time are foreseen, and not tried."""
+    for side, unit in ((PLAIN, "GiB"), (BLOCKED, "seconds")):
+        case = AttentionCase([256, 1 << 20], sides=[side])
+        fits, stops = BENCHES["attention"].rows(case, None, torch.device("cpu"))
+        assert (fits["case"], fits["length"]) == (f"{side}: memory", 256)
+        assert (stops["case"], stops["length"]) == (f"{side}: would take", 1 << 20)
+        assert stops["unit"] == unit and stops["value"] > (case.longest_s if side == BLOCKED else 4)
+
+
+def test_memory_is_what_was_foreseen():
+    """18 numbers for each pair of tokens, and half as much again for small tensors."""
+    before = reset_peak(cpu := torch.device("cpu"))
+    case = AttentionCase([1 << 11], sides=[PLAIN])
+    (found,) = BENCHES["attention"].rows(case, None, cpu)
+    assert found["value"] - before < 4 * 18 * 1.6 * 2**22
 
 
 def test_crossovers_lie_between_the_points():
