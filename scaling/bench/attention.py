@@ -19,8 +19,8 @@ from scaling.parallel.collectives import Group
 Side = Literal["long convolution", "plain attention", "attention in blocks"]
 CONVOLUTION, PLAIN, BLOCKED = SIDES = get_args(Side)
 NUMBERS = {CONVOLUTION: (52, 0), PLAIN: (0, 18), BLOCKED: (30, 0)}
-"""What forward and backward hold: numbers a token, and a pair of tokens, of a channel (measured).
-Up to half as much again on a CPU where tensors are small, whose memory is not given back at once."""
+"""What forward and backward hold: numbers a token, and a pair of tokens, of a channel; measured.
+Small tensors' memory is not given back at once on a CPU, and adds up to half as much."""
 PROBE = 1024
 """The longest N whose time is not foreseen from a shorter one's, tokens."""
 
