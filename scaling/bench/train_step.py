@@ -168,6 +168,7 @@ def train_step_rows(case: TrainStepCase, group: Group, device: torch.device) -> 
                 speed_up = times["straightforward"] / times["ours"]
                 title = f"{name}: speed-up over the straightforward step"
                 rows.append(row(title, 1, length, times["ours"], "s", speed_up))
+                rows += [row(f"{name}: step, {side}", 1, length, times[side]) for side in SIDES]
                 continue
             ((side, step),) = steps.items()
             reset_peak(device)
@@ -200,7 +201,7 @@ def _parts(case: TrainStepCase) -> list[Part]:
 
 def _conclude(_case: TrainStepCase, rows: list[Row]) -> tuple[list[Row], str]:
     """How much more memory the straightforward step takes."""
-    found = [r for r in rows if r["ratio"] is not None]
+    found = list(rows)
     for name, length in dict.fromkeys((r["case"].partition(":")[0], r["length"]) for r in rows):
         ours, theirs = (
             next(r for r in rows if (r["case"], r["length"]) == (f"{name}: memory, {side}", length))

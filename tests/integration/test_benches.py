@@ -115,6 +115,7 @@ def test_train_step_compares_time_and_memory(small):
     rows, summary = small("train_step", "bench.lengths=[32]", "bench.seconds=0.01", *sizes)
     for name in ("paper", "default"):
         assert rows[f"{name}: speed-up over the straightforward step", 32] > 0
+        assert rows[f"{name}: step, straightforward", 32] > 0
         assert rows[f"{name}: memory, ours", 32] > 1e7
         assert f"| {name}: memory, straightforward / ours | 1 | " in summary
         assert f"| {name}: speed-up over the straightforward step | 1 | " in summary
