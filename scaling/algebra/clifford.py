@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from scaling.algebra.norms import gate, layer_norm, normalize
 from scaling.algebra.product import GRADES, PATHS, SIZES, geometric_product
 
 Multivector = Float[Tensor, "b d c n"]
@@ -38,21 +39,6 @@ def grade_1(x: Multivector) -> Float[Tensor, "b c 3 n"]:
 def by_component(values: Tensor) -> Tensor:
     """One number a grade -> one a component, along the first axis: (4, ...) -> (8, ...)."""
     return values.repeat_interleave(torch.tensor(GRADES, device=values.device), 0, output_size=8)
-
-
-def grades(x: Multivector) -> int:
-    return 1 + SIZES.index(x.shape[1])
-
-
-def squared_norms(x: Multivector) -> Float[Tensor, "b g c n"]:
-    """Sum of squares of each grade."""
-    parts = x.square().split(GRADES[: grades(x)], 1)
-    return torch.cat([part.sum(1, True) for part in parts], 1)
-
-
-def smooth_sqrt(squared: Tensor) -> Tensor:
-    """sqrt that has a gradient at 0: (q² + 1e-16)^(1/4)."""
-    return (squared.square() + 1e-16).sqrt().sqrt()
 
 
 class MVLinear(nn.Module):
@@ -86,9 +72,7 @@ class MVSiLU(nn.Module):
         self.b = nn.Parameter(torch.zeros(4, channels, 1))
 
     def forward(self, x: Multivector) -> Multivector:
-        invariant = torch.cat([x[:, :1], *squared_norms(x).split(1, 1)[1:]], 1)
-        g = grades(x)
-        return x * by_component_of(torch.sigmoid(self.a[:g] * invariant + self.b[:g]))
+        return gate(x, self.a, self.b)
 
 
 class Normalization(nn.Module):
@@ -99,8 +83,7 @@ class Normalization(nn.Module):
         self.a = nn.Parameter(torch.zeros(4, channels, 1))
 
     def forward(self, x: Multivector) -> Multivector:
-        norm = smooth_sqrt(squared_norms(x))
-        return x / by_component_of(torch.sigmoid(self.a[: grades(x)]) * (norm - 1) + (1 + 1e-6))
+        return normalize(x, torch.sigmoid(self.a))
 
 
 class GeometricProduct(nn.Module):
@@ -132,8 +115,7 @@ class MVLayerNorm(nn.Module):
         self.a = nn.Parameter(torch.ones(channels, 1))
 
     def forward(self, x: Multivector) -> Float[Tensor, "b e c n"]:
-        norms = smooth_sqrt(x.square().sum(1, True))
-        return self.a * x[:, : self.components] / (norms.mean(2, True) + 1e-6)
+        return layer_norm(x, self.a, self.components)
 
 
 class CliffordMLP(nn.Sequential):
@@ -163,14 +145,3 @@ class CliffordMLP(nn.Sequential):
         else:
             modules[-1] = MVLayerNorm(channels_out, grades)
         super().__init__(*modules)
-
-
-def by_component_of(values: Float[Tensor, "b g c n"]) -> Multivector:
-    """One number a grade -> one a component, along the component axis."""
-    return torch.cat(
-        [
-            part.expand(-1, size, -1, -1)
-            for part, size in zip(values.split(1, 1), GRADES, strict=False)
-        ],
-        1,
-    )

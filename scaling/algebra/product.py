@@ -207,12 +207,12 @@ def _signed(weights: Tensor) -> Tensor:
     return weights * weights.new_tensor([sign for *_, sign in _PATHS]).unsqueeze(-1)
 
 
-def tiles(x: Tensor) -> Iterator[tuple[slice, slice, slice, slice]]:
+def tiles(x: Tensor, all_channels: bool = False) -> Iterator[tuple[slice, slice, slice, slice]]:
     """Rows, components, channels and tokens of (b, d, c, n) that a CPU works on at once."""
     b, _, c, n = x.shape
     most = TILE if x.device.type == "cpu" else b * c * n
-    tokens = max(1, min(n, most))
-    channels = max(1, min(c, most // tokens))
+    tokens = max(1, min(n, most // c if all_channels else most))
+    channels = c if all_channels else max(1, min(c, most // tokens))
     rows = max(1, most // (tokens * channels))
     for i, j, k in product(range(0, b, rows), range(0, c, channels), range(0, n, tokens)):
         yield slice(i, i + rows), slice(None), slice(j, j + channels), slice(k, k + tokens)
