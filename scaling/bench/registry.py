@@ -1,10 +1,11 @@
 """The benches by name."""
 
-from scaling.bench import attention, long_conv, machine, scaling, train_step
+from scaling.bench import attention, clifford, long_conv, machine, scaling, train_step
 from scaling.bench.family import Bench
 
 BENCHES: dict[str, Bench] = {
     "attention": attention.BENCH,
+    "clifford": clifford.BENCH,
     "long_conv": long_conv.BENCH,
     "machine": machine.BENCH,
     "scaling": scaling.BENCH,

@@ -31,7 +31,8 @@ from torch import Tensor, nn
 
 from data_pipeline.batch import GeometricBatch
 from data_pipeline.errors import ConfigError
-from scaling.algebra.clifford import CliffordMLP, embed, grade_0, grade_1, smooth_sqrt
+from scaling.algebra.clifford import CliffordMLP, embed, grade_0, grade_1
+from scaling.algebra.norms import smooth_sqrt
 from scaling.algebra.spectra import cross
 from scaling.ops.long_conv import Padding, geometric_long_conv
 from scaling.ops.offload import offloading
