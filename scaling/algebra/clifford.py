@@ -10,13 +10,17 @@ Networks (Ruhe et al., arXiv 2305.11141) and its published layers, with a bias o
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from scaling.algebra.norms import gate, layer_norm, normalize
-from scaling.algebra.product import GRADES, PATHS, SIZES, geometric_product
+from scaling.algebra.product import PATHS, SIZES, geometric_product
+
+_GRADE = (0, 1, 1, 1, 2, 2, 2, 3)
+"""Of each component."""
 
 Multivector = Float[Tensor, "b d c n"]
 
@@ -36,11 +40,6 @@ def grade_1(x: Multivector) -> Float[Tensor, "b c 3 n"]:
     return x[:, 1:4].transpose(1, 2)
 
 
-def by_component(values: Tensor) -> Tensor:
-    """One number a grade -> one a component, along the first axis: (4, ...) -> (8, ...)."""
-    return values.repeat_interleave(torch.tensor(GRADES, device=values.device), 0, output_size=8)
-
-
 class MVLinear(nn.Module):
     """Mixes channels, one matrix a grade: y_n = sum_m W[grade, n, m] x_m; bias on scalars.
 
@@ -57,10 +56,47 @@ class MVLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1, channels_out, 1)) if bias else None
 
     def forward(self, x: Float[Tensor, "b d i n"]) -> Float[Tensor, "b e o n"]:
-        x = x[:, : self.components]
-        d = x.shape[1]
-        y = by_component(self.weight)[:d] @ x
-        return y if self.bias is None else y + nn.functional.pad(self.bias, (0, 0, 0, 0, 0, d - 1))
+        weight, bias, device = self.weight, self.bias, x.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            x, weight = x.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        if not torch.compiler.is_compiling():
+            return _Linear.apply(x, weight, bias, self.components)
+        y = weight[list(_GRADE[: min(x.shape[1], self.components)])] @ x[:, : self.components]
+        return y if bias is None else y + nn.functional.pad(bias, (0, 0, 0, 0, 0, y.shape[1] - 1))
+
+
+class _Linear(torch.autograd.Function):
+    """One matrix product a component, each into its place; the bias is added where it is."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, components: int
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+        y = x.new_empty(x.shape[0], min(x.shape[1], components), weight.shape[1], x.shape[3])
+        matrices = weight.unsqueeze(1).expand(-1, x.shape[0], -1, -1)
+        for part, result, g in zip(x.unbind(1), y.unbind(1), _GRADE, strict=False):
+            torch.bmm(matrices[g], part, out=result)
+        if bias is not None:
+            y[:, 0] += bias
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
+        matrices = weight.mT.unsqueeze(1).expand(-1, x.shape[0], -1, -1)
+        given = grads[0].shape[1]
+        grad_x[:, given:] = 0
+        for m, grad in enumerate(grads[0].unbind(1)):
+            torch.bmm(matrices[_GRADE[m]], grad, out=grad_x[:, m])
+            grad_weight[_GRADE[m]] += torch.bmm(grad, x[:, m].mT).sum(0)
+        grad_bias = grads[0][:, 0].sum((0, 2)).view(1, -1, 1) if ctx.has_bias else None
+        return grad_x, grad_weight, grad_bias, None
 
 
 class MVSiLU(nn.Module):
@@ -98,9 +134,7 @@ class GeometricProduct(nn.Module):
 
     def forward(self, x: Multivector) -> Float[Tensor, "b e c n"]:
         right = self.normalization(self.right(x))
-        product = geometric_product(x, right, self.weights)
-        left = nn.functional.pad(self.left(x), (0, 0, 0, 0, 0, product.shape[1] - x.shape[1]))
-        return (left + product) / math.sqrt(2)
+        return geometric_product(x, right, self.weights, self.left(x), 1 / math.sqrt(2))
 
 
 class MVLayerNorm(nn.Module):

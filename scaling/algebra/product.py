@@ -23,7 +23,7 @@ SIZES = (1, 4, 7, 8)
 """Components of the first 1, 2, 3, 4 grades."""
 PATHS = 20
 """Non-zero products (grade i, grade j) -> grade k."""
-TILE = 1 << 14
+TILE = 1 << 15
 """Numbers of a component that a CPU works on at once."""
 
 _PATHS = (  # left, right and result grade, sign
@@ -53,18 +53,22 @@ def geometric_product(
     x: Float[Tensor, "b d c n"],
     y: Float[Tensor, "b e c n"],
     weights: Float[Tensor, "20 c"] | None = None,
+    first: Float[Tensor, "b g c n"] | None = None,
+    scale: float = 1.0,
 ) -> Float[Tensor, "b f c n"]:
     """Product channel by channel of multivectors' first grades; `weights` scales the 20 paths.
 
     With weights 1: s = s1 s2 + v1·v2 - b1·b2 - p1 p2;  v = s1 v2 + s2 v1 - p1 b2 - p2 b1 - v1×b2
     - b1×v2;  b = s1 b2 + s2 b1 + p1 v2 + p2 v1 + v1×v2 - b1×b2;  p = s1 p2 + p1 s2 + v1·b2 + b1·v2.
     The result has the grades that can differ from 0: scalars and vectors give no trivector.
+
+    first, scale: the result is scale · (first + product); no more grades than the product's.
     """
     if weights is None:
         weights = x.new_ones(PATHS, x.shape[2])
     if torch.compiler.is_compiling():
-        return _formula(x, y, weights)
-    return _WeightedProduct.apply(x, y, weights)
+        return _formula(x, y, weights, first, scale)
+    return _WeightedProduct.apply(x, y, weights, first, scale)
 
 
 def _paths(left: int, right: int) -> list[tuple[int, list[_Term]]]:
@@ -80,10 +84,11 @@ def _result_size(x: Tensor, y: Tensor) -> int:
     return SIZES[min(3, SIZES.index(x.shape[1]) + SIZES.index(y.shape[1]))]
 
 
-def _formula(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+def _formula(x: Tensor, y: Tensor, weights: Tensor, first: Tensor | None, scale: float) -> Tensor:
     """All terms in one expression."""
-    a, b, signed = x.unbind(1), y.unbind(1), _signed(weights).unsqueeze(-1)
-    sums: list[Any] = [0] * _result_size(x, y)
+    a, b, signed = x.unbind(1), y.unbind(1), _signed(weights, scale).unsqueeze(-1)
+    sums: list[Any] = [] if first is None else list((scale * first).unbind(1))
+    sums += [0] * (_result_size(x, y) - len(sums))
     for path, terms in _paths(x.shape[1], y.shape[1]):
         for (i, j, k), sign in terms:
             sums[k] = sums[k] + sign * (signed[path] * a[i] * b[j])
@@ -92,14 +97,19 @@ def _formula(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
 
 class _WeightedProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, weights: Tensor, first: Tensor | None, scale: float
+    ) -> Tensor:
         ctx.save_for_backward(x, y, weights)
+        ctx.given, ctx.scale = 0 if first is None else first.shape[1], scale
         dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), weights.dtype)
         result = x.new_empty(x.shape[0], _result_size(x, y), *x.shape[2:], dtype=dtype)
-        steps = _forward_steps(x.shape[1], y.shape[1])
-        signed = _signed(weights)
+        steps = _forward_steps(x.shape[1], y.shape[1], ctx.given)
+        signed = _signed(weights, scale)
         for tile in tiles(x):
-            operands = [z[tile].unbind(1) for z in (x, y, result)]
+            if first is not None:
+                torch.mul(first[tile], scale, out=result[tile][:, : ctx.given])
+            operands = [z[tile].to(dtype).unbind(1) for z in (x, y, result)]
             weight = signed[:, tile[2]].unsqueeze(-1).unbind(0)
             scratch = result.new_empty(3, *operands[0][0].shape).unbind(0)
             _run(steps, [*operands, weight, scratch])
@@ -107,20 +117,22 @@ class _WeightedProduct(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, y, weights = ctx.saved_tensors
-        grad_x, grad_y = (torch.empty_like(z, dtype=grads[0].dtype) for z in (x, y))
-        grad_weights = torch.zeros_like(weights)
+        dtype = grads[0].dtype
+        grad_x, grad_y = (torch.empty_like(z, dtype=dtype) for z in (x, y))
+        grad_weights = torch.zeros_like(weights, dtype=dtype)
         steps = _backward_steps(x.shape[1], y.shape[1])
-        signed = _signed(weights)
+        signed = _signed(weights, ctx.scale)
         for tile in tiles(x):
-            operands = [z[tile].unbind(1) for z in (x, y, grads[0])]
+            operands = [z[tile].to(dtype).unbind(1) for z in (x, y, grads[0])]
             results = [z[tile].unbind(1) for z in (grad_x, grad_y)]
             sums = grad_weights[:, tile[2]].unbind(0)
             weight = signed[:, tile[2]].unsqueeze(-1).unbind(0)
             scratch = grad_x.new_empty(3, *operands[0][0].shape).unbind(0)
             _run(steps, [*operands, weight, scratch, *results, sums])
-        return grad_x.to(x.dtype), grad_y.to(y.dtype), _signed(grad_weights)
+        grad_first = grads[0][:, : ctx.given] * ctx.scale if ctx.given else None
+        return grad_x, grad_y, _signed(grad_weights, ctx.scale), grad_first, None
 
 
 _X, _Y, _R, _WEIGHT, _SCRATCH, _TO_X, _TO_Y, _TO_WEIGHT = range(8)
@@ -132,13 +144,15 @@ _Step = tuple[_At, _At, _At, int]
 
 def _run(steps: Sequence[_Step], places: Sequence[Sequence[Tensor]]) -> None:
     for (goal, k), (left, i), (right, j), sign in steps:
-        a, b = places[left][i], places[right][j]
+        a, b, result = places[left][i], places[right][j], places[goal][k]
         if goal == _TO_WEIGHT:
-            places[goal][k].add_((a * b).sum((0, 2)))
-        elif sign:
-            places[goal][k].addcmul_(a, b, value=sign)
+            result.add_(torch.linalg.vecdot(a, b).sum(0))
+        elif sign == 0:
+            torch.mul(a, b, out=result)
+        elif sign == 1:
+            result.addcmul_(a, b)
         else:
-            torch.mul(a, b, out=places[goal][k])
+            result.addcmul_(a, b, value=-1)
 
 
 class _Steps:
@@ -157,9 +171,13 @@ class _Steps:
 
 
 @lru_cache
-def _forward_steps(left: int, right: int) -> list[_Step]:
-    """For every path: the smaller operand times the weight, times the other."""
+def _forward_steps(left: int, right: int, given: int) -> list[_Step]:
+    """For every path: the smaller operand times the weight, times the other.
+
+    given: components of the result that are to be added to.
+    """
     steps = _Steps()
+    steps.begun |= {(_R, k) for k in range(given)}
     for path, terms in _paths(left, right):
         components = _components(terms)
         small, other = sorted((_X, _Y), key=lambda role: len(components[role]))
@@ -203,8 +221,8 @@ def _components(terms: list[_Term]) -> list[list[int]]:
     return [sorted({term[role] for term, _ in terms}) for role in (_X, _Y, _R)]
 
 
-def _signed(weights: Tensor) -> Tensor:
-    return weights * weights.new_tensor([sign for *_, sign in _PATHS]).unsqueeze(-1)
+def _signed(weights: Tensor, scale: float) -> Tensor:
+    return weights * weights.new_tensor([sign * scale for *_, sign in _PATHS]).unsqueeze(-1)
 
 
 def tiles(x: Tensor, all_channels: bool = False) -> Iterator[tuple[slice, slice, slice, slice]]:

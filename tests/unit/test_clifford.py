@@ -1,16 +1,26 @@
 """Clifford layers against the algebra's multiplication table and its symmetries."""
 
+from functools import partial
+
 import pytest
 import torch
 
+from scaling.algebra import norms, product
 from scaling.algebra.clifford import (
     PATHS,
     CliffordMLP,
+    GeometricProduct,
+    MVLayerNorm,
+    MVLinear,
+    MVSiLU,
+    Normalization,
     embed,
     geometric_product,
     grade_0,
     grade_1,
 )
+from scaling.bench.clifford import ERROR, SPEED, CliffordCase, clifford_rows
+from scaling.bench.naive import clifford_mlp, dense_product
 
 BLADES = (0b000, 0b001, 0b010, 0b100, 0b110, 0b101, 0b011, 0b111)
 """Basis blades of the components s, v1..v3, b1..b3, p as bit masks of e1, e2, e3."""
@@ -46,10 +56,125 @@ def test_every_path_scales_one_product_of_grades():
         assert len(grades[part.abs().sum((0, 2, 3)) > 0].unique()) == 1
 
 
-def test_product_gradients_pass_gradcheck():
-    x, y = torch.randn(2, 1, 8, 2, 2, dtype=torch.float64, requires_grad=True)
-    weights = torch.randn(PATHS, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(geometric_product, (x, y, weights))
+def normal(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def layers(components: int) -> list:
+    """Every layer with its own backward pass, what it takes, and what it takes unseen."""
+    x = partial(normal, 2, components, 2, 2)
+    first = normal(2, 1, 2, 2)
+    scaled = partial(geometric_product, first=first, scale=0.7)
+    linear = MVLinear(2, 3).double()
+    scalars = MVLinear(2, 3, bias=False, grades=1).double()
+    return [
+        (scaled, (x(), normal(2, 4, 2, 2), normal(PATHS, 2)), [first]),
+        (norms.gate, (x(), normal(4, 2, 1), normal(4, 2, 1)), []),
+        (norms.normalize, (x(), torch.sigmoid(normal(4, 2, 1))), []),
+        (partial(norms.layer_norm, components=components), (x(), normal(2, 1)), []),
+        (partial(norms.layer_norm, components=1), (x(), normal(2, 1)), []),
+        (linear, (x(),), list(linear.parameters())),
+        (scalars, (x(),), list(scalars.parameters())),
+    ]
+
+
+@pytest.mark.parametrize("components", [4, 8])
+def test_gradients_pass_gradcheck_in_tiles(components, monkeypatch):
+    monkeypatch.setattr(product, "TILE", 1)  # every row, channel and token is one
+    for layer, given, further in layers(components):
+
+        def value(*inputs, layer=layer, given=given):
+            return layer(*inputs[: len(given)])
+
+        assert torch.autograd.gradcheck(value, (*given, *further))
+
+
+@pytest.mark.parametrize("components", [1, 4, 7, 8])
+def test_what_a_compiler_is_given_is_the_same(components, monkeypatch):
+    for layer, given, further in layers(components):
+        found = []
+        for compiling in (False, True):
+            monkeypatch.setattr(torch.compiler, "is_compiling", lambda answer=compiling: answer)
+            value = layer(*given)
+            weights = torch.linspace(-1, 2, value.numel()).view_as(value)
+            found.append([value, *torch.autograd.grad((value * weights).sum(), [*given, *further])])
+        for eager, compiled in zip(*found, strict=True):
+            assert torch.allclose(eager, compiled, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("left, right, result", [(1, 4, 4), (4, 1, 4), (4, 4, 7), (7, 4, 8)])
+def test_grades_that_are_absent_are_zero(left, right, result):
+    """In operands, in the product, and in every layer."""
+
+    def whole(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 8 - x.shape[1]))
+
+    def agree(part: torch.Tensor, full: torch.Tensor) -> bool:
+        return torch.allclose(whole(part), full, atol=1e-14)
+
+    x, y, weights = normal(2, left, 3, 5), normal(2, right, 3, 5), normal(PATHS, 3)
+    part = geometric_product(x, y, weights)
+    assert part.shape[1] == result
+    assert agree(part, geometric_product(whole(x), whole(y), weights))
+    for layer in (MVLinear(3, 4), MVSiLU(3), Normalization(3), GeometricProduct(3), MVLayerNorm(3)):
+        assert agree(layer.double()(x), layer(whole(x)))
+    for final in (True, False):
+        torch.manual_seed(0)
+        full = CliffordMLP(3, 4, 2, final=final).double()
+        for grades in (1, 2):
+            mlp = CliffordMLP(3, 4, 2, final=final, grades=grades).double()
+            mlp.load_state_dict(full.state_dict())
+            assert torch.allclose(mlp(x), full(whole(x))[:, : mlp(x).shape[1]], atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+def test_values_and_gradients_are_those_of_the_dense_table(dtype, tolerance):
+    def last(x: torch.Tensor) -> torch.Tensor:
+        return x.permute(0, 3, 2, 1).flatten(0, 1)
+
+    def dense(x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return dense_product(last(x), last(y), weights)
+
+    x, y = torch.randn(2, 2, 8, 16, 50, dtype=dtype, requires_grad=True)
+    mlp = CliffordMLP(16, 8, 5).to(dtype)
+    for ours, theirs, given in (
+        (lambda *z: last(geometric_product(*z)), dense, [x, y, normal(PATHS, 16).to(dtype)]),
+        (lambda *z: mlp(z[0]), lambda *z: clifford_mlp(mlp, z[0]), [x, *mlp.parameters()]),
+    ):
+        values = ours(*given), theirs(*given)
+        grad = torch.randn_like(values[0])
+        found, expected = ([v, *torch.autograd.grad(v, given, grad)] for v in values)
+        for a, b in zip(found, expected, strict=True):
+            assert torch.linalg.norm(a - b) <= tolerance * torch.linalg.norm(b)
+
+
+def test_the_bench_compares_ours_with_the_dense_table():
+    case = CliffordCase([16], channels=4, hidden=[4], compiled=False, seconds=1e-3)
+    rows = clifford_rows(case, None, torch.device("cpu"))
+    assert [row["case"] for row in rows] == [
+        f"product, eager: {ERROR}",
+        f"product, eager: {SPEED}",
+        f"Clifford MLP of 4, eager: {SPEED}",
+    ]
+    assert rows[0]["value"] < 1e-6
+    assert all(row["ratio"] > 0 for row in rows[1:])
+
+
+def test_autocast_multiplies_matrices_in_bfloat16():
+    """What it costs is their rounding; parameters get gradients of their own precision."""
+    mlp, x = CliffordMLP(3, 8, 4), torch.randn(2, 4, 3, 6, requires_grad=True)
+    expected = mlp(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = mlp(x)
+    assert found.dtype == torch.bfloat16
+    assert 0 < torch.linalg.norm(found - expected) < 0.05 * torch.linalg.norm(expected)
+    gradients = [
+        torch.autograd.grad(y.float().sin().sum(), [x, *mlp.parameters()])
+        for y in (found, expected)
+    ]
+    for a, b in zip(*gradients, strict=True):
+        assert a.dtype == torch.float32
+        assert torch.linalg.norm(a - b) < 0.1 * torch.linalg.norm(b)
 
 
 @pytest.mark.parametrize("final", [True, False])
