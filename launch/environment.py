@@ -150,7 +150,8 @@ def choose_device(wanted: str, ranks: Ranks) -> "torch.device":
 def process_group(
     ranks: Ranks, device: "torch.device", timeout_s: float, needed: bool = False
 ) -> Iterator[None]:
-    """The default process group for the body (gloo, or nccl on GPUs), gone afterwards.
+    """The default process group for the body (gloo, or nccl on GPUs), gone afterwards; on a CPU
+    the allocator is told to give large blocks back.
 
     Args:
         needed: a single process gets a group too (DeepSpeed wants one).
@@ -158,6 +159,10 @@ def process_group(
     Raises:
         ConfigError: the ranks did not meet within `timeout_s` seconds.
     """
+    from scaling.observe.memory import return_large_blocks
+
+    if device.type == "cpu":
+        return_large_blocks()
     if ranks.world == 1 and not needed:
         yield
         return

@@ -5,6 +5,11 @@ from typing import Literal
 
 from data_pipeline.errors import ConfigError
 
+CPU_TILE_BYTES = 32 << 20
+"""A tile stays in the caches."""
+GPU_TILE_BYTES = 512 << 20
+"""A tile keeps all processors busy."""
+
 
 @dataclass(frozen=True)
 class Execution:
@@ -29,3 +34,7 @@ class Execution:
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ConfigError(f"execution.{key}={value} must be at least 1")
+
+    def tile_budget(self, device_type: str) -> int:
+        """Bytes that a tile may keep on such a device."""
+        return self.tile_bytes or (CPU_TILE_BYTES if device_type == "cpu" else GPU_TILE_BYTES)

@@ -18,8 +18,6 @@ from torch.autograd.graph import saved_tensors_hooks
 from scaling.execution import Execution
 from scaling.parallel.clock import clock
 
-TILE_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
-"""A tile stays in a CPU's caches, and keeps a GPU's processors busy."""
 PROBE = 32
 """Tokens on which is measured what a part keeps."""
 ALIGNMENT = 16
@@ -75,7 +73,7 @@ class Tiled(nn.Module):
         if tokens <= 2 * PROBE:
             return tokens
         device = tensors[0].device.type
-        budget = self.execution.tile_bytes or TILE_BYTES.get(device, TILE_BYTES["cuda"])
+        budget = self.execution.tile_budget(device)
         shapes = tuple((x.shape[:-1], x.dtype) for x in tensors)
         key = (part.__name__, shapes, torch.is_autocast_enabled(device))
         if key not in self._kept:

@@ -77,6 +77,11 @@ class Clock:
         return record_function(f"longfold.{name}") if self.tracing else nullcontext()
 
     @property
+    def now(self) -> Part | None:
+        """The innermost part entered; None: outside of all."""
+        return self._inside[-1] if self._inside else None
+
+    @property
     def _on_cuda(self) -> bool:
         return self._device is not None and self._device.type == "cuda"
 

@@ -1,0 +1,130 @@
+"""What a training step will take of a rank's memory, before anybody pays for it.
+
+Memory between tiles and chunks is proportional to the tokens of a rank. So one rank of the job runs
+here, in a world of the same size that exchanges nothing, with fewer tokens and with its budgets cut
+in proportion; what its live tensors hold is counted and scaled back. Parameters, optimiser and data
+follow from their shapes; what a bare process takes is measured.
+"""
+
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from data_pipeline.batch import GeometricBatch
+from data_pipeline.keyed import hash64
+from data_pipeline.stream import AHEAD
+from data_pipeline.task import Task
+from scaling.execution import Execution
+from scaling.observe.live import LiveTensors
+from scaling.ops.tiles import use
+from scaling.parallel.clock import clock
+from scaling.parallel.shard import SequenceShard
+
+MOST_TOKENS = 1 << 15
+"""Tokens of the rank that runs here; fewer make tiles too coarse to scale."""
+ADAM_STATES = 2
+
+
+@dataclass
+class Job:
+    """A model, its data and how it is cut."""
+
+    model: nn.Module
+    task: Task
+    execution: Execution
+    length: int
+    """Tokens of a row, all sequence ranks together."""
+    rows: int
+    """Rows of a micro-batch."""
+    micro_batches: int
+    """Of an optimiser step, on one rank."""
+    sp: int
+    world: int
+    zero_stage: int
+    """0 where nothing is partitioned."""
+
+
+def memory_by_part(job: Job) -> dict[str, int]:
+    """Bytes of one rank at its peak, without those of a bare process."""
+    return {**_states(job), "data": _data(job), **_activations(job)}
+
+
+def _states(job: Job) -> dict[str, int]:
+    """Parameters with their gradients, and the optimiser's states: ZeRO partitions the states from
+    stage 1, gradients from 2, parameters from 3; one copy of the gradients is exchanged."""
+    size = sum(p.numel() * p.element_size() for p in job.model.parameters())
+    share = size // job.world
+    stage = job.zero_stage
+    gradients = 2 * (share if stage >= 2 else size)
+    masters = share if stage >= 1 else 0  # the optimiser's own flat copy
+    return {
+        "parameters and gradients": (share if stage >= 3 else size) + gradients + masters,
+        "optimiser": ADAM_STATES * (share if stage >= 1 else size),
+    }
+
+
+def _data(job: Job) -> int:
+    """The step's samples and those prepared ahead, the cyclic copy, and what making one takes."""
+    n = -(-job.length // job.sp)
+    few = min(n, MOST_TOKENS)
+    items, keys = [0] * job.rows, [hash64("plan", row) for row in range(job.rows)]
+    tracemalloc.start()
+    sample = job.task.sample("train", items, keys, 0, few)
+    _, making = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    given = sample.inputs
+    fields = [given.points, given.vectors, given.scalars, given.index, given.mask, given.segment]
+    size = sum(x.nbytes for x in [*fields, sample.target, sample.weight])
+    copies = (1 + AHEAD) * job.micro_batches + 1
+    return round((copies * size + making) * n / few)
+
+
+def _activations(job: Job) -> dict[str, int]:
+    n = -(-job.length // job.sp)
+    few = min(n, MOST_TOKENS)
+    length = few * job.sp - (job.length % job.sp > 0)  # even or uneven like the job's
+    tile = job.execution.tile_budget("cpu")
+    cut = replace(
+        job.execution,
+        tile_bytes=max(tile * few // n, 1),
+        workspace_bytes=max(job.execution.workspace_bytes * few // n, 1),
+    )
+    use(job.model, cut)
+    with _world((length - 1) % job.sp, job.sp):  # the rank of the last token knows the length
+        shard = SequenceShard(length)
+        batch = _batch(job, shard.n_local)
+        clock.start(torch.device("cpu"))
+        with LiveTensors(shard.n_local) as live:
+            out = job.model(batch, shard)
+            loss = out.points.square().sum() + out.vectors.square().sum()
+            (loss + out.scalars.square().sum()).backward()
+        clock.stop()
+    job.model.zero_grad()
+    return {purpose: round(size * n / few) for purpose, size in live.peak.items()}
+
+
+def _batch(job: Job, n: int) -> GeometricBatch:
+    index = torch.arange(n).repeat(job.rows, 1)
+    return GeometricBatch(
+        torch.randn(job.rows, 3, n),
+        torch.randn(job.rows, job.task.vectors, 3, n),
+        torch.randn(job.rows, job.task.scalars, n),
+        index,
+    )
+
+
+@contextmanager
+def _world(rank: int, ranks: int) -> Iterator[None]:
+    """A process group whose other members do not exist: what is received means nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
