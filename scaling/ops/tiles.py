@@ -7,6 +7,8 @@ exchanges, can be run again in the same way. Recomputation: Chen et al., arXiv 1
 along the sequence: ALST, arXiv 2506.13996.
 """
 
+import functools
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any, TypeVar, cast
@@ -20,6 +22,8 @@ from scaling.parallel.clock import clock
 
 PROBE = 32
 """Tokens on which is measured what a part keeps."""
+MOST_GRAPHS = 64
+"""Compiled forms of one part: of every operator, with and without gradients, of two tile lengths."""
 ALIGNMENT = 16
 """Tiles start at multiples of it: 64 bytes of float32."""
 
@@ -46,6 +50,7 @@ class Tiled(nn.Module):
         super().__init__()
         self.execution = Execution()
         self._kept: dict[Any, float] = {}
+        self._compiled: dict[str, Part] = {}
 
     def in_tiles(self, part: Part[Results], *tensors: Tensor) -> Results:
         """part(*tensors), cut into tiles of tokens where it would keep more than tile_bytes.
@@ -58,15 +63,15 @@ class Tiled(nn.Module):
         tokens = max(x.shape[-1] for x in tensors)
         with clock.part("projection"):
             tile = self._tile(part, tensors, tokens)
+            if self.execution.compile:
+                part = self._compiled.setdefault(part.__name__, compiled(part))
             if tile >= tokens:
                 return part(*tensors)
             return _again(part, self.parameters(), tensors, tile)
 
     def again(self, part: Part[Results], *tensors: Tensor) -> Results:
         """part(*tensors), keeping nothing but its inputs; any part, run as one piece."""
-        return _again(
-            part, self.parameters(), tensors, None
-        )  # enters the parts of the clock itself
+        return _again(part, self.parameters(), tensors, None)
 
     def _tile(self, part: Part, tensors: Sequence[Tensor], tokens: int) -> int:
         """Tokens of a tile."""
@@ -83,6 +88,31 @@ class Tiled(nn.Module):
             return tokens
         even = -(-tokens // -(-tokens // most))  # tiles of one size, but the last
         return -(-even // ALIGNMENT) * ALIGNMENT
+
+
+def compiled(part: Part[Results]) -> Part[Results]:
+    """`part` by torch.compile, without a word about its tiles' lengths changing; where the compiler
+    fails, a warning, and `part` as it is."""
+    fast = torch.compile(part, dynamic=False)
+    works = True
+
+    @functools.wraps(part)
+    def run(*tensors: Tensor) -> Results:
+        nonlocal works
+        if works:
+            try:
+                with torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS):
+                    return fast(*tensors)
+            except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as e:
+                works = False
+                warnings.warn(
+                    f"execution.compile=true: torch.compile cannot do {part.__qualname__} here "
+                    f"({str(e).strip().splitlines()[0][:200]}); it runs without",
+                    stacklevel=2,
+                )
+        return part(*tensors)
+
+    return run
 
 
 def kept_per_token(part: Part, tensors: Sequence[Tensor]) -> float:
