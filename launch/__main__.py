@@ -10,6 +10,7 @@ from launch.environment import run_command
 COMMANDS = {
     "train": "train a model on a task (under any launcher: -m launch.train)",
     "prepare": "build a data store from structure files or from the bundled ones",
+    "plan": "foresee a training run's peak memory, part by part",
     "sweep": "measure tokens/s, exchanged bytes and memory over lengths and ranks",
     "bench": "measure operators and training steps beside their rivals",
 }

@@ -311,6 +311,8 @@ def usage(config_name: str, schema: type, about: str) -> str:
     """Help of one command: its groups with their options, and every key with its default."""
     folder = config_folder()
     text = (folder / f"{config_name}.yaml").read_text()
+    if "  - train\n" in text:  # it takes what train takes
+        text += (folder / "train.yaml").read_text()
     groups = sorted(
         each for each in folder.iterdir() if each.is_dir() and f"- {each.name}:" in text
     )

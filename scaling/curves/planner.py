@@ -3,7 +3,8 @@
 Memory between tiles and chunks is proportional to the tokens of a rank. So one rank of the job runs
 here, in a world of the same size that exchanges nothing, with fewer tokens and with its budgets cut
 in proportion; what its live tensors hold is counted and scaled back. Parameters, optimiser and data
-follow from their shapes; what a bare process takes is measured.
+follow from their shapes. What does not depend on the tokens, libraries and the tiles with the holes
+that they leave in the heap, is measured on a step of few tokens in tiles of full size.
 """
 
 import tracemalloc
@@ -20,13 +21,17 @@ from data_pipeline.keyed import hash64
 from data_pipeline.stream import AHEAD
 from data_pipeline.task import Task
 from scaling.execution import Execution
-from scaling.observe.live import LiveTensors
-from scaling.ops.tiles import use
+from scaling.observe.live import TILE, LiveTensors
+from scaling.observe.memory import resident_bytes, return_large_blocks, trim_heap
+from scaling.ops.tiles import most_kept_per_token, use
 from scaling.parallel.clock import clock
 from scaling.parallel.shard import SequenceShard
 
 MOST_TOKENS = 1 << 15
 """Tokens of the rank that runs here; fewer make tiles too coarse to scale."""
+MOST_TILES = 96
+"""Tiles of a part in the step that runs here; parts that keep hardly anything may then stay whole,
+which foresees a little too much."""
 ADAM_STATES = 2
 
 
@@ -50,8 +55,23 @@ class Job:
 
 
 def memory_by_part(job: Job) -> dict[str, int]:
-    """Bytes of one rank at its peak, without those of a bare process."""
-    return {**_states(job), "data": _data(job), **_activations(job)}
+    """Bytes of one rank at its peak. Call it in a process that has loaded what a rank loads, and
+    has done nothing else yet: its memory counts."""
+    process, tile = _process(job)
+    activations = _activations(job)
+    activations[TILE] = max(tile, activations.get(TILE, 0))
+    return {"process": process, **_states(job), "data": _data(job), **activations}
+
+
+def _process(job: Job) -> tuple[int, int]:
+    """What this process holds after a small step: by itself, and on the heap that tiles left."""
+    return_large_blocks()
+    use(job.model, job.execution)
+    _step(job, SequenceShard(min(job.length, MOST_TOKENS)))
+    whole = resident_bytes()
+    trim_heap()
+    process = resident_bytes()
+    return process, whole - process
 
 
 def _states(job: Job) -> dict[str, int]:
@@ -88,34 +108,36 @@ def _activations(job: Job) -> dict[str, int]:
     n = -(-job.length // job.sp)
     few = min(n, MOST_TOKENS)
     length = few * job.sp - (job.length % job.sp > 0)  # even or uneven like the job's
-    tile = job.execution.tile_budget("cpu")
+    tile = job.execution.tile_budget("cpu") * few // n
+    least = int(most_kept_per_token(job.model) * few / MOST_TILES)
     cut = replace(
         job.execution,
-        tile_bytes=max(tile * few // n, 1),
+        tile_bytes=max(tile, least, 1),
         workspace_bytes=max(job.execution.workspace_bytes * few // n, 1),
     )
     use(job.model, cut)
     with _world((length - 1) % job.sp, job.sp):  # the rank of the last token knows the length
         shard = SequenceShard(length)
-        batch = _batch(job, shard.n_local)
         clock.start(torch.device("cpu"))
         with LiveTensors(shard.n_local) as live:
-            out = job.model(batch, shard)
-            loss = out.points.square().sum() + out.vectors.square().sum()
-            (loss + out.scalars.square().sum()).backward()
+            _step(job, shard)
         clock.stop()
-    job.model.zero_grad()
     return {purpose: round(size * n / few) for purpose, size in live.peak.items()}
 
 
-def _batch(job: Job, n: int) -> GeometricBatch:
-    index = torch.arange(n).repeat(job.rows, 1)
-    return GeometricBatch(
+def _step(job: Job, shard: SequenceShard) -> None:
+    """Forward and backward of random tokens."""
+    n = shard.n_local
+    batch = GeometricBatch(
         torch.randn(job.rows, 3, n),
         torch.randn(job.rows, job.task.vectors, 3, n),
         torch.randn(job.rows, job.task.scalars, n),
-        index,
+        shard.index.repeat(job.rows, 1),
     )
+    out = job.model(batch, shard)
+    loss = out.points.square().sum() + out.vectors.square().sum() + out.scalars.square().sum()
+    loss.backward()
+    job.model.zero_grad()
 
 
 @contextmanager

@@ -28,6 +28,11 @@ def reset_peak(device: torch.device) -> int:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return peak_bytes(device)
+    return resident_bytes()
+
+
+def resident_bytes() -> int:
+    """What this process holds now, of whatever kind; 0 where the system does not say."""
     return _status("VmRSS")
 
 
@@ -39,7 +44,13 @@ def return_large_blocks() -> None:
     """
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         mallopt(_M_MMAP_THRESHOLD, LARGE_BLOCK)
-        mallopt(_M_TRIM_THRESHOLD, 16 * LARGE_BLOCK)
+        mallopt(_M_TRIM_THRESHOLD, LARGE_BLOCK)
+
+
+def trim_heap() -> None:
+    """Gives back what glibc's heap holds without need; elsewhere nothing."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
 
 
 def _status(key: str) -> int:

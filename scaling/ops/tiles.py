@@ -23,12 +23,18 @@ from scaling.parallel.clock import clock
 PROBE = 32
 """Tokens on which is measured what a part keeps."""
 MOST_GRAPHS = 64
-"""Compiled forms of one part: of every operator, with and without gradients, of two tile lengths."""
+"""Compiled forms of a part: for every operator, with and without gradients, two tile lengths."""
 ALIGNMENT = 16
 """Tiles start at multiples of it: 64 bytes of float32."""
 
 Results = TypeVar("Results", bound=tuple[Tensor, ...])
 Part = Callable[..., Results]
+
+
+def most_kept_per_token(model: nn.Module) -> float:
+    """Bytes of a token in the part that keeps most of those that have run so far."""
+    tiled = [module for module in model.modules() if isinstance(module, Tiled)]
+    return max((kept for module in tiled for kept in module._kept.values()), default=0.0)
 
 
 def use(model: nn.Module, execution: Execution) -> None:
@@ -93,6 +99,9 @@ class Tiled(nn.Module):
 def compiled(part: Part[Results]) -> Part[Results]:
     """`part` by torch.compile, without a word about its tiles' lengths changing; where the compiler
     fails, a warning, and `part` as it is."""
+    from torch._dynamo.exc import TorchDynamoException  # loads the compiler, which takes seconds
+    from torch._inductor.exc import InductorError
+
     fast = torch.compile(part, dynamic=False)
     works = True
 
@@ -103,11 +112,11 @@ def compiled(part: Part[Results]) -> Part[Results]:
             try:
                 with torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS):
                     return fast(*tensors)
-            except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as e:
+            except (TorchDynamoException, InductorError) as error:
                 works = False
                 warnings.warn(
                     f"execution.compile=true: torch.compile cannot do {part.__qualname__} here "
-                    f"({str(e).strip().splitlines()[0][:200]}); it runs without",
+                    f"({str(error).strip().splitlines()[0][:200]}); it runs without",
                     stacklevel=2,
                 )
         return part(*tensors)

@@ -21,11 +21,7 @@ class Mesh:
 
     def __init__(self, dp: int, sp: int) -> None:
         self.world, self.rank = group_size(None), group_rank(None)
-        if dp < 1 or sp < 1 or dp * sp != self.world:
-            raise ConfigError(
-                f"dp({dp}) * sp({sp}) = {dp * sp}, but the world has {self.world} rank"
-                f"{'s' * (self.world != 1)}; {_ways_out(dp, sp, self.world)}"
-            )
+        check_sizes(dp, sp, self.world)
         self.dp, self.sp = dp, sp
         self.dp_rank, self.sp_rank = divmod(self.rank, sp)
         self.sequence_group: Group = None
@@ -35,6 +31,15 @@ class Mesh:
             columns = [list(range(s, self.world, sp)) for s in range(sp)]
             self.sequence_group = _own_group(rows, self.rank)
             self.data_group = _own_group(columns, self.rank)
+
+
+def check_sizes(dp: int, sp: int, world: int) -> None:
+    """Raises ConfigError unless dp · sp is the number of ranks."""
+    if dp < 1 or sp < 1 or dp * sp != world:
+        raise ConfigError(
+            f"dp({dp}) * sp({sp}) = {dp * sp}, but the world has {world} rank"
+            f"{'s' * (world != 1)}; {_ways_out(dp, sp, world)}"
+        )
 
 
 def _own_group(partition: list[list[int]], rank: int) -> dist.ProcessGroup:
