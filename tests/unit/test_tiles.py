@@ -119,6 +119,25 @@ def test_a_full_disk_is_an_error(monkeypatch, tmp_path):
         model(small_batch([20]))
 
 
+def test_where_the_compiler_fails_parts_run_without_it_and_say_so(monkeypatch):
+    from torch._dynamo.exc import TorchDynamoException
+
+    def no_compiler(part, **_):
+        def run(*_):
+            raise TorchDynamoException("no C++ compiler")
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    model, batch = small_model("se3_hyena"), small_batch([20])
+    expected = model(batch)
+    use(model, Execution(compile=True))
+    with pytest.warns(UserWarning, match=r"cannot do .* here \(no C\+\+ compiler\)"):
+        found = model(batch)
+    assert torch.equal(found.scalars.nan_to_num(), expected.scalars.nan_to_num())
+    model(batch)  # says it once
+
+
 def test_bad_values_are_refused():
     with pytest.raises(ConfigError, match=r"execution\.tile_bytes=0 must be at least 1"):
         Execution(tile_bytes=0)
