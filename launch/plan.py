@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from data_pipeline.errors import ConfigError
 from launch.config import Config, command_line, mesh_sizes, options_of
+from launch.environment import discover, process_group
 from launch.train import check_names
 
 
@@ -49,7 +50,6 @@ def main(arguments: list[str]) -> None:
         **options_of(config.model),
     )
     length = config.length or task.length("train", task.longest("train"))
-    deepspeed = config.engine.name == "deepspeed"
     job = Job(
         model,
         task,
@@ -59,9 +59,9 @@ def main(arguments: list[str]) -> None:
         micro_batches=-(-config.train.batch_size // (dp * config.train.micro_batch_size)),
         sp=sp,
         world=config.ranks,
-        zero_stage=config.engine.zero_stage if deepspeed else 0,
+        zero_stage=config.engine.zero_stage if config.engine.name == "deepspeed" else 0,
     )
-    load_what_a_rank_loads(deepspeed)
+    load_what_a_rank_loads(config)
     parts = memory_by_part(job)
     total = sum(parts.values())
     print(f"a rank of {config.ranks} (dp {dp}, sp {sp}), {job.rows} x {length:,} tokens:")
@@ -70,12 +70,31 @@ def main(arguments: list[str]) -> None:
     print(f"  {'peak memory':<28}{total / 2**20:>10,.0f} MiB")
 
 
-def load_what_a_rank_loads(deepspeed: bool) -> None:
-    """Libraries take memory before the first tensor does."""
-    import scaling.train.loop  # noqa: F401
+def load_what_a_rank_loads(config: Config) -> None:
+    """Libraries take memory before the first tensor does, DeepSpeed's at the first step."""
+    import torch
+    from torch import nn
 
-    if deepspeed:
-        import deepspeed as _  # noqa: F401
+    import scaling.train.loop  # noqa: F401
+    from launch.extension import require_extension
+    from scaling.parallel.engine import build_engine
+
+    if config.engine.name != "deepspeed":
+        return
+    require_extension()
+    with process_group(discover(), torch.device("cpu"), config.parallel.timeout_s, needed=True):
+        engine = build_engine(
+            "deepspeed",
+            nn.Linear(1, 1),
+            torch.optim.AdamW,
+            gradient_clipping=1.0,
+            micro_batch_size=1,
+            accumulation=1,
+            zero_stage=config.engine.zero_stage,
+            environment={},
+        )
+        engine.backward(engine(torch.ones(1, 1)).sum())
+        engine.step(0.0)
 
 
 if __name__ == "__main__":
