@@ -7,7 +7,6 @@ follow from their shapes. What does not depend on the tokens, libraries and the 
 that they leave in the heap, is measured on a step of few tokens in tiles of full size.
 """
 
-import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -89,19 +88,17 @@ def _states(job: Job) -> dict[str, int]:
 
 
 def _data(job: Job) -> int:
-    """The step's samples and those prepared ahead, the cyclic copy, and what making one takes."""
+    """The step's samples, those prepared ahead, and one cyclic copy. What making one takes is gone
+    before the backward pass needs most."""
     n = -(-job.length // job.sp)
     few = min(n, MOST_TOKENS)
     items, keys = [0] * job.rows, [hash64("plan", row) for row in range(job.rows)]
-    tracemalloc.start()
     sample = job.task.sample("train", items, keys, 0, few)
-    _, making = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
     given = sample.inputs
     fields = [given.points, given.vectors, given.scalars, given.index, given.mask, given.segment]
     size = sum(x.nbytes for x in [*fields, sample.target, sample.weight])
     copies = (1 + AHEAD) * job.micro_batches + 1
-    return round((copies * size + making) * n / few)
+    return round(copies * size * n / few)
 
 
 def _activations(job: Job) -> dict[str, int]:
