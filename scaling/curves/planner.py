@@ -103,7 +103,7 @@ def _data(job: Job) -> int:
 
 def _activations(job: Job) -> dict[str, int]:
     n = -(-job.length // job.sp)
-    few = min(n, MOST_TOKENS)
+    few = max(min(n, MOST_TOKENS), 2)  # of one alone nothing is sent on
     length = few * job.sp - (job.length % job.sp > 0)  # even or uneven like the job's
     tile = job.execution.tile_budget("cpu") * few // n
     least = int(most_kept_per_token(job.model) * few / MOST_TILES)
