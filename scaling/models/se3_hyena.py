@@ -62,6 +62,8 @@ class SE3Hyena(Tiled):
         ConfigError: salience without scalars.
     """
 
+    gathers_whole = False
+
     def __init__(
         self,
         vectors: int,

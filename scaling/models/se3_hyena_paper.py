@@ -54,6 +54,8 @@ class SE3HyenaPaper(Tiled):
         final: a last linear map in phi and xi.
     """
 
+    gathers_whole = False
+
     def __init__(
         self,
         vectors: int,

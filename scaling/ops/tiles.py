@@ -51,6 +51,10 @@ class Tiled(nn.Module):
     """
 
     gathers_whole = True
+    """False where they are batches: ZeRO-3 then gathers for each inner module, and
+    sets `runs_whole`."""
+    runs_whole = False
+    """Cut nothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +85,7 @@ class Tiled(nn.Module):
 
     def _tile(self, part: Part, tensors: Sequence[Tensor], tokens: int) -> int:
         """Tokens of a tile."""
-        if tokens <= 2 * PROBE:
+        if tokens <= 2 * PROBE or self.runs_whole:
             return tokens
         device = tensors[0].device.type
         budget = self.execution.tile_budget(device)

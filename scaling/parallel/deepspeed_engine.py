@@ -47,14 +47,17 @@ class DeepSpeedEngine(Engine):
         _quieten_deepspeed()
         import deepspeed  # slow, and needs a compiler at first use: only who chooses it pays
 
-        for part in module.modules():
+        self.stage: int = config["zero_optimization"]["stage"]
+        for part in module.modules() if self.stage == 3 else ():
             if getattr(part, "gathers_whole", False):
                 deepspeed.utils.set_z3_leaf_module(part, True)
+                part.register_forward_pre_hook(_ask_for_a_gradient)
+            elif hasattr(part, "gathers_whole"):
+                vars(part)["runs_whole"] = True
         with redirect_stdout(StringIO()):  # every rank would print that its extension is built
             self._deepspeed: Any = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=config, dist_init_required=False
             )[0]
-        self.stage: int = config["zero_optimization"]["stage"]
         self._wrapped = self._deepspeed.optimizer
         # Under ZeRO the client optimizer lives on inside, over this rank's flat partitions.
         self._inner: Optimizer = self._wrapped.optimizer if self.stage else self._wrapped
@@ -162,6 +165,13 @@ class DeepSpeedEngine(Engine):
         padded = nn.functional.pad(value.flatten(), (0, share * self.world - value.numel()))
         mine = padded[share * group_rank(self.group) :][:share]
         safe_set_local_optimizer_state(parameter, mine, key)
+
+
+def _ask_for_a_gradient(_part: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """ZeRO-3 takes the gradients of what it gathered when it sees that of an input: the first has
+    one, even if it is data."""
+    first, *others = given
+    return (first if first.requires_grad else first.detach().requires_grad_(), *others)
 
 
 def _quieten_deepspeed() -> None:
