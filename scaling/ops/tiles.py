@@ -47,7 +47,8 @@ def use(model: nn.Module, execution: Execution) -> None:
 class Tiled(nn.Module):
     """A module with parts that act on each token alone.
 
-    Parts run again outside of `forward`, so that ZeRO-3 must gather the module as a whole.
+    Parts run again outside of `forward`, so that ZeRO-3 must gather the module as a whole. It does
+    so where inputs and outputs are tensors with gradients.
     """
 
     gathers_whole = True
@@ -202,7 +203,13 @@ class _Again(torch.autograd.Function):
                 results = part(*cut)
             wanted = [cut[i] if i < count else parameters[i - count] for i in needed]
             back = [x if here is None else x[..., here] for x in grads]
-            got = torch.autograd.grad(results, wanted, back, allow_unused=True)
+            # Some hang on nothing that is trained, where parameters are frozen.
+            trained = [j for j, x in enumerate(results) if x.requires_grad]
+            if not trained:
+                return found
+            got = torch.autograd.grad(
+                [results[j] for j in trained], wanted, [back[j] for j in trained], allow_unused=True
+            )
             del results
             for i, grad in zip(needed, got, strict=True):
                 if grad is not None:

@@ -47,6 +47,23 @@ def test_outputs_and_every_gradient_stay(name, monkeypatch):
             assert torch.allclose(found[key], value, rtol=1e-11, atol=1e-13), (how, key)
 
 
+@pytest.mark.parametrize("trained", ["xi", "embed_scalars", "read_vectors"])
+def test_frozen_parts_run_in_tiles(trained):
+    """Some of a part's results then hang on nothing that is trained."""
+    gradients = []
+    for tile_bytes in (1, 1 << 40):
+        model = small_model("se3_hyena")
+        use(model, Execution(tile_bytes=tile_bytes))
+        for key, p in model.named_parameters():
+            p.requires_grad_(trained in key)
+        out = model(small_batch(LENGTHS))
+        (out.points.square().sum() + out.scalars.square().sum()).backward()
+        gradients.append({key: p.grad for key, p in model.named_parameters() if trained in key})
+    assert gradients[0]
+    for key, gradient in gradients[0].items():
+        assert torch.allclose(gradient, gradients[1][key], rtol=1e-11, atol=1e-13), key
+
+
 class Cube(Tiled):
     """Keeps x and x² of every token; counts its runs and their lengths."""
 
