@@ -50,6 +50,11 @@ def main(arguments: list[str]) -> None:
         **options_of(config.model),
     )
     length = config.length or task.length("train", task.longest("train"))
+    if not sp <= length <= config.train.max_length:
+        raise ConfigError(
+            f"length={length}: must lie in {sp} (a token a rank) ... {config.train.max_length} "
+            "(train.max_length)"
+        )
     job = Job(
         model,
         task,

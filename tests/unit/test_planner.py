@@ -43,7 +43,11 @@ def test_the_command_prints_parts_that_sum_up(capsys):
 
 @pytest.mark.parametrize(
     ("argument", "said"),
-    [("ranks=0", "ranks=0: must be at least 1"), ("parallel.sp=3", r"dp\(1\) \* sp\(3\) = 3")],
+    [
+        ("ranks=0", "ranks=0: must be at least 1"),
+        ("parallel.sp=3", r"dp\(1\) \* sp\(3\) = 3"),
+        ("length=1", r"length=1: must lie in 2 .* 4194304 \(train.max_length\)"),
+    ],
 )
 def test_impossible_jobs_are_refused(argument, said):
     from data_pipeline.errors import ConfigError
