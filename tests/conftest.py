@@ -14,6 +14,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from launch.extension import cache_folder
+
+# What `make test` has built: a rank that were to build it in the user's own cache might be killed
+# in the middle, and what it locks there would stop all later ones.
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache_folder()))
+
 POOL = 8
 PATIENCE = 100.0  # seconds for one case, below pytest's own limit
 
