@@ -29,7 +29,8 @@ def test_two_ranks_learn_at_every_depth(tmp_path: Path):
     text = (tmp_path / "million" / "metrics.jsonl").read_text()
     *train, validation = [json.loads(line) for line in text.splitlines()]
     assert [row["step"] for row in train] == list(range(1, 11))
-    assert validation["tokens"] == 4 * TOKENS and validation["equivariance_error"] < 1e-4
+    samples = compose("train", SHORT, Config).task["held_out_size"]
+    assert validation["tokens"] == samples * TOKENS and validation["equivariance_error"] < 1e-4
     assert len(validation["by_depth"]) == 8
     for part in validation["by_depth"]:
         assert part["loss"] + 3 * part["standard_error"] < 1, part
