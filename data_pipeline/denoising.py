@@ -61,6 +61,8 @@ class Denoising:
     """k: differences to this many tokens on each side."""
     packed_length: int | None = None
     """Tokens that a sample of packed chains has at most; None: each chain is a sample."""
+    packed_copies: int = 1
+    """Times each chain comes in an epoch of packed samples, with noise and a motion of its own."""
     weights: Sequence[int] | None = None
     """Samples of each store in a round of training; None: one of each."""
 
@@ -73,6 +75,11 @@ class Denoising:
             )
         if self.neighbours < 1:
             raise ConfigError(f"task.neighbours={self.neighbours} must be 1 or more")
+        if self.packed_copies < 1 or (self.packed_copies > 1 and self.packed_length is None):
+            raise ConfigError(
+                f"task.packed_copies={self.packed_copies} must be 1 or more, and 1 without "
+                "task.packed_length"
+            )
         paths = [self.store] if isinstance(self.store, str) else list(self.store)
         weights = [1] * len(paths) if self.weights is None else list(self.weights)
         if len(weights) != len(paths) or min(weights, default=1) < 1:
@@ -84,7 +91,9 @@ class Denoising:
                 f"task.atoms={list(self.atoms)} must be some of {', '.join(known)}, each once"
             )
         self._layouts = {
-            split: Layout(self._stores, split, len(self.atoms), self.packed_length)
+            split: Layout(
+                self._stores, split, len(self.atoms), self.packed_length, self.packed_copies
+            )
             for split in SPLITS
         }
         self._weights = weights
@@ -99,6 +108,8 @@ class Denoising:
         options.append(self.neighbours)
         if self.packed_length is not None:
             options.append({"packed_length": self.packed_length})
+        if self.packed_copies > 1:
+            options.append({"packed_copies": self.packed_copies})
         if len(paths) > 1:
             options.append({"weights": weights})
         self.digest = hashlib.sha256(json.dumps(options).encode()).hexdigest()

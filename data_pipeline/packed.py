@@ -41,13 +41,16 @@ class Layout:
     Packed items are runs of the stores' order, so that a slice of one is a run of chunks. Inside
     an item chunks keep their order, and the chains that begin in one chunk come in a random order
     that the sample's key gives; the one that reaches into the next chunk comes last. So a cut
-    anywhere costs one chunk that both sides read.
+    anywhere costs one chunk that both sides read. With `copies` the order is run through so many
+    times.
 
     Raises:
         ConfigError: a chain exceeds packed_length (named).
     """
 
-    def __init__(self, stores: Stores, split: str, atoms: int, packed_length: int | None):
+    def __init__(
+        self, stores: Stores, split: str, atoms: int, packed_length: int | None, copies: int = 1
+    ):
         self._stores, self._atoms, self._packed = stores, atoms, packed_length is not None
         longest = int(np.argmax(stores.lengths))
         tokens = int(stores.lengths[longest]) * atoms
@@ -56,7 +59,7 @@ class Layout:
                 f"the longest chain, {stores.name(longest)}, has {tokens} tokens, more than "
                 f"task.packed_length={packed_length}; raise it to {tokens} or more"
             )
-        parts = stores.chains(split)
+        parts = [np.tile(part, copies) for part in stores.chains(split)]
         self._chains = np.concatenate(parts)
         self._lengths = stores.lengths[self._chains] * atoms
         firsts, sizes, base = [], [], 0

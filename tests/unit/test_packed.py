@@ -79,11 +79,13 @@ def test_slices_of_packed_samples_tile(paths, name):
             torch.testing.assert_close(joined, whole[field], rtol=0, atol=0, msg=f"{ranks} {field}")
 
 
-@pytest.mark.parametrize("packed_length", [400, 1500, 10**9])
-def test_every_chain_of_the_split_comes_once_and_is_what_it_is_alone(paths, packed_length):
-    """One body a chain, of its own length, moved rigidly; features and gaps as in a sample of its
-    own; no body of another split; items are full but for one chain."""
-    packed = Denoising(paths["plain"], sigma=1e-3, neighbours=4, packed_length=packed_length)
+@pytest.mark.parametrize(("packed_length", "copies"), [(400, 1), (1500, 1), (10**9, 1), (9000, 3)])
+def test_every_chain_comes_as_often_as_asked_and_is_what_it_is_alone(paths, packed_length, copies):
+    """One body a copy, of the chain's length, moved rigidly; features and gaps as in a sample of
+    its own; no body of another split; items are full but for one chain."""
+    packed = Denoising(
+        paths["plain"], sigma=1e-3, neighbours=4, packed_length=packed_length, packed_copies=copies
+    )
     alone = Denoising(paths["plain"], sigma=1e-3, neighbours=4)
     store, seen = Store(paths["plain"]), Counter()
     for split in SPLITS:
@@ -112,7 +114,26 @@ def test_every_chain_of_the_split_comes_once_and_is_what_it_is_alone(paths, pack
                 assert_rigid(x.double(), y.double())
                 zeros = (expected.vectors[0] == 0).all(1)
                 assert torch.equal((inputs.vectors[0][..., here] == 0).all(1), zeros)
-    assert len(seen) == len(store.lengths) and set(seen.values()) == {1}
+    assert len(seen) == len(store.lengths) and set(seen.values()) == {copies}
+
+
+def test_copies_of_a_chain_have_noise_and_motion_of_their_own(paths):
+    task = Denoising(paths["plain"], neighbours=1, packed_length=10**6, packed_copies=2)
+    sample = task.sample("test", [0], [4], 0, task.length("test", 0))
+    segment, residue = sample.inputs.segment[0], sample.inputs.scalars[0, :21]
+    bodies = [segment == body for body in range(int(segment[-1]) + 1)]
+    first = bodies[0]
+    (other,) = (
+        body
+        for body in bodies[1:]
+        if residue[:, body].shape == residue[:, first].shape
+        and torch.equal(residue[:, body], residue[:, first])
+    )
+    valid = sample.inputs.mask[0, first]
+    x, y = (sample.target[0][:, here][:, valid].double() for here in (first, other))
+    assert_rigid(x, y)
+    noise = sample.inputs.points - sample.target
+    assert (noise[0][:, first] - noise[0][:, other])[:, valid].abs().min() > 1e-6
 
 
 def assert_rigid(x: torch.Tensor, y: torch.Tensor) -> None:
@@ -227,17 +248,21 @@ def test_chains_too_long_and_bad_mixtures_are_named(paths):
     for weights in ([1], [1, 0], [1, 2, 3]):
         with pytest.raises(ConfigError, match="must be 2 numbers of 1 or more"):
             Denoising([paths["plain"], paths["second"]], weights=weights)
+    for options in ({"packed_copies": 0, "packed_length": 10**4}, {"packed_copies": 2}):
+        with pytest.raises(ConfigError, match=r"task.packed_copies=\d must be 1 or more, and 1"):
+            Denoising(paths["plain"], **options)
     with pytest.raises(ConfigError, match="names no store"):
         Denoising([])
     digests = {
         Denoising(paths["plain"]).digest,
         Denoising(paths["plain"], packed_length=1000).digest,
         Denoising(paths["plain"], packed_length=1001).digest,
+        Denoising(paths["plain"], packed_length=1000, packed_copies=2).digest,
         Denoising([paths["plain"], paths["second"]]).digest,
         Denoising([paths["plain"], paths["second"]], weights=[2, 1]).digest,
         Denoising([paths["second"], paths["plain"]]).digest,
     }
-    assert len(digests) == 6
+    assert len(digests) == 7
 
 
 def test_mixed_stores_give_the_samples_of_each(paths):
