@@ -118,6 +118,10 @@ def test_every_chain_comes_as_often_as_asked_and_is_what_it_is_alone(paths, pack
 
 
 def test_copies_of_a_chain_have_noise_and_motion_of_their_own(paths):
+    """The order is run through once and once more: a sample of half the length has every chain."""
+    once = Denoising(paths["plain"], packed_length=10**6).length("test", 0)
+    halves = Denoising(paths["plain"], packed_length=once, packed_copies=2)
+    assert [halves.length("test", item) for item in range(halves.size("test"))] == [once, once]
     task = Denoising(paths["plain"], neighbours=1, packed_length=10**6, packed_copies=2)
     sample = task.sample("test", [0], [4], 0, task.length("test", 0))
     segment, residue = sample.inputs.segment[0], sample.inputs.scalars[0, :21]

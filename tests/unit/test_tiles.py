@@ -97,6 +97,27 @@ def test_tiles_are_as_large_as_the_budget_allows():
     assert cube.lengths == [112] * 8 + [104]  # evaluation is cut too, and runs nothing twice
 
 
+@pytest.mark.parametrize("tile_bytes", [1, 1 << 40])
+def test_the_backward_pass_runs_tiles_in_the_forward_passs_precision(tile_bytes):
+    """It has left autocast by then."""
+    mix, seen = torch.nn.Linear(3, 3, bias=False), []
+
+    class Mix(Tiled):
+        def part(self, x: Tensor) -> tuple[Tensor]:
+            y = mix.weight @ x
+            seen.append(y.dtype)
+            return (y,)
+
+    model, x = Mix(), torch.randn(3, 200, requires_grad=True)
+    model.execution = Execution(tile_bytes=tile_bytes)
+    with torch.autocast("cpu", torch.bfloat16):
+        (y,) = model.in_tiles(model.part, x)
+    forward = len(seen)
+    y.sum().backward()
+    assert y.dtype == torch.bfloat16 and set(seen) == {torch.bfloat16}
+    assert (len(seen) > forward) == (tile_bytes == 1)
+
+
 def test_little_is_kept_and_all_of_it_is_offloaded(monkeypatch):
     filed: list[int] = []
     to_file = offload._to_file
