@@ -5,11 +5,9 @@ N(0, 1) positions, speed 0.5, charges +-1, pair force q q' r / r^3 of at most 10
 With springs the particles are a chain in their order, and the order means something.
 """
 
-import hashlib
-import json
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from threading import Lock
 
 import numpy as np
@@ -20,6 +18,7 @@ from data_pipeline.batch import GeometricBatch, Sample
 from data_pipeline.errors import ConfigError
 from data_pipeline.features import EDGES, edges
 from data_pipeline.keyed import hash64, normals, uniforms
+from data_pipeline.numbered import Numbered
 
 SPEED = 0.5
 STRONGEST = 100.0
@@ -33,7 +32,7 @@ _CACHED = 1 << 22
 
 
 @dataclass
-class NBody:
+class NBody(Numbered):
     """Systems that follow from their number alone; no data is needed.
 
     points: positions. vectors: one channel, velocities. scalars: the charge; with springs edge
@@ -63,10 +62,7 @@ class NBody:
     unit = 1.0
 
     def __post_init__(self) -> None:
-        least = {"particles": 2, "steps": 1, "start": 0, "train_size": 1, "held_out_size": 1}
-        for option, low in least.items():
-            if getattr(self, option) < low:
-                raise ConfigError(f"task.{option}={getattr(self, option)} must be {low} or more")
+        self._settle(particles=2, steps=1, start=0)
         most = MOST_CHARGED if self.strength else MOST
         if self.particles > most:
             raise ConfigError(
@@ -81,25 +77,11 @@ class NBody:
         if not 0 < self.dt <= 0.1:  # NaN is not
             raise ConfigError(f"task.dt={self.dt} must be in (0, 0.1]")
         self.scalars = 1 + EDGES * bool(self.spring)
-        options = [self.name, asdict(self)]
-        self.digest = hashlib.sha256(json.dumps(options).encode()).hexdigest()
         self._paths: OrderedDict[tuple[str, int], np.ndarray] = OrderedDict()
         self._lock = Lock()
 
-    def size(self, split: str) -> int:
-        return self.train_size if split == "train" else self.held_out_size
-
-    def parts(self, split: str) -> list[tuple[int, int]]:
-        return [(self.size(split), 1)]
-
     def length(self, split: str, item: int) -> int:
         return self.particles
-
-    def longest(self, split: str) -> int:
-        return 0
-
-    def describe(self, split: str, item: int) -> str:
-        return f"system {item} of {split}"
 
     def sample(
         self, split: str, items: Sequence[int | None], keys: Sequence[int], start: int, stop: int

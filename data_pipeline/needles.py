@@ -6,10 +6,8 @@ for, else with zero. A token that knows its own pair alone cannot tell: the ques
 sequence away, decides.
 """
 
-import hashlib
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,6 +16,7 @@ from jaxtyping import Float32, Float64, Int64
 from data_pipeline.batch import GeometricBatch, Sample
 from data_pipeline.errors import ConfigError
 from data_pipeline.keyed import hash64, normals, rotations, uniforms
+from data_pipeline.numbered import Numbered
 
 MOST_KEYS = 6
 """Both ways along three axes."""
@@ -35,7 +34,7 @@ class _Pairs:
 
 
 @dataclass
-class Needles:
+class Needles(Numbered):
     """Sequences that follow from their number alone, made slice by slice.
 
     vectors: one channel. A sequence's keys are random unit vectors at right angles to each other,
@@ -64,10 +63,7 @@ class Needles:
     scalars = 3
 
     def __post_init__(self) -> None:
-        least = {"pairs": 1, "keys": 1, "noise": 0, "train_size": 1, "held_out_size": 1}
-        for option, low in least.items():
-            if not getattr(self, option) >= low:
-                raise ConfigError(f"task.{option}={getattr(self, option)} must be {low} or more")
+        self._settle(pairs=1, keys=1, noise=0)
         if self.keys > MOST_KEYS:
             raise ConfigError(f"task.keys={self.keys} must be {MOST_KEYS} or less")
         if self.tokens < 1 + 2 * self.pairs:
@@ -77,23 +73,9 @@ class Needles:
             )
         self.unit = 7 / 9 / self.keys
         """Mean square of a target's coordinate: the third of E m² for m in U[1, 2], if asked."""
-        options = json.dumps([self.name, asdict(self)])
-        self.digest = hashlib.sha256(options.encode()).hexdigest()
-
-    def size(self, split: str) -> int:
-        return self.train_size if split == "train" else self.held_out_size
-
-    def parts(self, split: str) -> list[tuple[int, int]]:
-        return [(self.size(split), 1)]
 
     def length(self, split: str, item: int) -> int:
         return self.tokens
-
-    def longest(self, split: str) -> int:
-        return 0
-
-    def describe(self, split: str, item: int) -> str:
-        return f"sequence {item} of {split}"
 
     def sample(
         self, split: str, items: Sequence[int | None], keys: Sequence[int], start: int, stop: int

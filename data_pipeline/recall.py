@@ -5,10 +5,8 @@ value. Vectors have random directions and magnitudes U[1, V]; values are indepen
 paper also calls them rotated keys, but a rotation could not change the magnitude).
 """
 
-import hashlib
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -19,13 +17,14 @@ from data_pipeline.batch import GeometricBatch, Sample
 from data_pipeline.errors import ConfigError
 from data_pipeline.features import EDGES, edges
 from data_pipeline.keyed import evaluation_key, hash64, normals, rotations, uniforms
+from data_pipeline.numbered import Numbered
 
 MOST_PAIRS = 1 << 20
 """Every sequence makes the whole vocabulary: here, 50 MB."""
 
 
 @dataclass
-class Recall:
+class Recall(Numbered):
     """Sequences that follow from their number alone; no data is needed.
 
     vectors: one channel, the keys and values. scalars: edge features, whose parity is +1 for keys
@@ -51,35 +50,18 @@ class Recall:
     scalars = EDGES + 1
 
     def __post_init__(self) -> None:
-        least = {"tokens": 3, "pairs": 1, "train_size": 1, "held_out_size": 1}  # key, value, query
-        for option, low in least.items():
-            if getattr(self, option) < low:
-                raise ConfigError(f"task.{option}={getattr(self, option)} must be {low} or more")
+        self._settle(tokens=3, pairs=1)  # key, value, query
         if self.pairs > MOST_PAIRS:
             raise ConfigError(f"task.pairs={self.pairs} must be {MOST_PAIRS} or less")
         if self.vocabulary not in ("random", "fixed"):
             raise ConfigError(f"task.vocabulary={self.vocabulary} must be random or fixed")
         self.unit = (self.pairs**2 + self.pairs + 1) / 9
         """Mean square of a target's coordinate: the third of E m² for m in U[1, V]."""
-        options = json.dumps([self.name, asdict(self)])
-        self.digest = hashlib.sha256(options.encode()).hexdigest()
         self._front = 1 - self.tokens % 2
         self._occurrences = (self.tokens - 1 - self._front) // 2
 
-    def size(self, split: str) -> int:
-        return self.train_size if split == "train" else self.held_out_size
-
-    def parts(self, split: str) -> list[tuple[int, int]]:
-        return [(self.size(split), 1)]
-
     def length(self, split: str, item: int) -> int:
         return self.tokens
-
-    def longest(self, split: str) -> int:
-        return 0
-
-    def describe(self, split: str, item: int) -> str:
-        return f"sequence {item} of {split}"
 
     def sample(
         self, split: str, items: Sequence[int | None], keys: Sequence[int], start: int, stop: int
