@@ -2,7 +2,9 @@
 
 import os
 import tempfile
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import IO
 
 import numpy as np
@@ -20,7 +22,7 @@ LEAST_BYTES = 1 << 16
 def offloading(execution: Execution) -> AbstractContextManager[object]:
     """While it is entered, tensors kept for the backward pass go where `execution.offload` says.
 
-    host: to pinned memory, by torch's own means. file: to a temporary file in TMPDIR that has no
+    host: to pinned memory, by torch's own means. file: to one temporary file in TMPDIR that has no
     name, so that nothing is left behind; mapped for the write and for the read alone.
 
     Raises:
@@ -29,47 +31,53 @@ def offloading(execution: Execution) -> AbstractContextManager[object]:
     if execution.offload == "host":
         return save_on_cpu(pin_memory=torch.cuda.is_available())
     if execution.offload == "file":
-        return saved_tensors_hooks(_to_file, _from_file)
+        return saved_tensors_hooks(
+            _File().keep, lambda kept: kept if isinstance(kept, Tensor) else kept()
+        )
     return nullcontext()
 
 
-class _Filed:
-    """A tensor in a file without a name."""
+class _File:
+    """A file without a name: tensors one behind the other, until the last is no longer needed."""
 
-    def __init__(self, x: Tensor) -> None:
-        self.shape, self.dtype, self.device = x.shape, x.dtype, x.device
-        self.file = tempfile.TemporaryFile(prefix="longfold-")  # noqa: SIM115 - closed at its end
-        # Room first: a full disk would kill the process that writes to a mapping.
-        os.posix_fallocate(self.file.fileno(), 0, x.nbytes)
-        _map(self.file, x.nbytes).copy_(_bytes(x.detach().contiguous()))
+    def __init__(self) -> None:
+        self.file: IO[bytes] | None = None
+        self.end = 0
 
-    def load(self) -> Tensor:
-        x = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        _bytes(x).copy_(_map(self.file, x.nbytes))
+    def keep(self, x: Tensor) -> Tensor | Callable[[], Tensor]:
+        if x.nbytes < LEAST_BYTES or isinstance(x, torch.nn.Parameter):
+            return x
+        # Where TMPDIR cannot be written tempfile would go elsewhere without a word.
+        folder = os.environ.get("TMPDIR") or tempfile.gettempdir()
+        try:
+            if self.file is None:
+                self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed at its end
+            # Room first: a full disk would kill the process that writes to a mapping.
+            os.posix_fallocate(self.file.fileno(), self.end, x.nbytes)
+        except OSError as error:
+            raise RunError(
+                f"execution.offload=file cannot write {x.nbytes} bytes to {folder}: "
+                f"{error.strerror}; set TMPDIR to a folder with room"
+            ) from error
+        load = partial(self._load, self.end, x.shape, x.dtype, x.device)
+        self._map(self.end, x.nbytes).copy_(_bytes(x.detach().contiguous()))
+        self.end += x.nbytes
+        return load
+
+    def _load(
+        self, start: int, shape: torch.Size, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        x = torch.empty(shape, dtype=dtype, device=device)
+        _bytes(x).copy_(self._map(start, x.nbytes))
         return x
+
+    def _map(self, start: int, size: int) -> Tensor:
+        assert self.file is not None
+        return torch.from_numpy(np.memmap(self.file, np.uint8, "r+", start, (size,)))
 
     def __del__(self) -> None:
-        self.file.close()
-
-
-def _to_file(x: Tensor) -> Tensor | _Filed:
-    if x.nbytes < LEAST_BYTES or isinstance(x, torch.nn.Parameter):
-        return x
-    try:
-        return _Filed(x)
-    except OSError as error:
-        raise RunError(
-            f"execution.offload=file cannot write {x.nbytes} bytes to {tempfile.gettempdir()}: "
-            f"{error.strerror}; set TMPDIR to a folder with room"
-        ) from error
-
-
-def _from_file(kept: Tensor | _Filed) -> Tensor:
-    return kept if isinstance(kept, Tensor) else kept.load()
-
-
-def _map(file: IO[bytes], size: int) -> Tensor:
-    return torch.from_numpy(np.memmap(file, np.uint8, "r+", shape=(size,)))
+        if self.file is not None:
+            self.file.close()
 
 
 def _bytes(x: Tensor) -> Tensor:

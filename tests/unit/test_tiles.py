@@ -1,5 +1,7 @@
 """Tiles, recomputation and offload change nothing but memory."""
 
+import os
+
 import pytest
 import torch
 from torch import Tensor
@@ -120,9 +122,11 @@ def test_the_backward_pass_runs_tiles_in_the_forward_passs_precision(tile_bytes)
 
 def test_little_is_kept_and_all_of_it_is_offloaded(monkeypatch):
     filed: list[int] = []
-    to_file = offload._to_file
+    keep = offload._File.keep
     monkeypatch.setattr(offload, "LEAST_BYTES", 4 << 10)
-    monkeypatch.setattr(offload, "_to_file", lambda x: filed.append(x.nbytes) or to_file(x))
+    monkeypatch.setattr(
+        offload._File, "keep", lambda file, x: filed.append(x.nbytes) or keep(file, x)
+    )
     kept = {}
     for how in ("none", "tiles", "operators"):
         execution = EXECUTIONS.get(how, Execution(tile_bytes=1 << 40))
@@ -140,11 +144,15 @@ def test_little_is_kept_and_all_of_it_is_offloaded(monkeypatch):
     # scalars and vectors of 4 channels for each operator and the read-out; the input at the door
     assert kept["operators"] < 4 * 16 + 30
     use(model, EXECUTIONS["file"])
-    model(batch)
+    before = len(os.listdir("/dev/fd"))
+    out = model(batch)
+    assert len(os.listdir("/dev/fd")) == before + 1  # however much is kept
+    del out
+    assert len(os.listdir("/dev/fd")) == before
     assert sum(filed) > 1000 * 8 * 3 * 16
 
 
-def test_a_full_disk_is_an_error(monkeypatch, tmp_path):
+def test_a_full_disk_is_an_error_and_so_is_none(monkeypatch, tmp_path):
     monkeypatch.setattr(offload, "LEAST_BYTES", 1)
 
     def full(*_: int) -> None:
@@ -154,6 +162,9 @@ def test_a_full_disk_is_an_error(monkeypatch, tmp_path):
     model = small_model("se3_hyena")
     use(model, Execution(offload="file"))
     with pytest.raises(RunError, match=r"execution\.offload=file cannot write .* No space left"):
+        model(small_batch([20]))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "gone"))
+    with pytest.raises(RunError, match="gone: No such file"):
         model(small_batch([20]))
 
 
