@@ -64,9 +64,7 @@ class Stream:
         sp_size: int = 1,
         bucket_steps: int = 1,
     ):
-        together = dp_size * micro_batch_size
-        if batch_size < 1 or micro_batch_size < 1 or batch_size % together:
-            raise ConfigError(_uneven(batch_size, micro_batch_size, dp_size))
+        check_batches(batch_size, micro_batch_size, dp_size)
         check_lengths(task, split, max_length)
         self.data_wait_s = 0.0
         """Seconds that the last step was waited for."""
@@ -79,7 +77,7 @@ class Stream:
             lambda item: task.length(split, item),
         )
         self._batch_size, self._micro = batch_size, micro_batch_size
-        self._first_rows = range(dp_rank * micro_batch_size, batch_size, together)
+        self._first_rows = range(dp_rank * micro_batch_size, batch_size, dp_size * micro_batch_size)
         self._sp = (sp_rank, sp_size)
         self._cursor = 0
         self._ahead: deque[Future[list[MicroBatch]]] = deque()
@@ -223,12 +221,15 @@ def check_lengths(task: Task, split: str, max_length: int) -> None:
         )
 
 
-def _uneven(batch_size: int, micro_batch_size: int, dp_size: int) -> str:
+def check_batches(batch_size: int, micro_batch_size: int, dp_size: int) -> None:
+    """Raises ConfigError unless a batch is the same number of micro-batches on every rank."""
     together = max(dp_size * micro_batch_size, 1)
+    if batch_size >= 1 and micro_batch_size >= 1 and batch_size % together == 0:
+        return
     near = sorted(
         {max(batch_size // together, 1) * together, (batch_size // together + 1) * together}
     )
-    return (
+    raise ConfigError(
         f"train.batch_size={batch_size} is not a multiple of dp({dp_size}) * "
         f"train.micro_batch_size({micro_batch_size}); try train.batch_size="
         f"{' or '.join(map(str, near))}"

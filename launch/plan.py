@@ -22,6 +22,10 @@ class PlanConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.device == "cuda":
+            raise ConfigError("device=cuda: plan foresees ranks on CPUs alone; say device=cpu")
+        if self.train.precision == "float64":
+            raise ConfigError("train.precision=float64: plan foresees float32 and bf16 alone")
         for key in ("ranks", "length"):
             value = getattr(self, key)
             if value is not None and value < 1:
@@ -35,6 +39,9 @@ def main(arguments: list[str]) -> None:
     import torch
 
     torch.set_num_threads(1)  # as a rank that shares its cores; the step here is a small one
+    from data_pipeline.denoising import BUNDLED
+    from data_pipeline.store import ensure_bundled
+    from data_pipeline.stream import check_batches, check_lengths
     from data_pipeline.task import build_task
     from scaling.curves.planner import Job, memory_by_part
     from scaling.models import build
@@ -42,6 +49,9 @@ def main(arguments: list[str]) -> None:
 
     dp, sp = mesh_sizes(config.parallel, config.ranks)
     check_sizes(dp, sp, config.ranks)
+    check_batches(config.train.batch_size, config.train.micro_batch_size, dp)
+    if config.task.get("store") == BUNDLED:
+        ensure_bundled(BUNDLED)
     task = build_task(config.task["name"], **options_of(config.task))
     model = build(
         config.model["name"],
@@ -49,6 +59,7 @@ def main(arguments: list[str]) -> None:
         scalars=task.scalars,
         **options_of(config.model),
     )
+    check_lengths(task, "train", config.train.max_length)
     length = config.length or task.length("train", task.longest("train"))
     if not sp <= length <= config.train.max_length:
         raise ConfigError(
@@ -61,15 +72,16 @@ def main(arguments: list[str]) -> None:
         config.execution,
         length,
         rows=config.train.micro_batch_size,
-        micro_batches=-(-config.train.batch_size // (dp * config.train.micro_batch_size)),
+        micro_batches=config.train.batch_size // (dp * config.train.micro_batch_size),
         sp=sp,
         world=config.ranks,
         zero_stage=config.engine.zero_stage if config.engine.name == "deepspeed" else 0,
+        bf16=config.train.precision == "bf16",
     )
     load_what_a_rank_loads(config)
     parts = memory_by_part(job)
     total = sum(parts.values())
-    print(f"a rank of {config.ranks} (dp {dp}, sp {sp}), {job.rows} x {length:,} tokens:")
+    print(f"a rank of {config.ranks} on a CPU (dp {dp}, sp {sp}), {job.rows} x {length:,} tokens:")
     for part, size in parts.items():
         print(f"  {part:<28}{size / 2**20:>10,.0f} MiB")
     print(f"  {'peak memory':<28}{total / 2**20:>10,.0f} MiB")

@@ -51,6 +51,8 @@ class Job:
     world: int
     zero_stage: int
     """0 where nothing is partitioned."""
+    bf16: bool = False
+    """Whether autocast is on."""
 
 
 def memory_by_part(job: Job) -> dict[str, int]:
@@ -131,7 +133,8 @@ def _step(job: Job, shard: SequenceShard) -> None:
         torch.randn(job.rows, job.task.scalars, n),
         shard.index.repeat(job.rows, 1),
     )
-    out = job.model(batch, shard)
+    with torch.autocast("cpu", torch.bfloat16, enabled=job.bf16):
+        out = job.model(batch, shard)
     loss = out.points.square().sum() + out.vectors.square().sum() + out.scalars.square().sum()
     loss.backward()
     job.model.zero_grad()

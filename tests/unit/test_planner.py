@@ -36,7 +36,7 @@ def test_the_command_prints_parts_that_sum_up(capsys):
     arguments = ["experiment=million", "task.tokens=8192", "engine=ddp", "ranks=3"]
     main(arguments)
     first, *rows = capsys.readouterr().out.splitlines()
-    assert first == "a rank of 3 (dp 1, sp 3), 1 x 8,192 tokens:"
+    assert first == "a rank of 3 on a CPU (dp 1, sp 3), 1 x 8,192 tokens:"
     sizes = [float(row.split()[-2].replace(",", "")) for row in rows]
     assert sizes[-1] == pytest.approx(sum(sizes[:-1]), abs=len(sizes))
 
@@ -46,6 +46,10 @@ def test_the_command_prints_parts_that_sum_up(capsys):
     [
         ("ranks=0", "ranks=0: must be at least 1"),
         ("parallel.sp=3", r"dp\(1\) \* sp\(3\) = 3"),
+        ("parallel.dp=2", r"train.batch_size=1 is not a multiple of dp\(2\)"),
+        ("device=cuda", "plan foresees ranks on CPUs"),
+        ("train.precision=float64", "plan foresees float32 and bf16"),
+        ("task.tokens=9999999999", r"9999999999 tokens, more than train.max_length"),
         ("length=1", r"length=1: must lie in 2 .* 4194304 \(train.max_length\)"),
     ],
 )
