@@ -14,6 +14,7 @@ from typing import Any, Literal
 from data_pipeline.errors import ConfigError, RunError
 from launch.config import check_choice, check_folder_name, command_line, options_of, to_yaml
 from launch.measure import measure
+from scaling.execution import Execution
 
 
 @dataclass
@@ -79,12 +80,21 @@ def main(arguments: list[str]) -> None:
 
 
 def _case(config: BenchConfig) -> Any:
-    """The options as the bench's case, checked."""
+    """The options as the bench's case, checked, with the models and the execution in it."""
     from scaling.bench.registry import BENCHES
+    from scaling.models import MODELS
 
     cases = {name: bench.case for name, bench in BENCHES.items()}
     check_choice("bench", config.bench, cases)
-    return cases[config.bench["name"]](**options_of(config.bench))
+    options = options_of(config.bench)
+    models = {f"models.{name}": model for name, model in options.get("models", {}).items()}
+    models |= {key: options[key] for key in ("model",) if key in options}
+    for key, model in models.items():
+        check_choice(f"bench.{key}", model, MODELS, given=("vectors", "scalars"))
+    execution = options.get("execution", {})
+    check_choice("bench.execution", {"name": "own"} | execution, {"own": Execution})
+    Execution(**execution)
+    return cases[config.bench["name"]](**options)
 
 
 def _prepare(folder: Path, config: BenchConfig) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from data_pipeline.errors import ConfigError
 from scaling.bench.family import Bench, Part, Row, check_positive, row
-from scaling.bench.train_step import StepCase, check_execution, measure_step
+from scaling.bench.train_step import StepCase, measure_step
 from scaling.parallel.collectives import Group, group_size
 
 CROWDED = ", oversubscribed"
@@ -56,7 +56,6 @@ class ScalingCase:
             rounds=self.rounds,
             steps=self.steps,
         )
-        check_execution(self.execution)
         if self.weak_tokens == 1:
             raise ConfigError("bench.weak_tokens=1: must be at least 2, an FFT of 1 is no work")
 

@@ -3,14 +3,13 @@
 import gc
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from data_pipeline.batch import GeometricBatch
-from data_pipeline.errors import ConfigError
 from scaling.bench.family import Bench, Part, Row, check_positive, row
 from scaling.bench.naive import straightforward
 from scaling.bench.timing import medians, now
@@ -92,14 +91,6 @@ def training_step(case: StepCase, group: Group, device: torch.device) -> Callabl
     return step
 
 
-def check_execution(execution: dict[str, Any]) -> None:
-    """Raises ConfigError for what is no field of `Execution`."""
-    names = [field.name for field in fields(Execution)]
-    for key in execution:
-        if key not in names:
-            raise ConfigError(f"unknown key bench.execution.{key}; it has: {', '.join(names)}")
-
-
 def measure_step(case: StepCase, group: Group, device: torch.device) -> StepCost:
     """The step, repeated; every rank of `group` calls it and gets the same."""
     step = training_step(case, group, device)
@@ -150,7 +141,6 @@ class TrainStepCase:
 
     def __post_init__(self) -> None:
         check_positive(lengths=self.lengths, seconds=self.seconds)
-        check_execution(self.execution)
 
 
 def train_step_rows(case: TrainStepCase, group: Group, device: torch.device) -> list[Row]:
