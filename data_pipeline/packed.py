@@ -10,6 +10,9 @@ from data_pipeline.keyed import hash64, raw64
 from data_pipeline.store import before
 from data_pipeline.stores import Stores
 
+MOST_COPIES = 1 << 24
+"""Of all chains of a split together: about 1 GB of memory."""
+
 
 @dataclass(frozen=True)
 class Pieces:
@@ -45,7 +48,7 @@ class Layout:
     times.
 
     Raises:
-        ConfigError: a chain exceeds packed_length (named).
+        ConfigError: a chain exceeds packed_length (named), or the copies are more than MOST_COPIES.
     """
 
     def __init__(
@@ -59,7 +62,13 @@ class Layout:
                 f"the longest chain, {stores.name(longest)}, has {tokens} tokens, more than "
                 f"task.packed_length={packed_length}; raise it to {tokens} or more"
             )
-        parts = [np.tile(part, copies) for part in stores.chains(split)]
+        parts = stores.chains(split)
+        if copies > 1 and (chains := sum(map(len, parts))) * copies > MOST_COPIES:
+            raise ConfigError(
+                f"task.packed_copies={copies} of {chains} {split} chains are more than "
+                f"{MOST_COPIES}; use at most {max(MOST_COPIES // chains, 1)}"
+            )
+        parts = [np.tile(part, copies) for part in parts]
         self._chains = np.concatenate(parts)
         self._lengths = stores.lengths[self._chains] * atoms
         firsts, sizes, base = [], [], 0

@@ -255,6 +255,8 @@ def test_chains_too_long_and_bad_mixtures_are_named(paths):
     for options in ({"packed_copies": 0, "packed_length": 10**4}, {"packed_copies": 2}):
         with pytest.raises(ConfigError, match=r"task.packed_copies=\d must be 1 or more, and 1"):
             Denoising(paths["plain"], **options)
+    with pytest.raises(ConfigError, match=r"packed_copies=1000000000 of \d+ train .* at most \d+"):
+        Denoising(paths["plain"], packed_length=10**4, packed_copies=10**9)
     with pytest.raises(ConfigError, match="names no store"):
         Denoising([])
     digests = {
