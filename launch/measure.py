@@ -76,6 +76,8 @@ def measure(
     environ = os.environ | {"OMP_NUM_THREADS": str(threads)}
     with log.open("w") as output:
         began = time.monotonic()
+        # Told to stop, this process would leave its ranks running.
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environ)
         try:
             code = child.wait(timeout_s)
@@ -86,6 +88,8 @@ def measure(
             if not isinstance(error, subprocess.TimeoutExpired):
                 raise
             return f"time-out after {time.monotonic() - began:.0f} s", None
+        finally:
+            signal.signal(signal.SIGTERM, before)
     if code != 0 or not result.exists():
         return reason(log.read_text()), None
     return "ok", json.loads(result.read_text())

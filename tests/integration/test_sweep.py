@@ -1,12 +1,16 @@
 """A small sweep: real points, a failing one, a rerun, and the views of its numbers."""
 
 import csv
+import os
+import signal
 from pathlib import Path
+from threading import Thread
+from time import sleep
 
 import pytest
 
 from data_pipeline.errors import RunError
-from launch import sweep
+from launch import measure, sweep
 from launch.measure import reason as reason_of
 
 TINY = ["name=tiny", "model.channels=2", "model.hidden=2", "steps=2", "scalars=0", "sp=[1,2]",
@@ -92,3 +96,27 @@ def test_the_reason_is_the_cause_not_its_echo(log: str, reason: str):
 def test_bad_values_are_refused(override: str, tmp_path: Path):
     with pytest.raises(ValueError, match=override.partition("=")[0]):
         sweep.main([f"sweeps={tmp_path}", override])
+
+
+def test_who_is_told_to_stop_leaves_no_ranks_running(tmp_path, monkeypatch):
+    """SIGTERM, from a scheduler or `timeout`."""
+    pid, launcher = tmp_path / "pid", tmp_path / "launcher"
+    launcher.write_text(f"#!/bin/sh\necho $$ > {pid}\nexec sleep 60\n")
+    launcher.chmod(0o700)
+    monkeypatch.setattr(measure.sys, "executable", str(launcher))
+
+    def stop() -> None:
+        while not (pid.exists() and pid.read_text()):
+            sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # not the end of all tests
+    try:
+        Thread(target=stop, daemon=True).start()
+        with pytest.raises(SystemExit):
+            measure.measure("bench", {}, tmp_path, 1, threads=1, timeout_s=10, device="cpu")
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
