@@ -102,6 +102,8 @@ def _prepare(folder: Path, config: BenchConfig) -> None:
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for earlier in ("rows.csv", "summary.md", "figure.png"):  # of another configuration
+            (folder / earlier).unlink(missing_ok=True)
         (folder / "config.yaml").write_text(to_yaml(config))
         (folder / "environment.json").write_text(json.dumps(describe_environment(), indent=1))
     except OSError as error:

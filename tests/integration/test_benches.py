@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data_pipeline.batch import GeometricBatch
-from data_pipeline.errors import ConfigError
+from data_pipeline.errors import ConfigError, RunError
 from launch import bench
 from launch.config import compose, config_folder
 from scaling.algebra import clifford
@@ -78,6 +78,19 @@ def test_every_configuration_is_that_of_a_bench():
 def test_options_are_those_of_the_case(override, message):
     with pytest.raises(ConfigError, match=message):
         bench.main(["bench=attention", *override.split()])
+
+
+def test_a_bench_that_fails_leaves_no_earlier_results(tmp_path, monkeypatch):
+    """They may be of another configuration."""
+    monkeypatch.setattr(bench, "measure", lambda *_, **__: ("no memory", None))
+    (tmp_path / "machine").mkdir()
+    (tmp_path / "machine" / "rows.csv").touch()
+    with pytest.raises(RunError, match="failed: no memory"):
+        bench.main(["bench=machine", f"benches={tmp_path}"])
+    assert {file.name for file in (tmp_path / "machine").iterdir()} == {
+        "config.yaml",
+        "environment.json",
+    }
 
 
 @pytest.mark.parametrize("name", ["se3_hyena", "se3_hyena_paper"])
