@@ -113,7 +113,7 @@ class Recall(Numbered):
         # Place -1 is the noise at the front; each pair has two places, the query the last one.
         places = np.arange(start, min(stop, self.tokens)) - self._front
         first = max(int(places[0]), 0) // 2 if len(places) else 0
-        last = max(int(places[-1]) // 2 + 1, first) if len(places) else 0
+        last = max(int(places[-1]), 0) // 2 + 1 if len(places) else 0
         chosen = self._choices(hash64("pairs", own), first, last)
         asked = hash64("query", own)
         pair = int(uniforms(asked, 0, 1)[0, 0] * self._occurrences)

@@ -43,7 +43,7 @@ def test_slices_tile_and_samples_follow_from_their_number(tokens):
     """Any cut gives the same tokens; targets come with each slice; splits and items differ."""
     task = Recall(tokens, vocabulary="fixed")
     whole = task.sample("train", [5, 9], [1, 2], 0, tokens)
-    for ranks in (2, 3, 4, 8):
+    for ranks in (2, 3, 4, 8, tokens):
         cuts = [tokens * r // ranks for r in range(ranks + 1)]
         parts = [task.sample("train", [5, 9], [1, 2], a, b) for a, b in pairwise(cuts)]
         for name in ("vectors", "scalars", "mask", "index", "points"):
