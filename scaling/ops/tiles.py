@@ -76,9 +76,9 @@ class Tiled(nn.Module):
             tile = self._tile(part, tensors, tokens)
             if self.execution.compile:
                 part = self._compiled.setdefault(part.__name__, compiled(part))
-            if tile >= tokens:
-                return part(*tensors)
-            return _again(part, self.parameters(), tensors, tile)
+            if tile < tokens:
+                return _again(part, self.parameters(), tensors, tile)
+            return cast(Results, clock.both_ways("projection", part, *tensors))
 
     def again(self, part: Part[Results], *tensors: Tensor) -> Results:
         """part(*tensors), keeping nothing but its inputs; any part, run as one piece."""

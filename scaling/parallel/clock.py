@@ -8,17 +8,19 @@
         ...
 
 Parts nest, across functions and threads: a moment counts for the innermost part alone. Autograd
-knows nothing of it: a backward has to enter its part itself, as an autograd.Function can.
+knows nothing of it: a backward has to enter its part itself, as an autograd.Function can, and
+`both_ways` has it done for a function of tensors.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import pairwise
 from time import perf_counter
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from torch.profiler import record_function
 
 Part = Literal["projection", "transforms", "comm"]
@@ -39,10 +41,13 @@ class Clock:
         self._inside: list[Part] = []
         self._marks: list[tuple[Part | None, Any]] = []
         """Moments, and the part that begins there; None: outside of all."""
+        self._backward: list[AbstractContextManager[None]] = []
+        """Parts that a backward pass is in."""
 
     def start(self, device: torch.device) -> None:
         """Begins anew."""
         self._device, self._marks = device, []
+        self._inside, self._backward = [], []
         self._mark(None)
 
     def stop(self) -> dict[Part | None, float]:
@@ -72,6 +77,24 @@ class Clock:
             self._inside.pop()
             self._mark(self._inside[-1] if self._inside else None)
 
+    def both_ways(
+        self, name: Part, run: Callable[..., tuple[Tensor, ...]], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        """run(*tensors) in the part, and so its backward: from the gradients of all its results to
+        those of all its tensors. Where none of these has one, nothing tells when it is over."""
+
+        def enter() -> None:
+            self._backward.append(self.part(name))
+            self._backward[-1].__enter__()
+
+        def leave() -> None:
+            self._backward.pop().__exit__(None, None, None)
+
+        with self.part(name):
+            if self._device is None or not any(x.requires_grad for x in tensors):
+                return run(*tensors)
+            return _with_border(enter, run(*_with_border(leave, tensors)))
+
     def range(self, name: str) -> AbstractContextManager[object]:
         """A range in the trace alone."""
         return record_function(f"longfold.{name}") if self.tracing else nullcontext()
@@ -92,6 +115,24 @@ class Clock:
         else:
             now = perf_counter()
         self._marks.append((part, now))
+
+
+def _with_border(crossed: Callable[[], None], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The same tensors; `crossed` is called where their gradients pass."""
+    trained = iter(_Border.apply(crossed, *(x for x in tensors if x.requires_grad)))
+    return tuple(next(trained) if x.requires_grad else x for x in tensors)
+
+
+class _Border(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, crossed: Callable[[], None], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.crossed = crossed
+        return tuple(x.view_as(x) for x in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.crossed()
+        return None, *grads
 
 
 clock = Clock()

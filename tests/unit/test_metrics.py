@@ -117,6 +117,42 @@ def test_each_moment_counts_for_the_innermost_part(monkeypatch):
     assert clock.stop() == {None: 3, "projection": 3, "transforms": 1}
 
 
+class Seen(torch.autograd.Function):
+    """Notes the part that its gradient passes in."""
+
+    @staticmethod
+    def forward(ctx, x, seen):
+        ctx.seen = seen
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.seen.append(clock.now)
+        return grad, None
+
+
+def test_the_backward_of_a_function_belongs_to_its_part():
+    """And nothing before or behind it; inputs that have no gradient get none."""
+    before, inside, behind = [], [], []
+    x, given = torch.ones(3, requires_grad=True), torch.ones(3)
+
+    def part(x, given):
+        assert not given.requires_grad
+        y = Seen.apply(x * given, inside)
+        return y, given + 1, 2 * y
+
+    clock.start(CPU)
+    first, untrained, second = clock.both_ways("projection", part, Seen.apply(x, before), given)
+    assert not untrained.requires_grad
+    (Seen.apply(first, behind) + second).sum().backward()
+    with torch.no_grad():
+        clock.both_ways("projection", part, x, given)
+    clock.both_ways("projection", part, given, given)[0].sum()
+    assert (before, inside, behind) == ([None], ["projection"], [None])
+    assert clock.now is None and torch.equal(x.grad, torch.full((3,), 3.0))
+    assert set(clock.stop()) == {None, "projection"}
+
+
 @pytest.mark.parametrize(("steps", "traced"), [(2, None), (3, "3-3"), (9, "3-4")])
 def test_traces_hold_the_steps_after_the_warm_up_or_say_that_there_are_none(
     tmp_path, steps, traced
