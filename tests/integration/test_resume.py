@@ -192,16 +192,17 @@ def test_a_stop_file_or_a_signal_interrupts_and_the_same_call_goes_on(
 
 
 def test_asked_twice_it_ends_even_while_it_waits(tmp_path):
-    """Reading a pipe that nobody writes to, by a call that signals do not end, stands for a wait
-    for a rank that hangs. Twice within a moment is one request."""
+    """Locking a mutex twice, a call that signals do not end (a read they do), stands for a wait for
+    a rank that hangs. Twice within a moment is one request."""
     script = f"""if True:
-        import ctypes, os
+        import ctypes
         from pathlib import Path
         from scaling.train.stop import StopRequest
         with StopRequest(Path({str(tmp_path)!r}) / "STOP"):
             print("ready", flush=True)
-            reader, _ = os.pipe()
-            ctypes.CDLL(None).read(reader, ctypes.create_string_buffer(1), 1)
+            mutex = ctypes.create_string_buffer(64)
+            while True:
+                ctypes.CDLL(None).pthread_mutex_lock(mutex)
     """
     with subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
