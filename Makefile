@@ -29,7 +29,7 @@ help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
 install: $(VENV)/installed
-	@$(BIN)/python -m launch.extension
+	@$(BIN)/python -m launch.ranks.extension
 
 # A mistake in ARGS is found by one process, with one line. Port 0: a free one, so that two jobs on
 # one machine do not collide. Threads: all cores, shared by the ranks.
@@ -47,7 +47,7 @@ bench: install
 	$(BIN)/python -m launch bench $(ARGS)
 
 test: $(VENV)/installed-dev
-	@$(BIN)/python -m launch.extension
+	@$(BIN)/python -m launch.ranks.extension
 	$(BIN)/python -m pytest --jaxtyping-packages=scaling,data_pipeline,beartype.beartype $(ARGS)
 
 lint: $(VENV)/installed-dev

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_pipeline.errors import ConfigError, RunError
-from launch.config import check_choice, check_folder_name, command_line, options_of, to_yaml
+from launch.config.compose import check_choice, check_folder_name, command_line, options_of, to_yaml
 from launch.measure import measure
 from scaling.execution import Execution
 
@@ -41,8 +41,8 @@ def main(arguments: list[str]) -> None:
     """Measure, write, summarise."""
     about = "Measure an operator or a training step beside its rivals."
     config, overrides = command_line(arguments, "bench", BenchConfig, about, check=_case)
-    from scaling.bench.family import summarise, table
-    from scaling.bench.registry import BENCHES
+    from scaling.experiments.family import summarise, table
+    from scaling.experiments.registry import BENCHES
 
     bench = BENCHES[config.bench["name"]]
     folder = Path(config.benches) / config.name
@@ -73,7 +73,7 @@ def main(arguments: list[str]) -> None:
     print("", text, "", f"numbers   {folder / 'rows.csv'}", sep="\n")
     print(f"table     {folder / 'summary.md'}")
     if bench.figure:
-        from scaling.curves.plots import plot_rows
+        from scaling.experiments.plots import plot_rows
 
         plot_rows(rows, folder / "figure.png", bench.figure)
         print(f"figure    {folder / 'figure.png'}")
@@ -81,7 +81,7 @@ def main(arguments: list[str]) -> None:
 
 def _case(config: BenchConfig) -> Any:
     """The options as the bench's case, checked, with the models and the execution in it."""
-    from scaling.bench.registry import BENCHES
+    from scaling.experiments.registry import BENCHES
     from scaling.models import MODELS
 
     cases = {name: bench.case for name, bench in BENCHES.items()}
@@ -119,6 +119,6 @@ def _write(folder: Path, rows: list[dict[str, Any]], summary: str) -> None:
 
 
 if __name__ == "__main__":
-    from launch.environment import run_command
+    from launch.ranks.environment import run_command
 
     sys.exit(run_command(main, sys.argv[1:]))

@@ -15,17 +15,23 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import ConfigError
-from launch.environment import choose_device, discover, process_group, run_command, share_cores
+from launch.ranks.environment import (
+    choose_device,
+    discover,
+    process_group,
+    run_command,
+    share_cores,
+)
 
 
 def _train_step(case: dict[str, Any], device: Any) -> dict[str, Any]:
-    from scaling.bench.train_step import StepCase, measure_step
+    from scaling.experiments.cases.train_step import StepCase, measure_step
 
     return dataclasses.asdict(measure_step(StepCase(**case), None, device))
 
 
 def _bench(case: dict[str, Any], device: Any) -> list[dict[str, Any]]:
-    from scaling.bench.registry import BENCHES
+    from scaling.experiments.registry import BENCHES
 
     bench = BENCHES[case.pop("name")]
     return bench.rows(bench.case(**case), None, device)

@@ -1,15 +1,15 @@
 """Foresee what a training run takes: python -m launch plan [what train takes] ranks=64 length=...
 
 Everything that `train` takes says which run. Nothing of it is started: one rank's step runs here
-with few tokens, in a world of as many ranks that exchanges nothing (scaling/curves/planner.py).
+with few tokens, in a world of as many ranks that exchanges nothing (scaling/cost/planner.py).
 """
 
 import sys
 from dataclasses import dataclass
 
 from data_pipeline.errors import ConfigError
-from launch.config import Config, command_line, mesh_sizes, options_of
-from launch.environment import discover, process_group
+from launch.config.compose import Config, command_line, mesh_sizes, options_of
+from launch.ranks.environment import discover, process_group
 from launch.train import check_names
 
 
@@ -39,11 +39,11 @@ def main(arguments: list[str]) -> None:
     import torch
 
     torch.set_num_threads(1)  # as a rank that shares its cores; the step here is a small one
-    from data_pipeline.denoising import BUNDLED
-    from data_pipeline.store import ensure_bundled
-    from data_pipeline.stream import check_batches, check_lengths
-    from data_pipeline.task import build_task
-    from scaling.curves.planner import Job, memory_by_part
+    from data_pipeline.prepare import ensure_bundled
+    from data_pipeline.stream.stream import check_batches, check_lengths
+    from data_pipeline.tasks.denoising import BUNDLED
+    from data_pipeline.tasks.registry import build_task
+    from scaling.cost.planner import Job, memory_by_part
     from scaling.models import build
     from scaling.parallel.mesh import check_sizes
 
@@ -93,8 +93,8 @@ def load_what_a_rank_loads(config: Config) -> None:
     from torch import nn
 
     import scaling.train.loop  # noqa: F401
-    from launch.extension import require_extension
-    from scaling.parallel.engine import build_engine
+    from launch.ranks.extension import require_extension
+    from scaling.engine.build import build_engine
 
     if config.engine.name != "deepspeed":
         return
@@ -115,6 +115,6 @@ def load_what_a_rank_loads(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    from launch.environment import run_command
+    from launch.ranks.environment import run_command
 
     sys.exit(run_command(main, sys.argv[1:]))

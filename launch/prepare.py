@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from data_pipeline.chains import describe
 from data_pipeline.errors import ConfigError
-from data_pipeline.store import ensure, verify
-from launch.config import check_choice, command_line, options_of
-from launch.sources import SOURCES, make_source
+from data_pipeline.prepare import SOURCES, make_source
+from data_pipeline.store.build import ensure, verify
+from launch.config.compose import check_choice, command_line, options_of
 
 
 @dataclass
@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> None:
     elif config.action == "verify":
         manifest, done = verify(store), "verified: every hash and every chunk"
     else:
-        from launch.inspection import inspect
+        from data_pipeline.inspect.inspect import inspect
 
         beside = store.rpartition("/")[2] if "://" in store else store
         manifest, more = inspect(store, Path(config.figures or f"{beside}.inspect"))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_pipeline.errors import ConfigError, RunError
-from launch.config import check_choice, check_folder_name, command_line, to_yaml
+from launch.config.compose import check_choice, check_folder_name, command_line, to_yaml
 from launch.measure import measure
 from scaling.execution import Execution
 
@@ -86,7 +86,7 @@ def _check_model(config: SweepConfig) -> None:
 
 def columns() -> list[str]:
     """Of results.csv."""
-    from scaling.bench.train_step import StepCost
+    from scaling.experiments.cases.train_step import StepCost
 
     return ["length", "sp", "status", *(field.name for field in fields(StepCost))]
 
@@ -167,8 +167,8 @@ def _brief(row: dict[str, Any]) -> str:
 
 
 def _present(folder: Path, rows: list[dict[str, Any]], config: SweepConfig) -> None:
-    from scaling.curves.plots import plot_sweep
-    from scaling.curves.tensorboard import write_sweep
+    from scaling.experiments.plots import plot_sweep
+    from scaling.experiments.tensorboard import write_sweep
     from scaling.observe.sinks import tensorboard_command
 
     title = f"{config.model['name']}, one training step of {config.rows} sequence(s)"
@@ -198,6 +198,6 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    from launch.environment import run_command
+    from launch.ranks.environment import run_command
 
     sys.exit(run_command(main, sys.argv[1:]))

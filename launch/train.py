@@ -13,8 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_pipeline.errors import ConfigError
-from launch.config import Config, check_choice, command_line, mesh_sizes, options_of
-from launch.environment import choose_device, discover, process_group, run_command, share_cores
+from launch.config.compose import Config, check_choice, command_line, mesh_sizes, options_of
+from launch.ranks.environment import (
+    choose_device,
+    discover,
+    process_group,
+    run_command,
+    share_cores,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +36,7 @@ def main(arguments: list[str]) -> None:
     device = choose_device(config.device, ranks)
     uses_deepspeed = config.engine.name == "deepspeed"
     if uses_deepspeed and device.type == "cpu":
-        from launch.extension import require_extension
+        from launch.ranks.extension import require_extension
 
         require_extension()
     with process_group(ranks, device, config.parallel.timeout_s, needed=uses_deepspeed):
@@ -41,9 +47,9 @@ def train(config: Config, device: "torch.device") -> None:
     """Build task, mesh and model, and fit; inside the process group, where there is one."""
     import torch
 
-    from data_pipeline.denoising import BUNDLED
-    from data_pipeline.store import ensure_bundled
-    from data_pipeline.task import build_task
+    from data_pipeline.prepare import ensure_bundled
+    from data_pipeline.tasks.denoising import BUNDLED
+    from data_pipeline.tasks.registry import build_task
     from scaling.models import build
     from scaling.ops.tiles import use
     from scaling.parallel.collectives import group_size
@@ -74,7 +80,7 @@ def train(config: Config, device: "torch.device") -> None:
 
 def check_names(config: Config) -> None:
     """Task and model sections against the constructors that they name."""
-    from data_pipeline.task import TASKS
+    from data_pipeline.tasks.registry import TASKS
     from scaling.models import MODELS
 
     check_choice("task", config.task, TASKS)

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from launch.extension import cache_folder
+from launch.ranks.extension import cache_folder
 
 # What `make test` has built: a rank that were to build it in the user's own cache might be killed
 # in the middle, and what it locks there would stop all later ones.

@@ -5,9 +5,9 @@ from typing import get_args
 from torch import nn
 
 from data_pipeline.errors import ConfigError
+from scaling.long_conv.operators import Padding
 from scaling.models.se3_hyena import SE3Hyena
 from scaling.models.se3_hyena_paper import SE3HyenaPaper
-from scaling.ops.long_conv import Padding
 
 MODELS: dict[str, type[nn.Module]] = {
     "se3_hyena": SE3Hyena,

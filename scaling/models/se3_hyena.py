@@ -33,11 +33,11 @@ from data_pipeline.batch import GeometricBatch
 from data_pipeline.errors import ConfigError
 from scaling.algebra.clifford import CliffordMLP, embed, grade_0, grade_1
 from scaling.algebra.norms import smooth_sqrt
-from scaling.algebra.spectra import cross
-from scaling.ops.long_conv import Padding, geometric_long_conv
+from scaling.algebra.vectors import cross
+from scaling.long_conv.operators import Padding, geometric_long_conv
+from scaling.ops.masked_rows import Tokens, keep
 from scaling.ops.offload import offloading
 from scaling.ops.tiles import Tiled
-from scaling.ops.tokens import Tokens, keep
 from scaling.parallel.shard import SequenceShard
 
 Scalars = Float[Tensor, "b c n"]

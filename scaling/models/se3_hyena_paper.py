@@ -30,11 +30,11 @@ from torch import Tensor, nn
 
 from data_pipeline.batch import GeometricBatch
 from scaling.algebra.clifford import CliffordMLP, embed, grade_0, grade_1
-from scaling.algebra.spectra import cross
-from scaling.ops.long_conv import scalar_long_conv, vector_long_conv
+from scaling.algebra.vectors import cross
+from scaling.long_conv.operators import scalar_long_conv, vector_long_conv
+from scaling.ops.masked_rows import Tokens, keep
 from scaling.ops.offload import offloading
 from scaling.ops.tiles import Tiled
-from scaling.ops.tokens import Tokens, keep
 from scaling.parallel.shard import SequenceShard
 
 Scalars = Float[Tensor, "b s n"]

@@ -25,55 +25,23 @@ The first steps of a process (allocations, thread pools, DDP's buckets) are left
 times, unless a row has no others.
 """
 
-import json
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import torch
 
 from scaling.observe.memory import peak_bytes
 from scaling.parallel.clock import clock
-from scaling.parallel.collectives import traffic
-from scaling.parallel.loss import global_maxima, global_sums
-
-Row = dict[str, Any]
+from scaling.parallel.collectives import global_maxima, global_sums, traffic
+from scaling.runs.rows import Row
 
 WARMUP_STEPS = 2
 LARGEST = ("step_s", "forward_s", "backward_s", "comm_bytes")
 """Of the rank where it is largest."""
 SPLIT = ("projection_s", "transforms_s", "comm_s", "optimizer_s", "data_wait_s", "other_s")
 """Of the mean rank."""
-
-
-class MetricsFile:
-    """Appends rows; a row is on disk when `append` returns."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def append(self, row: Row) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-    def rows(self) -> list[Row]:
-        """All whole rows; a last line that a killed process left half-written is not one."""
-        if not self.path.exists():
-            return []
-        lines = self.path.read_text().split("\n")
-        return [json.loads(line) for line in lines[:-1] if line]
-
-    def truncate(self, step: int) -> list[Row]:
-        """Drops rows after `step`, at once or not at all. Returns the rest."""
-        rows = [row for row in self.rows() if row["step"] <= step]
-        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in rows))
-        return rows
 
 
 @dataclass
@@ -140,27 +108,3 @@ class StepMeter:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # kernels run on after their launch
         return perf_counter()
-
-
-def write_atomically(path: Path, content: str) -> None:
-    """The file is the old one or the new one, whenever the power fails."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames inside the folder last."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def of_split(rows: Iterable[Row], split: str) -> list[Row]:
-    return [row for row in rows if row["split"] == split]

@@ -7,8 +7,9 @@ from statistics import median
 
 from tqdm import tqdm
 
-from scaling.observe.metrics import SPLIT, Row, of_split
+from scaling.observe.metrics import SPLIT
 from scaling.observe.sinks import tensorboard_command
+from scaling.runs.rows import Row, of_split
 
 
 class Progress:

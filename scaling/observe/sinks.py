@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from scaling.observe.metrics import Row
+from scaling.runs.rows import Row
 
 # Sections of TensorBoard; what a row has besides lies under the name of its split.
 SECTIONS = {

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from data_pipeline.errors import ConfigError, ShapeError
-from scaling.algebra.spectra import cross
+from scaling.algebra.vectors import cross
 
 Vectors = Float[Tensor, "*b 3 n"]
 BLOCK = 256

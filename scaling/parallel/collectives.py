@@ -19,6 +19,7 @@ from torch import Tensor
 from scaling.parallel.clock import clock
 
 Group = dist.ProcessGroup | None
+Number = float | int
 
 
 @dataclass
@@ -203,3 +204,26 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return all_to_all_blocks(grads[0], *ctx.arguments).sum(0), None, None
+
+
+def global_sums(
+    *values: Number | Tensor, group: Group = None, device: torch.device | str = "cpu"
+) -> list[float]:
+    """Each number summed over all ranks, in float64, by one exchange. Every rank must call it."""
+    return _reduce_numbers(values, dist.ReduceOp.SUM, group, device)
+
+
+def global_maxima(
+    *values: Number | Tensor, group: Group = None, device: torch.device | str = "cpu"
+) -> list[float]:
+    """Each number's largest value over all ranks, by one exchange. Every rank must call it."""
+    return _reduce_numbers(values, dist.ReduceOp.MAX, group, device)
+
+
+def _reduce_numbers(
+    values: Sequence[Number | Tensor], operation: Any, group: Group, device: torch.device | str
+) -> list[float]:
+    numbers = torch.tensor([float(value) for value in values], dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(numbers, operation, group=group)
+    return numbers.tolist()

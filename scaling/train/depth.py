@@ -10,10 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from scaling.observe.metrics import Row
-from scaling.parallel.collectives import Group, all_reduce_sum
-from scaling.parallel.loss import global_sums
+from scaling.parallel.collectives import Group, all_reduce_sum, global_sums
 from scaling.parallel.shard import SequenceShard
+from scaling.runs.rows import Row
 
 PARTS = 8
 

@@ -9,12 +9,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from data_pipeline.batch import Sample
-from data_pipeline.stream import MicroBatch, check_lengths, evaluation_batches
-from data_pipeline.task import Task
-from scaling.observe.metrics import Row
-from scaling.parallel.engine import Engine
-from scaling.parallel.loss import global_sums
+from data_pipeline.stream.stream import MicroBatch, check_lengths, evaluation_batches
+from data_pipeline.tasks.protocol import Task
+from scaling.engine.base import Engine
+from scaling.parallel.collectives import global_sums
 from scaling.parallel.shard import SequenceShard
+from scaling.runs.rows import Row
 from scaling.train.depth import ErrorByDepth
 from scaling.train.objective import Objective
 from scaling.train.settings import TrainSettings

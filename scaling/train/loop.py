@@ -9,16 +9,20 @@ from torch import nn
 
 from data_pipeline.batch import Sample
 from data_pipeline.errors import ConfigError, RunError
-from data_pipeline.stream import MicroBatch, Stream, check_lengths
-from data_pipeline.task import Task
-from scaling.observe.metrics import Row, StepMeter
+from data_pipeline.stream.stream import MicroBatch, Stream, check_lengths
+from data_pipeline.tasks.protocol import Task
+from scaling.checkpoint.checkpoint import Checkpoints
+from scaling.engine.base import Engine
+from scaling.engine.build import build_engine
+from scaling.engine.loss import engine_loss
+from scaling.observe.metrics import StepMeter
 from scaling.observe.profile import StepProfiler
 from scaling.observe.progress import Summary
 from scaling.parallel.clock import clock
-from scaling.parallel.engine import Engine, build_engine
-from scaling.parallel.loss import engine_loss, global_sums
+from scaling.parallel.collectives import global_sums
+from scaling.parallel.first_rank import first_rank_says
 from scaling.parallel.mesh import Mesh
-from scaling.train.checkpoint import Checkpoints, first_rank_says
+from scaling.runs.rows import Row
 from scaling.train.evaluate import Evaluation
 from scaling.train.objective import Objective
 from scaling.train.optim import learning_rate, optimizer_maker

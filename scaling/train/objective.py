@@ -2,7 +2,7 @@
 
 The slice arrives as it was read, contiguous; it becomes cyclic at the model's door and stays so:
 what is summed over tokens does not ask for their order. The result is a sum over what this rank
-counts; dividing it by the weight of all ranks is the loss's business (parallel/loss.py).
+counts; dividing it by the weight of all ranks is the loss's business (engine/loss.py).
 """
 
 import torch
@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from data_pipeline.batch import GeometricBatch, Sample
-from scaling.ops.tokens import Tokens
+from scaling.ops.masked_rows import Tokens
 from scaling.parallel.mesh import Mesh
 from scaling.parallel.shard import SequenceShard, redistribute, redistribute_batch
 

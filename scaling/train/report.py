@@ -6,10 +6,10 @@ from dataclasses import asdict
 from types import TracebackType
 
 from data_pipeline.errors import RunError
-from data_pipeline.task import Task
-from scaling.observe.metrics import Row
+from data_pipeline.tasks.protocol import Task
 from scaling.observe.progress import Progress, Summary, summarise
 from scaling.observe.sinks import TensorBoardSink
+from scaling.runs.rows import Row
 from scaling.train.run import RunDirectory
 
 

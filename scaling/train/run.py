@@ -5,7 +5,7 @@ identity.json       the part of it that defines the result; another one is refus
 environment.json    versions, host, ranks, command line, git commit
 status.json         state (running, finished, failed, interrupted), step, process, error
 metrics.jsonl       rows: see observe/metrics.py        tensorboard/    a view of them
-checkpoints/        see train/checkpoint.py        profile/        see observe/profile.py
+checkpoints/        see checkpoint/checkpoint.py        profile/        see observe/profile.py
 STOP                put there by a person: save, stop, and remove it
 """
 
@@ -26,8 +26,8 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from data_pipeline.errors import RunError
-from scaling.observe.metrics import MetricsFile, of_split, write_atomically
-from scaling.train.checkpoint import first_rank_does
+from scaling.parallel.first_rank import first_rank_does
+from scaling.runs.rows import MetricsFile, of_split, write_atomically
 
 State = Literal["running", "finished", "failed", "interrupted"]
 

@@ -15,10 +15,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from data_pipeline.errors import ConfigError, RunError
-from scaling.parallel.collectives import all_reduce_sum
-from scaling.parallel.deepspeed_config import deepspeed_config
-from scaling.parallel.engine import Engine, build_engine
-from scaling.parallel.loss import engine_loss, global_sums
+from scaling.engine.base import Engine
+from scaling.engine.build import build_engine
+from scaling.engine.deepspeed_config import deepspeed_config
+from scaling.engine.loss import engine_loss
+from scaling.parallel.collectives import all_reduce_sum, global_sums
 from tests.processes import run
 
 ROWS, FEATURES, TOKENS = 8, 5, 13

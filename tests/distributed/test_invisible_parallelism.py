@@ -16,9 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data_pipeline.batch import Sample
+from scaling.engine.build import build_engine
+from scaling.engine.loss import engine_loss
 from scaling.models import MODELS
-from scaling.parallel.engine import build_engine
-from scaling.parallel.loss import engine_loss, global_sums
+from scaling.parallel.collectives import global_sums
 from scaling.parallel.mesh import Mesh
 from scaling.parallel.shard import SequenceShard
 from scaling.train.objective import Objective

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data_pipeline.errors import ConfigError
-from scaling.ops.long_conv import geometric_long_conv, scalar_long_conv, vector_long_conv
-from scaling.parallel import transform
+from scaling.long_conv import transform
+from scaling.long_conv.operators import geometric_long_conv, scalar_long_conv, vector_long_conv
 from scaling.parallel.collectives import traffic
 from scaling.parallel.shard import SequenceShard, redistribute, redistribute_batch
 from tests.small_models import small_batch

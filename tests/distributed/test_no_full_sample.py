@@ -6,11 +6,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from data_pipeline.needles import Needles
-from data_pipeline.stream import evaluation_batches
+from data_pipeline.stream.stream import evaluation_batches
+from data_pipeline.tasks.needles import Needles
+from scaling.engine.build import build_engine
+from scaling.engine.loss import engine_loss
 from scaling.models import build
-from scaling.parallel.engine import build_engine
-from scaling.parallel.loss import engine_loss
 from scaling.parallel.mesh import Mesh
 from scaling.train.evaluate import Evaluation
 from scaling.train.objective import Objective

@@ -8,10 +8,10 @@ import torch
 
 from data_pipeline.errors import ConfigError
 from launch import bench
-from scaling.bench import machine
-from scaling.bench.family import summarise
-from scaling.bench.long_conv import GOALS, awkward_length, memory_fit
-from scaling.bench.rivals import CROSS, channel_all_to_all_conv, expanded_conv
+from scaling.experiments.cases import machine
+from scaling.experiments.cases.long_conv import GOALS, awkward_length, memory_fit
+from scaling.experiments.family import summarise
+from scaling.experiments.rivals import CROSS, channel_all_to_all_conv, expanded_conv
 from scaling.ops import vector_long_conv
 from scaling.parallel import SequenceShard
 from scaling.parallel.shard import redistribute

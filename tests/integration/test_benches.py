@@ -9,9 +9,10 @@ import torch
 from data_pipeline.batch import GeometricBatch
 from data_pipeline.errors import ConfigError, RunError
 from launch import bench
-from launch.config import compose, config_folder
+from launch.config.compose import compose, config_folder
 from scaling.algebra import clifford
-from scaling.bench.attention import (
+from scaling.execution import Execution
+from scaling.experiments.cases.attention import (
     BLOCKED,
     CONVOLUTION,
     NUMBERS,
@@ -20,14 +21,14 @@ from scaling.bench.attention import (
     AttentionCase,
     crossover,
 )
-from scaling.bench.family import row
-from scaling.bench.naive import straightforward
-from scaling.bench.registry import BENCHES
-from scaling.bench.scaling import CROWDED, ScalingCase
-from scaling.execution import Execution
+from scaling.experiments.cases.scaling import CROWDED, ScalingCase
+from scaling.experiments.family import row
+from scaling.experiments.naive import straightforward
+from scaling.experiments.registry import BENCHES
+from scaling.long_conv import operators as long_conv
 from scaling.models import build
 from scaling.observe.memory import reset_peak
-from scaling.ops import long_conv, tiles
+from scaling.ops import tiles
 
 
 @pytest.fixture

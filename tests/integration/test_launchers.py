@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.bundle import BundledSource
 from data_pipeline.errors import ConfigError
-from data_pipeline.store import build
+from data_pipeline.sources.bundled import BundledSource
+from data_pipeline.store.build import build
 from launch import train
 from scaling.observe.metrics import SPLIT
 from tests.processes import run

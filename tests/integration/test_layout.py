@@ -14,21 +14,55 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("launch", "scaling", "data_pipeline")
 FILES = sorted(file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))
 
-BELOW = {"launch": {"scaling", "data_pipeline"}, "scaling": {"data_pipeline"}, "data_pipeline": ()}
-"""Which of the three packages each may import."""
+FLOORS = (
+    "launch",
+    "launch.config",
+    "launch.ranks",
+    "scaling.experiments",
+    "scaling.train",
+    "scaling.cost",
+    "scaling.checkpoint",
+    "scaling.engine",
+    "scaling.observe",
+    "scaling.models",
+    "scaling.ops",
+    "scaling.long_conv",
+    "scaling.algebra",
+    "scaling.parallel",
+    "scaling.runs",
+    "scaling",
+    "data_pipeline.prepare",
+    "data_pipeline.inspect",
+    "data_pipeline.stream",
+    "data_pipeline.tasks",
+    "data_pipeline.sources",
+    "data_pipeline.store",
+    "data_pipeline",
+)
+"""The house from the top down: a module imports its own floor and those below it, nothing above."""
 
-_LOCAL = {"algebra", "parallel", "ops", "models"}
-INSIDE_SCALING = {
-    "algebra": set(),
-    "parallel": {"algebra"},
-    "ops": {"parallel", "algebra"},
-    "models": {"ops", "parallel", "algebra"},
-    "observe": _LOCAL,
-    "train": _LOCAL | {"observe"},
-    "bench": _LOCAL | {"observe"},
-    "curves": _LOCAL | {"observe", "bench"},
-}
-"""train, bench, curves, observe -> models -> ops -> parallel; algebra is a leaf."""
+QUIET = ("scaling.models", "scaling.ops", "scaling.long_conv", "scaling.algebra", "data_pipeline")
+"""Floors that know no process group: they hand a shard on."""
+
+
+def module_name(file: Path) -> str:
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def floor_of(module: str) -> str:
+    """The innermost room of the list that the module lies in."""
+    parts = module.split(".")
+    names = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+    return next(name for name in names if name in FLOORS)
+
+
+def imported_modules(file: Path) -> Iterator[str]:
+    """Every module or name in one that a file imports, inside functions too."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def imports(file: Path) -> Iterator[str]:
@@ -43,34 +77,50 @@ def imports(file: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def test_packages_import_downwards_only():
-    wrong = []
-    for file in FILES:
-        package, *rest = file.relative_to(ROOT).with_suffix("").parts
-        for module in imports(file):
-            target, *inside = module.split(".")
-            if target in PACKAGES and target != package and target not in BELOW[package]:
-                wrong.append(f"{file.relative_to(ROOT)} imports {module}")
-            if package == target == "scaling" and inside and len(rest) > 1:
-                room, other = rest[0], inside[0]
-                if other in INSIDE_SCALING and other not in INSIDE_SCALING[room] | {room}:
-                    wrong.append(f"{file.relative_to(ROOT)} imports {module}")
+def test_imports_lead_downwards():
+    wrong = [
+        f"{file.relative_to(ROOT)} imports {module}"
+        for file in FILES
+        for module in imports(file)
+        if module.partition(".")[0] in PACKAGES
+        and FLOORS.index(floor_of(module)) < FLOORS.index(floor_of(module_name(file)))
+    ]
     assert not wrong, "\n".join(wrong)
 
 
-def test_rooms_of_scaling_are_known():
-    rooms = {
-        file.relative_to(ROOT / "scaling").parts[0] for file in FILES if "scaling" in file.parts
+def test_every_room_is_a_floor():
+    packages = [module_name(file) for file in FILES if file.name == "__init__.py"]
+    assert {".".join(name.split(".")[:2]) for name in packages} <= set(FLOORS)
+
+
+LONGEST_CHAIN = 9
+"""Modules of data_pipeline that import one another in a row."""
+
+
+def test_no_circle_of_imports_and_no_long_chain():
+    modules = {module_name(file): file for file in FILES}
+    below = {
+        name: {m if m in modules else m.rpartition(".")[0] for m in imported_modules(file)}
+        for name, file in modules.items()
     }
-    assert rooms - {"__init__.py", "execution.py"} == set(INSIDE_SCALING)
+    chains: dict[str, list[str]] = {}
+
+    def longest(name: str, above: tuple[str, ...] = ()) -> list[str]:
+        assert name not in above, " -> ".join((*above, name))
+        if name not in chains:
+            others = [longest(other, (*above, name)) for other in below[name] & modules.keys()]
+            chains[name] = [name, *max(others, key=len, default=[])]
+        return chains[name]
+
+    for name in modules:
+        chain = longest(name)
+        if name.startswith("data_pipeline"):
+            assert len(chain) <= LONGEST_CHAIN, " -> ".join(chain)
 
 
 def test_models_know_no_process_group():
-    """Models, algebra and ops hand a shard on; data_pipeline knows files alone."""
-    quiet = [ROOT / "scaling" / room for room in ("models", "algebra", "ops")]
-    quiet.append(ROOT / "data_pipeline")
     for file in FILES:
-        if any(folder in file.parents for folder in quiet):
+        if floor_of(module_name(file)).startswith(QUIET):
             for module in imports(file):
                 assert not module.startswith(("torch.distributed", "deepspeed")), (file, module)
 

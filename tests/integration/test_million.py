@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_pipeline.task import build_task
-from launch.config import Config, compose, options_of
+from data_pipeline.tasks.registry import build_task
+from launch.config.compose import Config, compose, options_of
 from scaling.models import build
 from tests.processes import run
 

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data_pipeline.errors import ConfigError, RunError
-from data_pipeline.recall import Recall
-from data_pipeline.task import build_task
+from data_pipeline.tasks.recall import Recall
+from data_pipeline.tasks.registry import build_task
 from scaling.models import build
 from scaling.parallel.mesh import Mesh
 from scaling.train.loop import fit

@@ -65,7 +65,7 @@ def test_sweep_measures_resumes_and_keeps_failures(tmp_path, monkeypatch, capsys
 
 def test_a_point_that_fails_says_why(tmp_path: Path):
     """Out of time, and an error inside a rank."""
-    from launch.config import compose
+    from launch.config.compose import compose
 
     config = compose("sweep", [*TINY, "lengths=[8]"], sweep.SweepConfig)
     config.timeout_s = 0.5

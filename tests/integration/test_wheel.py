@@ -52,6 +52,10 @@ def test_wheel_composes_its_own_configuration_away_from_the_checkout(wheel: Path
     assert printed[0].returncode == 0, printed[0].stderr
     assert "steps: 7" in printed[0].stdout
     assert printed[0].stdout == printed[1].stdout
-    where = [sys.executable, "-c", "from launch.config import config_folder as c; print(c())"]
+    where = [
+        sys.executable,
+        "-c",
+        "from launch.config.compose import config_folder as c; print(c())",
+    ]
     said = subprocess.run(where, cwd=tmp_path, env=environ, capture_output=True, text=True)
     assert said.stdout.strip() == str(place / "launch" / "configs")

@@ -1,0 +1,263 @@
+"""SideChainNet's pickles, of both layouts, as protein backbones; the package is not needed.
+
+The file is unpickled once, by a child process that trusts nothing in it and has a limit on its
+memory, and comes back in batches: this process holds one of them at a time. King and Koes,
+SidechainNet, Proteins 89, 1489 (2021).
+"""
+
+import json
+import os
+import select
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from hashlib import blake2b, sha256
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from tqdm import tqdm
+
+from data_pipeline.chains import Chain, Notes
+from data_pipeline.errors import ConfigError, SourceError
+from data_pipeline.sources.selection import IMPOSSIBLE, Selection, impossible
+
+ADDRESS = "http://bits.csb.pitt.edu/~jok120/sidechainnet_data"
+"""Where sidechainnet 1.0.1 downloads from."""
+BLOCK = 1 << 24
+"""Bytes downloaded at a time."""
+# Threads of a linear algebra library would count against the limit. Memory in large pages and
+# pieces makes unpickling some 1.5 times as fast.
+_ENVIRONMENT = {
+    "OPENBLAS_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TOP_PAD_": str(1 << 28),
+}
+_OTHER = "get the file again, or choose another source.path"
+
+
+@dataclass
+class SideChainNetSource:
+    """One of SideChainNet's pickles, with its authors' splits."""
+
+    path: Path = Path("sidechainnet_data")
+    """The pickle, or the folder that holds it or is to hold it."""
+    casp: int | str = 12
+    """7 to 12, or `debug`: the edition in a folder."""
+    thinning: int | str = 30
+    """Largest identity in % between training sequences, of that edition: 30, 50, 70, 90, 95, 100;
+    of CASP 12 also `scnmin` and `scnunmin`."""
+    sha256: str = ""
+    """What the file must hash to; empty: whatever it does."""
+    selection: Selection = field(default_factory=lambda: Selection(1, None, 0.0))
+    official_split: bool = True
+    """train, valid-* and test as they are in the file; else by cluster, as for other sources."""
+    memory_gib: float | None = None
+    """Limit of the reading process; None: three times the file and 2 GiB."""
+
+    def __post_init__(self) -> None:
+        known = {f"casp{c}_{t}" for c in range(7, 13) for t in (30, 50, 70, 90, 95, 100)}
+        known |= {"debug", "casp12_scnmin", "casp12_scnunmin"}
+        edition = "debug" if self.casp == "debug" else f"casp{self.casp}_{self.thinning}"
+        if edition not in known:
+            raise ConfigError(
+                f"SideChainNet has no source.casp={self.casp} source.thinning={self.thinning}; "
+                "casp is 7 to 12 or debug, thinning 30, 50, 70, 90, 95 or 100"
+            )
+        if edition.startswith("casp12_scn"):
+            edition = f"{self.thinning}_ommloss_paper"
+        if self.memory_gib is not None and not 0 < self.memory_gib < 2**20:
+            raise ConfigError(f"source.memory_gib={self.memory_gib} must be positive")
+        self._name = f"sidechainnet_{edition}.pkl"
+        self._hash = ""
+
+    @property
+    def file(self) -> Path:
+        """The pickle, downloaded if the path is a folder that lacks it."""
+        if os.path.isfile(self.path) or self.path.suffix == ".pkl":
+            return self.path
+        file = self.path / self._name
+        if not os.path.exists(file):
+            download(f"{ADDRESS}/{self._name}", file)
+        return file
+
+    def identity(self) -> dict[str, Any]:
+        """Name and sha256 of the pickle, and the rule."""
+        with _opened(self.file) as file:
+            self._check(file)
+        return {
+            "kind": "sidechainnet",
+            "files": {self.file.name: self._hash},
+            "official_split": self.official_split,
+            **self.selection.identity(),
+        }
+
+    def chains(self, notes: Notes) -> Iterator[Chain]:
+        """Every chain of every split, shuffled: the file is sorted by length.
+
+        Raises:
+            SourceError: the file cannot be opened, has another sha256, is no SideChainNet pickle,
+                asks for code, or needs more memory than allowed.
+        """
+        return self.selection.chosen(self._read(notes), notes, self.file)
+
+    def _check(self, file: IO[bytes]) -> None:
+        self._hash = self._hash or _sha256(file)
+        if self.sha256 and self._hash != self.sha256.lower():
+            raise SourceError(
+                f"{self.file} has sha256 {self._hash}, not source.sha256={self.sha256}; {_OTHER}"
+            )
+
+    def _read(self, notes: Notes) -> Iterator[Chain]:
+        with _opened(self.file) as file, ThreadPoolExecutor(1) as thread:
+            if self.sha256:
+                self._check(file)  # before anything in it is looked at
+            hashed = thread.submit(self._check, file)
+            for header, payload in self._frames(file):
+                yield from self._batch(header, payload, notes)
+            hashed.result()
+
+    def _batch(self, header: dict[str, Any], payload: bytearray, notes: Notes) -> Iterator[Chain]:
+        ends = np.cumsum(header["lengths"])
+        total = int(ends[-1])
+        letters = payload[:total].decode()
+        xyz = np.frombuffer(payload, np.float32, offset=total).reshape(total, 4, 3)
+        wrong = impossible(xyz)
+        xyz[wrong] = np.nan
+        for place in np.flatnonzero(wrong):
+            chain = int(np.searchsorted(ends, place, side="right"))
+            first = ends[chain] - header["lengths"][chain]
+            notes[IMPOSSIBLE].append(f"{header['ids'][chain]}/{place - first}")
+        table = zip(header["ids"], header["splits"], header["lengths"], ends, strict=True)
+        for name, split, length, end in table:
+            here = slice(end - length, end)
+            if self.official_split:
+                # Copies are one cluster; to look for relatives takes ten times as long as to read.
+                key = blake2b(letters[here].encode(), digest_size=8).hexdigest()
+                yield Chain(name, letters[here], xyz[here], cluster=key, split=split)
+            else:
+                yield Chain(name, letters[here], xyz[here])
+
+    def _frames(self, file: IO[bytes]) -> Iterator[tuple[dict[str, Any], bytearray]]:
+        """The batches that the reading process sends, with progress on a terminal."""
+        size = os.fstat(file.fileno()).st_size
+        limit = 3 * size + (2 << 30) if self.memory_gib is None else int(self.memory_gib * 2**30)
+        done = False
+        with _reader(file, limit) as reader:
+            assert reader.stdout is not None and reader.stderr is not None
+            with _bar("unpickling", size, "B", 1024) as bar:
+                while not select.select([reader.stdout], [], [], 0.2)[0]:
+                    # The child's place in the file: it reads through this process's descriptor.
+                    bar.update(os.lseek(file.fileno(), 0, os.SEEK_CUR) - bar.n)
+            bar = None
+            while line := reader.stdout.readline():
+                header = json.loads(line)
+                payload = bytearray(header["bytes"])
+                reader.stdout.readinto(payload)  # pyright: ignore[reportAttributeAccessIssue]
+                if "error" in header:
+                    raise SourceError(f"{self.file} {_explain(header, limit)}")
+                if "residues" in header:
+                    bar = _bar("converting", header["residues"], " residues", 1000)
+                elif "ids" in header:
+                    yield header, payload
+                    assert bar is not None
+                    bar.update(sum(header["lengths"]))
+                done = "done" in header
+            if bar is not None:
+                bar.close()
+            if not done:
+                last = reader.stderr.read().decode(errors="replace").strip().rpartition("\n")[2]
+                raise SourceError(
+                    f"the process that reads {self.file} died (code {reader.wait()}): {last}; "
+                    f"is there memory for source.memory_gib={limit / 2**30:.1f}?"
+                )
+
+
+def download(address: str, file: Path) -> None:
+    """Fetches `address` to `file`; what is there is whole.
+
+    Raises:
+        SourceError: no network, no such file, no room, or the connection broke.
+    """
+    draft = file.with_name(f"{file.name}.part-{os.getpid()}")
+    try:
+        with urllib.request.urlopen(address, timeout=30) as answer:
+            size = int(answer.headers["Content-Length"] or 0)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with open(draft, "wb") as out, _bar("downloading", size, "B", 1024) as bar:
+                while block := answer.read(BLOCK):
+                    out.write(block)
+                    bar.update(len(block))
+                if size and out.tell() != size:
+                    raise OSError(f"{out.tell()} of {size} bytes came")
+        os.replace(draft, file)
+    except (OSError, ValueError) as error:  # urllib's are OSError
+        raise SourceError(
+            f"cannot download {address} to {file}: {error}; fetch it by other means and give "
+            "source.path=<the file>"
+        ) from error
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _explain(header: dict[str, Any], limit: int) -> str:
+    reason = " ".join(str(header.get("reason", "")).split())[:300]
+    return {
+        "memory": f"needs more than {limit / 2**30:.1f} GiB to read; raise source.memory_gib",
+        "forbidden": f"asks for {reason}, which no array needs: it is made to run code, or it is "
+        f"no SideChainNet file; {_OTHER}",
+        "unreadable": f"is no whole pickle ({reason}), perhaps half of a download; {_OTHER}",
+        "format": f"is not as SideChainNet writes it: {reason}; {_OTHER}",
+    }[header["error"]]
+
+
+@contextmanager
+def _reader(file: IO[bytes], limit: int) -> Iterator[subprocess.Popen]:
+    command = [sys.executable, "-m", "data_pipeline.sources.sidechainnet_reader", str(limit)]
+    environment = os.environ | _ENVIRONMENT
+    file.seek(0)
+    reader = subprocess.Popen(
+        command, stdin=file, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    )
+    try:
+        yield reader
+    finally:
+        reader.kill()
+        reader.communicate()
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    try:
+        file = os.fdopen(os.open(path, os.O_RDONLY), "rb")
+    except OSError as error:
+        raise SourceError(
+            f"cannot read source.path={path}: {error.strerror}; give a pickle that you may read, "
+            "or a folder to download one into"
+        ) from error
+    with file:
+        yield file
+
+
+def _sha256(file: IO[bytes]) -> str:
+    """Without moving the file's place, which the reading process shares."""
+    digest, place, buffer = sha256(), 0, memoryview(bytearray(1 << 20))  # stays in the cache
+    with _bar("hashing", os.fstat(file.fileno()).st_size, "B", 1024) as bar:
+        while count := os.preadv(file.fileno(), [buffer], place):
+            digest.update(buffer[:count])
+            place += count
+            bar.update(count)
+    return digest.hexdigest()
+
+
+def _bar(what: str, total: int, unit: str, scale: int) -> tqdm:
+    """On a terminal only."""
+    return tqdm(
+        desc=what, total=total, unit=unit, unit_scale=True, unit_divisor=scale, disable=None
+    )

@@ -1,0 +1,154 @@
+"""Backbones on disk: a zarr v3 group of flat arrays, and the manifest that makes it a store.
+
+    xyz (residues, 4, 3) float32 Å, NaN where missing     residue (residues,) uint8
+    segment (residues,) int32: 0, 1, ... inside a chain, one more after every break
+    offsets (chains + 1,) int64     id (chains, width) uint8     split, cluster (chains,)
+    and whatever else the source gives for each residue: vectors (residues, v, 3), ...
+
+A store is written beside its place, read back, synced and renamed; nothing is a store without its
+manifest, whose file sizes are compared at every opening, whose hashes `verify` compares, and which
+every chunk that is read must match. Chunks are zstd with a checksum: the one codec that every zarr
+engine verifies when it reads a part.
+"""
+
+from collections import OrderedDict
+from itertools import groupby
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+from jaxtyping import Int
+
+from data_pipeline.errors import StoreError, how_to_rebuild, unreadable
+from data_pipeline.store import clusters, writer
+from data_pipeline.store.manifest import open_arrays, read_manifest
+
+CACHED_CHUNKS = 64
+"""Decoded chunks that a reader keeps: at most 50 MB. As many are decoded at once."""
+
+
+class Store:
+    """A finished store, opened to read.
+
+    Args:
+        path: a folder, or a URL that fsspec knows (http://..., memory://...).
+
+    Raises:
+        StoreError: nothing there, no manifest, another version, or a file missing or cut.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = str(path)
+        self.manifest = read_manifest(path)
+        self.digest: str = self.manifest["digest"]
+        self.atoms: tuple[str, ...] = tuple(self.manifest["atoms"])
+        """Names of the second axis of xyz."""
+        self._arrays = open_arrays(self.path, self.manifest)
+        extra = sorted(self._arrays.keys() - set(writer.OWN))
+        self.kinds = {
+            name: (str(self._arrays[name].dtype), self._arrays[name].shape[1:]) for name in extra
+        }
+        """dtype and shape of a row of the arrays that the source gave beyond those of all."""
+        self._cache: OrderedDict[tuple[str, int], np.ndarray] = OrderedDict()
+        self._lock = Lock()  # a stream's thread and an evaluation may read at once
+        self.offsets: np.ndarray = self._whole("offsets")
+        self.lengths = np.diff(self.offsets)
+        """Residues of each chain."""
+        self._split = self._whole("split")
+
+    def chains(self, split: str) -> np.ndarray:
+        """Numbers of the chains of a split."""
+        return np.flatnonzero(self._split == clusters.SPLITS.index(split))
+
+    def name(self, chain: int) -> str:
+        number, row = divmod(chain, self.chunk_rows("id"))
+        return bytes(self._chunks("id", [number])[number][row]).rstrip(b"\0").decode()
+
+    def chunk_rows(self, array: str) -> int:
+        return self._arrays[array].chunks[0]
+
+    def read(self, array: str, chain: int, start: int, stop: int) -> np.ndarray:
+        """Rows [start, stop) of a chain; decodes only the chunks that hold them."""
+        return self.gather(array, np.array([chain]), np.array([start]), np.array([stop]))
+
+    def gather(
+        self,
+        array: str,
+        chains: Int[np.ndarray, " n"],
+        starts: Int[np.ndarray, " n"],
+        stops: Int[np.ndarray, " n"],
+    ) -> np.ndarray:
+        """Rows [start, stop) of each chain, one after another; every chunk is decoded once."""
+        assert np.all((starts >= 0) & (starts <= stops) & (stops <= self.lengths[chains]))
+        source, rows = self._arrays[array], self.chunk_rows(array)
+        first, last = self.offsets[chains] + starts, self.offsets[chains] + stops
+        # A piece is what one chain has in one chunk.
+        pieces = np.where(last > first, (last - 1) // rows - first // rows + 1, 0)
+        which = np.repeat(np.arange(len(chains)), pieces)
+        chunk = first[which] // rows + np.arange(len(which)) - np.repeat(before(pieces), pieces)
+        low = np.maximum(first[which], chunk * rows)
+        high = np.minimum(last[which], (chunk + 1) * rows)
+        place = before(high - low)
+        out = np.empty((int((high - low).sum()), *source.shape[1:]), source.dtype)
+        order = np.argsort(chunk, kind="stable")
+        # Pieces of as many chunks as the cache keeps, at a time.
+        known = np.unique(chunk)
+        for start in range(0, len(known), CACHED_CHUNKS):
+            few = known[start : start + CACHED_CHUNKS]
+            decoded = self._chunks(array, few.tolist())
+            here = slice(*np.searchsorted(chunk[order], [few[0], few[-1] + 1]))
+            for piece in order[here]:
+                number, a, b = int(chunk[piece]), int(low[piece]), int(high[piece])
+                found = decoded[number][a - number * rows : b - number * rows]
+                out[place[piece] : place[piece] + b - a] = found
+        return out
+
+    def _whole(self, array: str) -> np.ndarray:
+        return self._read(array, 0, self._arrays[array].shape[0])
+
+    def _chunks(self, array: str, numbers: list[int]) -> dict[int, np.ndarray]:
+        """Decoded chunks, from the cache or the disk; neighbours are read together."""
+        with self._lock:
+            found = {n: self._cache[array, n] for n in numbers if (array, n) in self._cache}
+            missing = [n for n in numbers if n not in found]
+            rows = self.chunk_rows(array)
+            for _, run in groupby(enumerate(missing), lambda pair: pair[1] - pair[0]):
+                own = [number for _, number in run]
+                read = self._read(array, own[0] * rows, (own[-1] + 1) * rows)
+                for n in own:
+                    found[n] = read[(n - own[0]) * rows : (n - own[0] + 1) * rows]
+            fits = self._arrays[array].shape[0] <= CACHED_CHUNKS * rows
+            if fits or len(missing) <= CACHED_CHUNKS // 4:  # else they drive out what is in use
+                for n in numbers:
+                    # A copy, for a part of an array keeps the whole of it.
+                    self._cache[array, n] = found[n].copy() if n in missing else found[n]
+                    self._cache.move_to_end((array, n))
+                while len(self._cache) > CACHED_CHUNKS:
+                    self._cache.popitem(last=False)
+        return found
+
+    def _read(self, array: str, start: int, stop: int) -> np.ndarray:
+        source, rows = self._arrays[array], self.chunk_rows(array)
+        try:
+            return source[start:stop]
+        except (StoreError, MemoryError):  # a full memory damages no store
+            raise
+        except OSError as error:  # nor do too many open files, or a disk that is away
+            file = str(error.filename or f"{self.path}/{array}")
+            raise StoreError(unreadable(file, error)) from error
+        except Exception as error:  # every codec has its own
+            if stop - start > rows:  # which chunk is it?
+                middle = (start // rows + stop // rows + 1) // 2 * rows
+                return np.concatenate(
+                    [self._read(array, start, middle), self._read(array, middle, stop)]
+                )
+            file = (source.shards or source.chunks)[0]
+            name = source.metadata.encode_chunk_key((start // file, *[0] * (source.ndim - 1)))
+            raise StoreError(
+                f"{self.path}/{array}/{name} is damaged: {error}; {how_to_rebuild(self.path)}"
+            ) from error
+
+
+def before(counts: np.ndarray) -> np.ndarray:
+    """Sum of all counts before each."""
+    return np.cumsum(counts) - counts

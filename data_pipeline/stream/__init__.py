@@ -1,0 +1,1 @@
+"""Samples -> each rank's slices, in an order that is arithmetic."""

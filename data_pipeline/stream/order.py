@@ -1,0 +1,95 @@
+"""The order of samples as arithmetic: which item comes at which place of an endless run."""
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+import numpy as np
+
+from data_pipeline.counter_rng import hash64, permuted, raw64
+
+
+class Order:
+    """Items by place: every item once an epoch, each epoch in an order of its own.
+
+    Several parts with weights: places come in rounds of as many as the weights' sum, each round in
+    a random order with `weight` places for each part; a part's own places walk through its own
+    epochs. Nothing but the place is needed to know the item.
+
+    Buckets: in a window of `bucket` batches the samples are sorted by length and cut into batches
+    again, whose order is random. Windows end with the epoch, so each item still comes once; with
+    several parts they do not, and an item may come up to a window early or late.
+
+    Args:
+        parts: (number of items, weight) of each part; items are numbered through them.
+        key: whatever decides the order: seed, split, digest.
+        length: of an item; asked for where there are buckets.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[tuple[int, int]],
+        key: tuple[int | str, ...],
+        batch_size: int = 1,
+        bucket: int = 1,
+        length: Callable[[int], int] = lambda item: 1,
+    ):
+        self._sizes = [size for size, _ in parts]
+        self._bases = np.cumsum([0, *self._sizes])
+        self._weights = [weight for _, weight in parts]
+        self._key, self._length = key, length
+        self._batch_size, self._window_size = batch_size, batch_size * bucket
+        self._buckets = bucket > 1
+        self._round = lru_cache(16)(self._mix)
+        self._sorted = lru_cache(2)(self._sort)
+
+    def samples(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """(item, place) of the samples number [start, stop) of a run; places name the samples."""
+        places = range(start, stop)
+        if self._buckets:
+            return [self._bucketed(number) for number in places]
+        return [(self.item(place), place) for place in places]
+
+    def item(self, place: int) -> int:
+        if len(self._sizes) == 1:
+            return self._of_part(place, 0)
+        turn, slot = divmod(place, sum(self._weights))
+        parts = self._round(turn)
+        part = parts[slot]
+        own = turn * self._weights[part] + parts[:slot].count(part)
+        return int(self._bases[part]) + self._of_part(own, part, part)
+
+    def _mix(self, turn: int) -> list[int]:
+        """The parts in their order in a round."""
+        parts = np.repeat(np.arange(len(self._weights)), self._weights)
+        return parts[np.argsort(raw64(hash64("round", turn, *self._key), len(parts)))].tolist()
+
+    def _of_part(self, place: int, part: int, *name: int) -> int:
+        size, (seed, *rest) = self._sizes[part], self._key
+        epoch, place = divmod(place, size)
+        return permuted(place, size, hash64(seed, epoch, *rest, *name))
+
+    def _bucketed(self, number: int) -> tuple[int, int]:
+        epoch, end = 0, None
+        if len(self._sizes) == 1:
+            epoch = number // self._sizes[0] * self._sizes[0]
+            end = epoch + self._sizes[0]
+        start = number - (number - epoch) % self._window_size
+        stop = start + self._window_size
+        place = int(self._sorted(start, min(stop, end or stop))[number - start])
+        return self.item(place), place
+
+    def _sort(self, start: int, stop: int) -> np.ndarray:
+        """The places of a window in the order in which they come."""
+        places = np.arange(start, stop)
+        lengths = [self._length(self.item(place)) for place in places.tolist()]
+        places = places[np.argsort(lengths, kind="stable")]
+        # Batches begin at multiples of their size; the window's ends may cut one.
+        grid = range(start // self._batch_size * self._batch_size, stop, self._batch_size)
+        cuts = np.clip([*grid, stop], start, stop) - start
+        order = np.argsort(raw64(hash64("bucket", start, *self._key), len(cuts) - 1))
+        out, taken = np.empty_like(places), 0
+        for batch in order:
+            first, last = cuts[batch], cuts[batch + 1]
+            out[first:last] = places[taken : taken + last - first]
+            taken += last - first
+        return out

@@ -1,0 +1,236 @@
+"""Each rank's slices of the samples, in an order that is arithmetic on one integer.
+
+Nothing but the cursor needs saving, and how many ranks share the work changes nothing.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from data_pipeline.batch import Sample
+from data_pipeline.counter_rng import evaluation_key, hash64
+from data_pipeline.errors import ConfigError, RunError
+from data_pipeline.stream.order import Order
+from data_pipeline.tasks.protocol import Task
+
+AHEAD = 2
+"""Optimiser steps prepared while the model works."""
+
+
+@dataclass
+class MicroBatch:
+    """What one rank holds at once."""
+
+    sample: Sample
+    """Tokens [N r // P, N (r + 1) // P) of the rows padded to N, for sequence rank r of P."""
+    length: int
+    """N: tokens of the longest row."""
+    tokens: int
+    """Tokens of all rows before padding, of all sequence ranks together."""
+
+
+class Stream:
+    """Endless optimiser steps for one rank: lists of micro-batches to accumulate.
+
+    The batch of a step is `batch_size` consecutive samples of the order, so it depends on neither
+    dp, sp nor micro_batch_size. An epoch's end may lie inside a batch; every sample comes once an
+    epoch (of its store, in a mixture). One thread prepares steps ahead; only steps handed out move
+    the cursor.
+
+    Args:
+        bucket_steps: steps whose samples are sorted by length and dealt out anew, so that a batch
+            holds like lengths; 1: none.
+
+    Raises:
+        ConfigError: batch_size cannot be shared evenly, the split is empty, or its longest item
+            exceeds max_length (names it).
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        split: str,
+        *,
+        batch_size: int,
+        micro_batch_size: int,
+        seed: int,
+        max_length: int,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        sp_rank: int = 0,
+        sp_size: int = 1,
+        bucket_steps: int = 1,
+    ):
+        check_batches(batch_size, micro_batch_size, dp_size)
+        check_lengths(task, split, max_length)
+        self.data_wait_s = 0.0
+        """Seconds that the last step was waited for."""
+        self._task, self._split, self._seed, self._bucket = task, split, seed, bucket_steps
+        self._order = Order(
+            task.parts(split),
+            (seed, split, task.digest),
+            batch_size,
+            bucket_steps,
+            lambda item: task.length(split, item),
+        )
+        self._batch_size, self._micro = batch_size, micro_batch_size
+        self._first_rows = range(dp_rank * micro_batch_size, batch_size, dp_size * micro_batch_size)
+        self._sp = (sp_rank, sp_size)
+        self._cursor = 0
+        self._ahead: deque[Future[list[MicroBatch]]] = deque()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="stream")
+
+    def __iter__(self) -> "Stream":
+        return self
+
+    def __next__(self) -> list[MicroBatch]:
+        began = time.perf_counter()
+        self._prepare()
+        try:
+            step = self._ahead.popleft().result()
+        except BaseException:
+            self._forget()
+            raise
+        self._cursor += self._batch_size
+        self.data_wait_s = time.perf_counter() - began
+        self._prepare()
+        return step
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place of the next step in the order, and what the order follows from."""
+        state = {"cursor": self._cursor, "seed": self._seed, "digest": self._task.digest}
+        # Without buckets the order knows no batches, so that another batch size may go on.
+        return state | ({"bucket": [self._bucket, self._batch_size]} if self._bucket > 1 else {})
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from there.
+
+        Raises:
+            RunError: the state belongs to another seed or to other data.
+        """
+        mine = self.state_dict()
+        for key in sorted((state.keys() | mine.keys()) - {"cursor"}):
+            if state.get(key) != mine.get(key):
+                raise RunError(
+                    f"the checkpoint's data {key} is {state.get(key)}, this run's is "
+                    f"{mine.get(key)}: start "
+                    "another run, or go back to the data and task options of the checkpoint"
+                )
+        self._forget()
+        self._cursor = state["cursor"]
+
+    def close(self) -> None:
+        """Ends the thread; the stream gives nothing more."""
+        self._forget()
+        self._thread.shutdown()
+
+    def _prepare(self) -> None:
+        while len(self._ahead) < AHEAD:
+            cursor = self._cursor + len(self._ahead) * self._batch_size
+            self._ahead.append(self._thread.submit(self._step, cursor))
+
+    def _forget(self) -> None:
+        for step in self._ahead:
+            step.cancel()
+        self._ahead.clear()
+
+    def _step(self, cursor: int) -> list[MicroBatch]:
+        samples = [
+            (item, hash64("sample", self._seed, place))
+            for item, place in self._order.samples(cursor, cursor + self._batch_size)
+        ]
+        # A step's sum knows no order; rows of like length together need little padding.
+        samples.sort(key=lambda sample: -self._task.length(self._split, sample[0]))
+        return [self._micro_batch(samples[row : row + self._micro]) for row in self._first_rows]
+
+    def _micro_batch(self, samples: Sequence[tuple[int, int]]) -> MicroBatch:
+        items, keys = zip(*samples, strict=True)
+        return _micro_batch(self._task, self._split, items, keys, *self._sp)
+
+
+def evaluation_batches(
+    task: Task,
+    split: str,
+    *,
+    micro_batch_size: int,
+    max_length: int,
+    dp_rank: int = 0,
+    dp_size: int = 1,
+    sp_rank: int = 0,
+    sp_size: int = 1,
+) -> Iterator[MicroBatch]:
+    """Every sample of a split once, the longest first, with keys of its own for ever.
+
+    Rows that the last micro-batches lack are empty, so that every data-parallel rank gets the
+    same number of micro-batches.
+
+    Raises:
+        ConfigError: the split is empty or its longest item exceeds max_length (names it).
+    """
+    check_lengths(task, split, max_length)
+    size, together = task.size(split), dp_size * micro_batch_size
+    # Rows of like length together need little padding.
+    order = sorted(range(size), key=lambda item: -task.length(split, item))
+    for start in range(dp_rank * micro_batch_size, -(-size // together) * together, together):
+        found: list[int | None] = [*order[start : start + micro_batch_size]]
+        items = found + [None] * (micro_batch_size - len(found))
+        keys = [0 if item is None else evaluation_key(split, item) for item in items]
+        yield _micro_batch(task, split, items, keys, sp_rank, sp_size)
+
+
+def _micro_batch(
+    task: Task,
+    split: str,
+    items: Sequence[int | None],
+    keys: Sequence[int],
+    sp_rank: int,
+    sp_size: int,
+) -> MicroBatch:
+    lengths = [task.length(split, item) for item in items if item is not None]
+    # Rows that are all empty still give every sequence rank a token to work on.
+    length = max(lengths, default=sp_size)
+    start, stop = length * sp_rank // sp_size, length * (sp_rank + 1) // sp_size
+    return MicroBatch(task.sample(split, items, keys, start, stop), length, sum(lengths))
+
+
+def check_lengths(task: Task, split: str, max_length: int) -> None:
+    """Whether a split can be read at all; quick, so that a run can ask before it starts.
+
+    Raises:
+        ConfigError: the split is empty or its longest item exceeds max_length (names it).
+    """
+    if min(size for size, _ in task.parts(split)) < 1 and task.size(split) > 0:
+        raise ConfigError(
+            f"one of the stores of task {task.name} has no {split} samples; leave it out of the "
+            "mixture, or build it with a split that gives it some"
+        )
+    if task.size(split) < 1:
+        raise ConfigError(
+            f"the {split} split of task {task.name} holds {task.size(split)} samples; "
+            "give the task data or options that make one or more"
+        )
+    item = task.longest(split)
+    length = task.length(split, item)
+    if length > max_length:
+        raise ConfigError(
+            f"{task.describe(split, item)} has {length} tokens, more than "
+            f"train.max_length={max_length}; raise it to {length} or leave the sample out"
+        )
+
+
+def check_batches(batch_size: int, micro_batch_size: int, dp_size: int) -> None:
+    """Raises ConfigError unless a batch is the same number of micro-batches on every rank."""
+    together = max(dp_size * micro_batch_size, 1)
+    if batch_size >= 1 and micro_batch_size >= 1 and batch_size % together == 0:
+        return
+    near = sorted(
+        {max(batch_size // together, 1) * together, (batch_size // together + 1) * together}
+    )
+    raise ConfigError(
+        f"train.batch_size={batch_size} is not a multiple of dp({dp_size}) * "
+        f"train.micro_batch_size({micro_batch_size}); try train.batch_size="
+        f"{' or '.join(map(str, near))}"
+    )

@@ -1,0 +1,1 @@
+"""Items of stores, or of rules -> samples."""

@@ -1,0 +1,196 @@
+"""N-body: where will the particles be? Charged gas or chain of springs, from positions, velocities.
+
+The charged gas is the data set of EGNN (Satorras et al., arXiv 2102.09844) as SE(3)-Hyena uses it:
+N(0, 1) positions, speed 0.5, charges +-1, pair force q q' r / r^3 of at most 100 in each component.
+With springs the particles are a chain in their order, and the order means something.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from threading import Lock
+
+import numpy as np
+import torch
+from jaxtyping import Float64
+
+from data_pipeline.batch import GeometricBatch, Sample
+from data_pipeline.counter_rng import hash64, normals, uniforms
+from data_pipeline.errors import ConfigError
+from data_pipeline.tasks.features import EDGES, edges
+from data_pipeline.tasks.procedural import Numbered
+
+SPEED = 0.5
+STRONGEST = 100.0
+"""Largest component of the pair forces on a particle."""
+REST = 1.0
+"""Length of a spring at rest, and of the first steps of a chain."""
+MOST_CHARGED, MOST = 1024, 1 << 20
+"""Particles: with charges every pair is computed in every step."""
+_CACHED = 1 << 22
+"""Particles whose paths are kept: 170 MB."""
+
+
+@dataclass
+class NBody(Numbered):
+    """Systems that follow from their number alone; no data is needed.
+
+    points: positions. vectors: one channel, velocities. scalars: the charge; with springs edge
+    features too. target: positions `steps` later. Without springs the particles' order means
+    nothing and is another in every training sample. No units; losses are mean squared errors.
+    """
+
+    particles: int = 5
+    strength: float = 1.0
+    """Of the force between charges; 0: none."""
+    spring: float = 0.0
+    """Spring constant between neighbours in the sequence; 0: none."""
+    steps: int = 1000
+    """From the input to the target."""
+    start: int = 0
+    """Steps before the input. 3100 with 1000 steps is EGNN's task, frame 30 to 40."""
+    dt: float = 1e-3
+    train_size: int = 3000
+    """Systems of an epoch, as of EGNN."""
+    held_out_size: int = 2000
+    """Systems of validation and of test."""
+    seed: int = 0
+    """Of the systems; not of the training."""
+
+    name = "nbody"
+    vectors = 1
+    unit = 1.0
+
+    def __post_init__(self) -> None:
+        self._settle(particles=2, steps=1, start=0)
+        most = MOST_CHARGED if self.strength else MOST
+        if self.particles > most:
+            raise ConfigError(
+                f"task.particles={self.particles} must be {most} or less"
+                + (" with charges (task.strength=0 has none)" if self.strength else "")
+            )
+        if not (self.strength or self.spring) or self.spring < 0:
+            raise ConfigError(
+                f"task.spring={self.spring} and task.strength={self.strength}: one must not be 0, "
+                "and springs do not push"
+            )
+        if not 0 < self.dt <= 0.1:  # NaN is not
+            raise ConfigError(f"task.dt={self.dt} must be in (0, 0.1]")
+        self.scalars = 1 + EDGES * bool(self.spring)
+        self._paths: OrderedDict[tuple[str, int], np.ndarray] = OrderedDict()
+        self._lock = Lock()
+
+    def length(self, split: str, item: int) -> int:
+        return self.particles
+
+    def sample(
+        self, split: str, items: Sequence[int | None], keys: Sequence[int], start: int, stop: int
+    ) -> Sample:
+        """See Task. Keys order the particles of a gas in training and do nothing else."""
+        n = stop - start
+        rows = np.zeros((len(items), 10, n), np.float32)
+        found = iter(self._systems(split, [item for item in items if item is not None]))
+        for row, (item, key) in enumerate(zip(items, keys, strict=True)):
+            if item is not None:
+                system = next(found)
+                if split == "train" and not self.spring:
+                    shuffle = uniforms(hash64("order", key), 0, self.particles)[:, 0]
+                    system = system[:, np.argsort(shuffle, kind="stable")]
+                rows[row, :, : max(self.particles - start, 0)] = system[:, start:stop]
+        index = np.arange(start, stop)
+        exists = np.array([item is not None for item in items])
+        mask = exists[:, None] & (index < self.particles)
+        scalars = rows[:, 9:]
+        if self.spring:
+            ends = edges(index[None], np.where(exists, self.particles, 0)[:, None])
+            scalars = np.concatenate([scalars, ends], 1)
+        inputs = GeometricBatch(
+            points=torch.from_numpy(rows[:, :3].copy()),
+            vectors=torch.from_numpy(rows[:, None, 3:6].copy()),
+            scalars=torch.from_numpy(scalars.copy()),
+            index=torch.from_numpy(np.tile(index, (len(items), 1))),
+            mask=torch.from_numpy(mask),
+        )
+        weight = torch.from_numpy(mask.astype(np.float32))
+        return Sample(inputs, torch.from_numpy(rows[:, 6:9].copy()), weight)
+
+    def baselines(self, split: str) -> dict[str, float]:
+        """Mean squared error per coordinate if nothing moved, and of motion straight on; of
+        training's systems as many as are held out."""
+        items = list(range(min(self.size(split), self.held_out_size)))
+        x, v, y = np.split(np.stack(self._systems(split, items)).astype(np.float64)[:, :9], 3, 1)
+        straight = x + v * (self.steps * self.dt)
+        return {
+            "nothing moved": float(np.square(y - x).mean()),
+            "straight on": float(np.square(y - straight).mean()),
+        }
+
+    def _systems(self, split: str, items: list[int]) -> list[np.ndarray]:
+        """(10, particles) of each item: position, velocity, later position, charge."""
+        with self._lock:
+            known = {item: self._paths.get((split, item)) for item in items}
+            missing = [item for item, system in known.items() if system is None]
+            together = max((1 << 17) // self.particles ** (2 if self.strength else 1), 1)
+            for first in range(0, len(missing), together):
+                some = missing[first : first + together]
+                for item, system in zip(some, self._simulate(split, some), strict=True):
+                    known[item] = self._paths[split, item] = system
+            while len(self._paths) > max(_CACHED // self.particles, 1):
+                self._paths.popitem(last=False)
+        return [system for item in items if (system := known[item]) is not None]
+
+    def _simulate(self, split: str, items: list[int]) -> np.ndarray:
+        """(items, 10, particles) float32, by leapfrog in float64.
+
+        Only sums, products, quotients and roots, in one order, so that machines agree; the random
+        numbers are rounded, because logarithms may differ in their last bit and systems diverge.
+        """
+        own = [hash64("nbody", self.seed, split, item) for item in items]
+        x = np.stack([self._gauss("position", key) for key in own], -1)  # (3, particles, items)
+        v = np.stack([self._gauss("velocity", key) for key in own], -1)
+        v = SPEED * v / _length(v)
+        if self.spring:
+            x = REST * np.cumsum(x / _length(x), axis=1)
+        charge = np.stack(
+            [np.sign(uniforms(hash64("charge", k), 0, self.particles)[:, 0] - 0.5) for k in own], -1
+        )
+        if not self.strength:
+            charge = np.zeros_like(charge)
+        x, v = self._leap(x, v, charge, self.start)
+        later, _ = self._leap(x, v, charge, self.steps)
+        out = np.concatenate([x, v, later, charge[None]])
+        return np.ascontiguousarray(out.transpose(2, 0, 1), np.float32)
+
+    def _leap(
+        self, x: np.ndarray, v: np.ndarray, charge: np.ndarray, steps: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Positions after `steps`, and the half-step velocities that led there."""
+        for _ in range(steps):
+            v = v + self.dt * self._force(x, charge)
+            x = x + self.dt * v
+        return x, v
+
+    def _force(
+        self, x: Float64[np.ndarray, "3 n items"], charge: Float64[np.ndarray, "n items"]
+    ) -> Float64[np.ndarray, "3 n items"]:
+        total = np.zeros_like(x)
+        if self.strength:
+            apart = x[:, None] - x[:, :, None]  # [:, j, i]: from j to i
+            square = apart[0] * apart[0] + apart[1] * apart[1] + apart[2] * apart[2]
+            square[np.arange(self.particles), np.arange(self.particles)] = 1.0
+            pull = self.strength * charge[:, None] * charge / (square * np.sqrt(square))
+            total = np.clip((pull * apart).sum(1), -STRONGEST, STRONGEST)
+        if self.spring:
+            bond = x[:, 1:] - x[:, :-1]
+            pull = self.spring * (bond - REST * bond / _length(bond))
+            total[:, :-1] += pull
+            total[:, 1:] -= pull
+        return total
+
+    def _gauss(self, what: str, key: int) -> Float64[np.ndarray, "3 n"]:
+        numbers = normals(hash64(what, key), 0, self.particles)[:, :3].T
+        return np.round(numbers * 2.0**20) / 2.0**20
+
+
+def _length(x: np.ndarray) -> np.ndarray:
+    return np.sqrt(x[0] * x[0] + x[1] * x[1] + x[2] * x[2])

@@ -1,0 +1,168 @@
+"""Recall over long distances: the first token asks for a key; which values followed it?
+
+Pairs, a key and behind it its value, lie anywhere in the sequence among vectors that mean nothing.
+Every value answers where it stands: with itself if its key is the one that the first token asks
+for, else with zero. A token that knows its own pair alone cannot tell: the question, up to a whole
+sequence away, decides.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Float64, Int64
+
+from data_pipeline.batch import GeometricBatch, Sample
+from data_pipeline.counter_rng import hash64, normals, rotations, uniforms
+from data_pipeline.errors import ConfigError
+from data_pipeline.tasks.procedural import Numbered
+
+MOST_KEYS = 6
+"""Both ways along three axes."""
+
+
+@dataclass
+class _Pairs:
+    """Some pairs of a sequence; the value stands behind the key."""
+
+    place: Int64[np.ndarray, " p"]
+    """Of the key."""
+    key: Int64[np.ndarray, " p"]
+    """Which of the sequence's keys; 0 is the one that is asked for."""
+    value: Float64[np.ndarray, "p 3"]
+
+
+@dataclass
+class Needles(Numbered):
+    """Sequences that follow from their number alone, made slice by slice.
+
+    vectors: one channel. A sequence's keys are random unit vectors at right angles to each other,
+    or opposite; values have random directions and magnitudes U[1, 2], no two alike. scalars: marks
+    of the question, of keys and of values. points are zero: nothing has a place. target: per token,
+    and values alone count. A slice costs its own tokens and pairs.
+    """
+
+    tokens: int = 1 << 14
+    """Length of every sequence."""
+    pairs: int = 1 << 10
+    """Each lies at random in its own one of as many equal parts of the sequence."""
+    keys: int = 3
+    """Different keys; each pair has any of them. The fourth to the sixth oppose the others."""
+    noise: float = 1.0
+    """Length of the vectors of tokens that are in no pair."""
+    train_size: int = 1 << 20
+    """Sequences of an epoch."""
+    held_out_size: int = 8
+    """Sequences of validation and of test."""
+    seed: int = 0
+    """Of the sequences; not of the training."""
+
+    name = "needles"
+    vectors = 1
+    scalars = 3
+
+    def __post_init__(self) -> None:
+        self._settle(pairs=1, keys=1, noise=0)
+        if self.keys > MOST_KEYS:
+            raise ConfigError(f"task.keys={self.keys} must be {MOST_KEYS} or less")
+        if self.tokens < 1 + 2 * self.pairs:
+            raise ConfigError(
+                f"task.tokens={self.tokens} cannot hold a question and task.pairs={self.pairs} "
+                f"pairs; use {1 + 2 * self.pairs} tokens or more"
+            )
+        self.unit = 7 / 9 / self.keys
+        """Mean square of a target's coordinate: the third of E m² for m in U[1, 2], if asked."""
+
+    def length(self, split: str, item: int) -> int:
+        return self.tokens
+
+    def sample(
+        self, split: str, items: Sequence[int | None], keys: Sequence[int], start: int, stop: int
+    ) -> Sample:
+        """See Task. Keys do nothing."""
+        rows, n = len(items), stop - start
+        vectors, target = np.zeros((2, rows, 3, n), np.float32)
+        marks = np.zeros((rows, self.scalars, n), np.float32)
+        end = max(min(stop, self.tokens), start)
+        for row, item in enumerate(items):
+            if item is not None:
+                self._write(
+                    hash64(self.seed, split, item),
+                    start,
+                    end,
+                    vectors[row],
+                    marks[row],
+                    target[row],
+                )
+        index = np.arange(start, stop)
+        exists = np.array([item is not None for item in items])
+        inputs = GeometricBatch(
+            points=torch.zeros(rows, 3, n),
+            vectors=torch.from_numpy(vectors).unsqueeze(1),
+            scalars=torch.from_numpy(marks),
+            index=torch.from_numpy(np.tile(index, (rows, 1))),
+            mask=torch.from_numpy(exists[:, None] & (index < self.tokens)),
+        )
+        return Sample(inputs, torch.from_numpy(target), inputs.scalars[:, 2].clone())
+
+    def baselines(self, split: str) -> dict[str, float]:
+        """Mean squared error per coordinate, over the unit, of answering zero and of the best
+        answer that does not look at the question: every value's own share."""
+        zero = share = weight = 0.0
+        for item in range(min(self.size(split), self.held_out_size)):
+            pairs = self._pairs(hash64(self.seed, split, item), 0, self.pairs)
+            squares, asked = (pairs.value**2).sum(1), pairs.key == 0
+            zero += float((squares * asked).sum())
+            share += float((squares * (asked - 1 / self.keys) ** 2).sum())
+            weight += 3 * len(squares) * self.unit
+        return {"zero": zero / weight, "share of every value": share / weight}
+
+    def _write(
+        self,
+        own: int,
+        start: int,
+        end: int,
+        vectors: Float32[np.ndarray, "3 n"],
+        marks: Float32[np.ndarray, "3 n"],
+        target: Float32[np.ndarray, "3 n"],
+    ) -> None:
+        """Fills in the tokens [start, end) of the sequence of that key."""
+        vectors[:, : end - start] = self.noise * _directions(hash64("noise", own), start, end).T
+        axes = rotations(hash64("keys", own), 0, 1)[0]
+        words = np.concatenate([axes, -axes])[: self.keys]
+        pairs = self._pairs(own, *self._reach(start, end))
+        asked = pairs.key == 0
+        for place, mark, content in (
+            (np.zeros(1, np.int64), 0, words[:1]),
+            (pairs.place, 1, words[pairs.key]),
+            (pairs.place + 1, 2, pairs.value),
+        ):
+            here = (start <= place) & (place < end)
+            vectors[:, place[here] - start] = content[here].T
+            marks[mark, place[here] - start] = 1
+            if mark == 2:
+                target[:, place[here] - start] = (content * asked[:, None])[here].T
+
+    def _reach(self, start: int, end: int) -> tuple[int, int]:
+        """The pairs [first, last) that may touch tokens [start, end)."""
+        body = self.tokens - 1
+        first, last = (max((token * self.pairs - 1) // body, 0) for token in (start, end))
+        return first, min(last + 1, self.pairs) if end > start else first
+
+    def _pairs(self, own: int, first: int, last: int) -> _Pairs:
+        """Pairs [first, last) of the sequence of that key."""
+        u = uniforms(hash64("pairs", own), first, last)
+        bounds = 1 + np.arange(first, last + 1) * (self.tokens - 1) // self.pairs
+        room = np.diff(bounds) - 1
+        return _Pairs(
+            place=bounds[:-1] + (u[:, 0] * room).astype(np.int64),
+            key=(u[:, 1] * self.keys).astype(np.int64),
+            value=(1 + u[:, 2:3]) * _directions(hash64("values", own), first, last),
+        )
+
+
+def _directions(key: int, start: int, stop: int) -> Float64[np.ndarray, "n 3"]:
+    """A random unit vector for each place in [start, stop)."""
+    x = normals(key, start, stop)[:, :3]
+    return x / np.linalg.norm(x, axis=1, keepdims=True)

@@ -1,0 +1,1 @@
+"""Who am I, under any launcher."""

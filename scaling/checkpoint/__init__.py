@@ -1,0 +1,1 @@
+"""Checkpoints that know neither the number of ranks nor the engine."""

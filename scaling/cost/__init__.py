@@ -1,0 +1,1 @@
+"""The work of models, and the memory that a training run takes."""

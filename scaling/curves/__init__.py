@@ -1,1 +1,0 @@
-"""Measured curves drawn: figures and TensorBoard scalars made from rows of numbers."""

@@ -1,0 +1,1 @@
+"""DDP and DeepSpeed behind one interface, and the loss that makes their average exact."""

@@ -1,0 +1,70 @@
+"""The engine that a configuration names."""
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from data_pipeline.errors import ConfigError
+from scaling.engine.base import Engine
+from scaling.engine.ddp import DistributedDataParallelEngine
+from scaling.engine.deepspeed_config import check_launcher, deepspeed_config
+from scaling.parallel.collectives import Group, group_size
+
+
+def build_engine(
+    name: str,
+    module: nn.Module,
+    make_optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+    *,
+    gradient_clipping: float,
+    micro_batch_size: int,
+    accumulation: int,
+    precision: str = "float32",
+    zero_stage: int = 1,
+    deepspeed: Mapping[str, Any] | None = None,
+    environment: Mapping[str, str] = os.environ,
+    group: Group = None,
+) -> Engine:
+    """The engine of that name around a module whose parameters are the same on every rank.
+
+    Args:
+        gradient_clipping: largest global gradient norm; 0 does not clip.
+        micro_batch_size, accumulation: rows a rank holds at once, and how often it does before a
+            step; DeepSpeed wants to know.
+        precision: float64 works with ddp alone.
+        deepspeed: further DeepSpeed keys.
+        environment: where `accelerate launch` leaves its choices.
+        group: the ranks that train together; None is the world.
+
+    Raises:
+        ConfigError: a combination that cannot work, or a launcher that was told otherwise.
+    """
+    check_launcher(name, precision, environment)
+    optimizer = make_optimizer(module.parameters())
+    if name == "ddp":
+        return DistributedDataParallelEngine(module, optimizer, gradient_clipping, group)
+    if name != "deepspeed":
+        raise ConfigError(f"unknown engine {name!r}; use 'ddp' or 'deepspeed'")
+    if precision == "float64":
+        raise ConfigError(
+            "engine.name = 'deepspeed' keeps float32 master weights, so train.precision = "
+            "'float64' would be a lie; say engine=ddp"
+        )
+    if zero_stage not in (0, 1, 2, 3):
+        raise ConfigError(f"engine.zero_stage = {zero_stage}; ZeRO has the stages 0, 1, 2, 3")
+    from scaling.engine.deepspeed import DeepSpeedEngine
+
+    config = deepspeed_config(
+        deepspeed or {},
+        zero_stage=zero_stage,
+        micro_batch_size=micro_batch_size,
+        accumulation=accumulation,
+        gradient_clipping=gradient_clipping,
+        world=group_size(group),
+        bucket_size=min(2 * sum(p.numel() for p in module.parameters()), 50_000_000),  # even
+        environment=environment,
+    )
+    return DeepSpeedEngine(module, optimizer, config, group)

@@ -1,0 +1,187 @@
+"""DeepSpeed behind the engine's interface."""
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from data_pipeline.errors import ConfigError
+from scaling.engine.base import (
+    Engine,
+    OptimizerState,
+    clip,
+    copy_parameters,
+    load_plain_state,
+    on_cpu,
+    plain_state,
+    set_learning_rate,
+)
+from scaling.parallel.collectives import Group, group_rank
+
+
+class DeepSpeedEngine(Engine):
+    """DeepSpeed with ZeRO stage 0 to 3, float32 parameters."""
+
+    def __init__(
+        self, module: nn.Module, optimizer: Optimizer, config: dict[str, Any], group: Group = None
+    ) -> None:
+        super().__init__(module, config["gradient_clipping"], group)
+        if not dist.is_initialized() or self.world != dist.get_world_size():
+            raise ConfigError(
+                "DeepSpeed needs torch.distributed and all of its ranks; start by torchrun, "
+                "accelerate launch, deepspeed or srun, or say engine=ddp"
+            )
+        scalars = [name for name, p in self.parameters.items() if p.ndim == 0]
+        if scalars:
+            raise ConfigError(
+                f"DeepSpeed cannot partition the parameter {scalars[0]}, which has no axis; "
+                "give it the shape (1,), or say engine=ddp"
+            )
+        _quieten_deepspeed()
+        import deepspeed  # slow, and needs a compiler at first use: only who chooses it pays
+
+        self.stage: int = config["zero_optimization"]["stage"]
+        for part in module.modules() if self.stage == 3 else ():
+            if getattr(part, "gathers_whole", False):
+                deepspeed.utils.set_z3_leaf_module(part, True)
+                part.register_forward_pre_hook(_ask_for_a_gradient)
+            elif hasattr(part, "gathers_whole"):
+                vars(part)["runs_whole"] = True
+        with redirect_stdout(StringIO()):  # every rank would print that its extension is built
+            self._deepspeed: Any = deepspeed.initialize(
+                model=module, optimizer=optimizer, config=config, dist_init_required=False
+            )[0]
+        self._wrapped = self._deepspeed.optimizer
+        # Under ZeRO the client optimizer lives on inside, over this rank's flat partitions.
+        self._inner: Optimizer = self._wrapped.optimizer if self.stage else self._wrapped
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._deepspeed(*arguments)
+
+    @contextmanager
+    def accumulate(self, last: bool) -> Iterator[None]:
+        yield
+        if not last:
+            self._deepspeed.step()  # counts the micro-batch, moves nothing
+
+    def backward(self, loss: Tensor) -> None:
+        # Our loss is over the whole window already; by default it would be divided again.
+        self._deepspeed.backward(loss, scale_wrt_gas=False)
+
+    def step(self, learning_rate: float) -> float:
+        set_learning_rate(self._inner, learning_rate)
+        if self.stage > 0:
+            self._deepspeed.step()  # ZeRO skips the step by itself if the norm is not finite
+            return float(self._deepspeed.get_global_grad_norm())
+        norm = clip(self.parameters.values(), 0.0)
+        if norm.isfinite():
+            self._deepspeed.step()
+        return norm.item()
+
+    def state(self) -> tuple[dict[str, Tensor], OptimizerState]:
+        if self.stage == 0:
+            parameters = {name: on_cpu(p) for name, p in self.parameters.items()}
+            return parameters, plain_state(self.parameters, self._inner)
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        kinds = next((state for state in self._inner.state.values() if state), {})
+        if not kinds:  # no step yet, or an optimiser without memory
+            return {name: self._whole(p) for name, p in self.parameters.items()}, {}
+        scalars = {key: on_cpu(value) for key, value in kinds.items() if value.ndim == 0}
+        parameters, optimizer = {}, {}
+        for name, parameter in self.parameters.items():
+            # Gathering is collective; only the first rank keeps what it gathered.
+            value, state = self._whole(parameter), {}
+            for key in sorted(kinds.keys() - scalars.keys()) if parameter.requires_grad else ():
+                state[key] = safe_get_full_optimizer_state(parameter, key)
+            if self._first:
+                parameters[name] = value
+                optimizer[name] = {key: on_cpu(x) for key, x in state.items()} | scalars
+        return parameters, optimizer
+
+    def load_state(self, parameters: Mapping[str, Tensor], optimizer: OptimizerState) -> None:
+        if self.stage < 3:
+            copy_parameters(self.parameters, parameters)
+        else:
+            self._scatter_parameters(parameters)
+        if self.stage == 0:
+            load_plain_state(self.parameters, self._inner, optimizer)
+            return
+        self._wrapped.refresh_fp32_params()  # the optimiser's flat copy follows the parameters
+        if optimizer:
+            self._load_partitioned_state(optimizer)
+
+    def _whole(self, parameter: nn.Parameter) -> Tensor:
+        if self.stage < 3:
+            return on_cpu(parameter)
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters([parameter]):
+            return on_cpu(parameter)
+
+    def _scatter_parameters(self, parameters: Mapping[str, Tensor]) -> None:
+        from deepspeed.runtime.zero import GatheredParameters
+
+        for name, parameter in self.parameters.items():
+            with GatheredParameters([parameter], modifier_rank=0):
+                copy_parameters({name: parameter}, parameters)
+
+    def _load_partitioned_state(self, optimizer: OptimizerState) -> None:
+        """Builds the state that the first step would build, then fills it by parameter."""
+        sample = next(iter(optimizer.values()))
+        per_element = [key for key, value in sample.items() if value.ndim > 0]
+        flats = (
+            self._wrapped.fp32_partitioned_groups_flat
+            if self.stage == 3
+            else self._wrapped.single_partition_of_fp32_groups
+        )
+        for flat in flats:
+            self._inner.state[flat] = {
+                key: torch.zeros_like(flat) if key in per_element else value.clone()
+                for key, value in sample.items()
+            }
+        if self.stage < 3:
+            self._wrapped._lazy_init_hp_params_optimizer_state()  # names the parts of the flats
+        for name, state in optimizer.items():
+            parameter = self.parameters[name]
+            for key in per_element:
+                self._set_optimizer_state(parameter, state[key].to(parameter.device), key)
+
+    def _set_optimizer_state(self, parameter: nn.Parameter, value: Tensor, key: str) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        if self.stage < 3:
+            safe_set_full_optimizer_state(parameter, value, key)
+            return
+        # Its whole-tensor setter fails on a size that the ranks do not divide: cut it ourselves.
+        share = -(-value.numel() // self.world)
+        padded = nn.functional.pad(value.flatten(), (0, share * self.world - value.numel()))
+        mine = padded[share * group_rank(self.group) :][:share]
+        safe_set_local_optimizer_state(parameter, mine, key)
+
+
+def _ask_for_a_gradient(_part: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """ZeRO-3 takes the gradients of what it gathered when it sees that of an input: the first has
+    one, even if it is data."""
+    first, *others = given
+    return (first if first.requires_grad else first.detach().requires_grad_(), *others)
+
+
+def _quieten_deepspeed() -> None:
+    """Silences what DeepSpeed says in any case: that it does not know torch's SGD (our tests do),
+    that stage 3 does not look into a GeometricBatch (modules that own parameters pass tensors),
+    and that it calls collectives by names which PyTorch has replaced."""
+    known = ("untested optimizer", "unknown inputs or outputs type")
+    logging.getLogger("DeepSpeed").addFilter(
+        lambda record: not any(text in record.getMessage() for text in known)
+    )
+    warnings.filterwarnings(
+        "ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning
+    )

@@ -1,0 +1,1 @@
+"""Measurements that leave rows."""

@@ -1,0 +1,234 @@
+"""What one training step costs: time, exchanged bytes, memory; and beside the naive one."""
+
+import gc
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from data_pipeline.batch import GeometricBatch
+from scaling.engine.build import build_engine
+from scaling.engine.loss import engine_loss
+from scaling.execution import Execution
+from scaling.experiments.family import Bench, Part, Row, check_positive, row
+from scaling.experiments.naive import straightforward
+from scaling.experiments.timing import medians, now
+from scaling.models import build
+from scaling.observe.memory import peak_bytes, reset_peak
+from scaling.ops.tiles import use
+from scaling.parallel.collectives import Group, global_maxima, traffic
+from scaling.parallel.shard import SequenceShard, redistribute_batch
+
+Side = Literal["ours", "straightforward"]
+SIDES: Sequence[Side] = get_args(Side)
+
+REDUCTIONS = {"sum", "lengths"}
+"""Operators that exchange by all-reduce; all others by one all-to-all a call."""
+
+
+@dataclass
+class StepCase:
+    """A model and an input; all ranks share each sequence."""
+
+    model: dict[str, Any]
+    """`name` and options."""
+    length: int
+    """Tokens of a sequence."""
+    execution: dict[str, Any] = field(default_factory=dict)
+    rows: int = 1
+    """Sequences."""
+    vectors: int = 1
+    scalars: int = 4
+    warmup_steps: int = 1
+    steps: int = 5
+    """Timed steps; times are medians."""
+    seed: int = 0
+
+
+@dataclass
+class StepCost:
+    """A median step of the slowest rank, and the memory of the rank that has most."""
+
+    tokens_per_s: float
+    """All ranks together."""
+    step_s: float
+    comm_s: float
+    """Waiting in the sequence's exchanges."""
+    comm_bytes: float
+    """Sent by the rank that sends most; gradients not counted."""
+    all_to_alls: float
+    peak_bytes: float
+    base_bytes: float
+    """Memory before the first step: interpreter, libraries, parameters."""
+
+
+def training_step(case: StepCase, group: Group, device: torch.device) -> Callable[[], None]:
+    """Forward, backward and AdamW of a new model on a random batch; all ranks call it together."""
+    torch.manual_seed(case.seed)
+    natural = SequenceShard(case.length, group, "contiguous")
+    batch = _random_batch(case, natural, device)
+    options = {key: value for key, value in case.model.items() if key != "name"}
+    model = build(case.model["name"], case.vectors, case.scalars, **options).to(device)
+    use(model, Execution(**case.execution))
+    engine = build_engine(
+        "ddp",
+        _MeanSquare(model, natural, SequenceShard(case.length, group)),
+        lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
+        gradient_clipping=1.0,
+        micro_batch_size=case.rows,
+        accumulation=1,
+        environment={},  # how this process was launched does not matter here
+        group=group,
+    )
+
+    def step() -> None:
+        engine.backward(engine_loss(engine(batch), case.rows * case.length, engine.world))
+        engine.step(1e-3)
+
+    return step
+
+
+def measure_step(case: StepCase, group: Group, device: torch.device) -> StepCost:
+    """The step, repeated; every rank of `group` calls it and gets the same."""
+    step = training_step(case, group, device)
+    gc.collect()
+    base = reset_peak(device)
+    seconds, waits = [], []
+    for _ in range(case.warmup_steps + case.steps):
+        traffic.reset()
+        began = now(device)
+        step()
+        seconds.append(now(device) - began)
+        waits.append(sum(count.seconds for count in traffic.snapshot().values()))
+    counts = traffic.snapshot().items()  # every step exchanges the same
+    step_s, comm_s, sent, exchanges, peak, base = global_maxima(
+        statistics.median(seconds[case.warmup_steps :]),
+        statistics.median(waits[case.warmup_steps :]),
+        sum(count.bytes for _, count in counts),
+        sum(count.calls for name, count in counts if name not in REDUCTIONS),
+        peak_bytes(device),
+        base,
+        group=group,
+        device=device,
+    )
+    speed = case.rows * case.length / step_s
+    return StepCost(speed, step_s, comm_s, sent, exchanges, peak, base)
+
+
+@dataclass
+class TrainStepCase:
+    """
+    Args:
+        models: sections like `model`, under names for the table.
+        lengths: N, tokens of the one sequence of a step.
+        vectors: free vector channels of the input, besides the points.
+        scalars: scalar channels of the input.
+        seconds: of every comparison; at least three rounds.
+        execution: how our side runs: fields of `Execution`.
+        sides: those that one process measures; the bench's parts choose them.
+    """
+
+    models: dict[str, dict[str, Any]]
+    lengths: list[int]
+    vectors: int = 0
+    scalars: int = 16
+    seconds: float = 10.0
+    execution: dict[str, Any] = field(default_factory=dict)
+    sides: Sequence[Side] = SIDES
+
+    def __post_init__(self) -> None:
+        check_positive(lengths=self.lengths, seconds=self.seconds)
+
+
+def train_step_rows(case: TrainStepCase, group: Group, device: torch.device) -> list[Row]:
+    """Both sides in turn, or the memory of one side in a process of its own."""
+    rows = []
+    for name, model in case.models.items():
+        for length in sorted(case.lengths):
+            step_case = StepCase(model, length, case.execution, 1, case.vectors, case.scalars)
+            steps = {}
+            for side in case.sides:
+                step = training_step(step_case, group, device)
+                steps[side] = step if side == "ours" else _straightforward(step)
+            if len(steps) > 1:
+                times = medians(steps, group, device, case.seconds)
+                speed_up = times["straightforward"] / times["ours"]
+                title = f"{name}: speed-up over the straightforward step"
+                rows.append(row(title, 1, length, times["ours"], "s", speed_up))
+                rows += [row(f"{name}: step, {side}", 1, length, times[side]) for side in SIDES]
+                continue
+            ((side, step),) = steps.items()
+            reset_peak(device)
+            step()
+            step()  # now with the optimiser's state
+            rows.append(row(f"{name}: memory, {side}", 1, length, peak_bytes(device), "B"))
+    return rows
+
+
+def _straightforward(step: Callable[[], None]) -> Callable[[], None]:
+    def slow() -> None:
+        with straightforward():
+            step()
+
+    return slow
+
+
+def _parts(case: TrainStepCase) -> list[Part]:
+    """Memory is a process's own, so each side and length has one."""
+    parts = []
+    for name, model in case.models.items():
+        here = replace(case, models={name: model})
+        parts.append(Part(f"{name}_time", 1, replace(here, sides=SIDES)))
+        for side in SIDES:
+            for n in sorted(case.lengths):
+                one = replace(here, sides=[side], lengths=[n])
+                parts.append(Part(f"{name}_memory_{side}_N{n}", 1, one))
+    return parts
+
+
+def _conclude(_case: TrainStepCase, rows: list[Row]) -> tuple[list[Row], str]:
+    """How much more memory the straightforward step takes."""
+    found = list(rows)
+    for name, length in dict.fromkeys((r["case"].partition(":")[0], r["length"]) for r in rows):
+        ours, theirs = (
+            next(r for r in rows if (r["case"], r["length"]) == (f"{name}: memory, {side}", length))
+            for side in SIDES
+        )
+        title = f"{name}: memory, straightforward / ours"
+        found.append(row(title, 1, length, ours["value"], "B", theirs["value"] / ours["value"]))
+    return found, "Memory is the peak of a whole process over two steps."
+
+
+GOALS = {
+    f"{name}: speed-up over the straightforward step": (">=", 3.0) for name in ("paper", "default")
+}
+BENCH = Bench(TrainStepCase, _parts, train_step_rows, GOALS, _conclude)
+
+
+class _MeanSquare(nn.Module):
+    """This rank's sum of squares over all outputs, so that every parameter has a gradient."""
+
+    def __init__(self, model: nn.Module, natural: SequenceShard, cyclic: SequenceShard) -> None:
+        super().__init__()
+        self.model, self.natural, self.cyclic = model, natural, cyclic
+
+    def forward(self, batch: GeometricBatch) -> Tensor:
+        # As in training: the batch arrives in natural order and goes to cyclic at the door.
+        out = self.model(redistribute_batch(batch, self.natural, self.cyclic), self.cyclic)
+        return out.points.square().sum() + out.vectors.square().sum() + out.scalars.square().sum()
+
+
+def _random_batch(
+    case: StepCase, shard: SequenceShard, device: torch.device | str
+) -> GeometricBatch:
+    random = torch.Generator().manual_seed(case.seed + shard.rank)
+
+    def normal(*channels: int) -> Tensor:
+        return torch.randn(case.rows, *channels, shard.n_local, generator=random)
+
+    index = shard.index.expand(case.rows, -1).contiguous()
+    batch = GeometricBatch(normal(3), normal(case.vectors, 3), normal(case.scalars), index)
+    return batch.to(device)

@@ -1,0 +1,1 @@
+"""Long convolutions, on one process or on a cyclic shard."""

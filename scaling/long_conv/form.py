@@ -1,0 +1,140 @@
+"""What a long convolution does at every frequency: products, phases, and transform lengths.
+
+With v the conjugate of u's cotangent, a convolution u of q and k is one trilinear form in spectra,
+T = sum over frequencies of sign · q_i k_j v_o. The product is its derivative by v; the gradients of
+q and k are the conjugates of its derivatives by q and k; and so on for derivatives of these.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+Role = str
+ROLES: tuple[Role, ...] = ("q", "k", "u")
+PRODUCTS = ("scalar", "dot", "scale", "cross")
+
+
+@dataclass(frozen=True)
+class Product:
+    """u_o = sum of sign · q_i k_j over the terms (i, j, o, sign).
+
+    parts: components of each tensor that a role consists of.
+    """
+
+    parts: dict[Role, tuple[int, ...]]
+    terms: tuple[tuple[int, int, int, int], ...]
+
+    def components(self, role: Role) -> int:
+        return sum(self.parts[role])
+
+    def contract(self, role: Role, x: list[Tensor], y: list[Tensor], out: list[Tensor]) -> None:
+        """Writes the form's derivative by `role`; x and y are the others, in the order q, k, u.
+
+        x, y, out: the role's parts, (..., component, row, frequency).
+        """
+        place = ROLES.index(role)
+        first, second = (n for n in range(3) if n != place)
+        x, y, out = ([c for part in parts for c in part.unbind(-3)] for parts in (x, y, out))
+        begun = set()
+        for term in sorted(self.terms, key=lambda term: -term[3]):  # a first one has sign +1
+            a, b, o = x[term[first]], y[term[second]], term[place]
+            if o in begun:
+                out[o].addcmul_(a, b, value=term[3])
+            else:
+                torch.mul(a, b, out=out[o])
+                begun.add(o)
+
+
+@lru_cache
+def product(
+    scalars: tuple[bool, bool], vectors: tuple[bool, bool], names: tuple[str, ...]
+) -> Product:
+    """The named products of (scalar, vector) operands q and k, of which each may lack a part.
+
+    scalar: qs ks    dot: q·k    scale: qs k + ks q, or what there is of it    cross: q × k
+    The result has a polar scalar (scalar, dot), a polar vector (scale), an axial vector (cross).
+    """
+    q, k = (range(s, s + 3 * v) for s, v in zip(scalars, vectors, strict=True))
+    terms, parts, o = [], [], 0
+    if "scalar" in names:
+        terms.append((0, 0, o, 1))
+    if "dot" in names:
+        terms += [(q[i], k[i], o, 1) for i in range(3)]
+    if terms:
+        parts, o = [1], 1
+    if "scale" in names:
+        terms += [(0, k[i], o + i, 1) for i in range(3) if scalars[0] and vectors[1]]
+        terms += [(q[i], 0, o + i, 1) for i in range(3) if scalars[1] and vectors[0]]
+        parts, o = [*parts, 3], o + 3
+    if "cross" in names:
+        for i in range(3):
+            after, before = (i + 1) % 3, (i + 2) % 3
+            terms += [(q[after], k[before], o + i, 1), (q[before], k[after], o + i, -1)]
+        parts = [*parts, 3]
+    sizes = [(1,) * s + (3,) * v for s, v in zip(scalars, vectors, strict=True)]
+    return Product({"q": sizes[0], "k": sizes[1], "u": tuple(parts)}, tuple(terms))
+
+
+def ramp(
+    start: int,
+    step: int,
+    count: int,
+    turns: Sequence[int],
+    modulus: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """exp(2πi (start + step·j) t / modulus) for every t of `turns` and j < count: (turns, count).
+
+    Integers are reduced before they become angles, so that no digit is lost at any length; the
+    exponentials are products of two short tables, so that few sines are taken.
+    """
+    block = max(1, 1 << (count.bit_length() // 2))
+    t = torch.tensor(turns, device=device).reshape(-1, 1)
+
+    def table(first: int, stride: int, size: int) -> Tensor:
+        places = (first + stride * torch.arange(size, device=device)) % modulus
+        angle = (places * t % modulus).double() * (2 * torch.pi / modulus)
+        return torch.polar(torch.ones_like(angle), angle)
+
+    coarse = table(start, step * block, -(-count // block))
+    fine = table(0, step, block)
+    both = coarse.to(dtype).unsqueeze(2) * fine.to(dtype).unsqueeze(1)
+    return both.flatten(1)[:, :count]
+
+
+def transform_length(length: int, ranks: int, wraps: Sequence[int] | None) -> tuple[int, bool]:
+    """Length of the transform, a multiple of `ranks`, and whether its result has to be folded.
+
+    A circular convolution whose rows all have the full length, when that is `ranks` times a fast
+    length, is the plain circular transform. Everything else is zero-padded until nothing wraps and
+    folded at each row's own length where it has to be circular.
+    """
+    if wraps is not None and set(wraps) == {length} and length % ranks == 0:
+        local = length // ranks
+        if fast_length(local) == local:
+            return length, False
+    return padded_length(length, ranks, wraps is not None), wraps is not None
+
+
+def padded_length(length: int, ranks: int, fold: bool) -> int:
+    """Length of a transform in which nothing wraps: 2N - 1 tokens, one more for the fold."""
+    return ranks * fast_length(-(-(2 * length - 1 + fold) // ranks))
+
+
+@lru_cache
+def fast_length(n: int) -> int:
+    """Smallest length >= n >= 1 whose prime factors are 2, 3, 5 and 7."""
+    while not _is_smooth(n):
+        n += 1
+    return n
+
+
+def _is_smooth(n: int) -> bool:
+    for prime in (2, 3, 5, 7):
+        while n % prime == 0:
+            n //= prime
+    return n == 1

@@ -1,0 +1,152 @@
+"""What a long convolution accepts, and what it says of the rest."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from data_pipeline.errors import ConfigError, ShapeError
+from scaling.long_conv.form import PRODUCTS
+from scaling.parallel.shard import SequenceShard
+
+Padding = Literal["circular", "causal"]
+Segments = Sequence[Sequence[int]]
+"""Lengths of the bodies in every row of the first axis, one behind the other."""
+Operand = tuple[Tensor | None, Tensor | None]
+"""Scalars (..., n) and vectors (..., 3, n)."""
+
+
+@dataclass
+class Call:
+    """A convolution's arguments besides its operands: see scalar_long_conv."""
+
+    shard: SequenceShard | None
+    padding: Padding
+    lengths: Tensor | None
+    segments: Segments | None
+    keep_spectra: bool
+    workspace_bytes: int
+
+
+def batch_shape(operand: Operand) -> tuple[int, ...]:
+    scalars, vectors = operand
+    if scalars is not None:
+        return tuple(scalars.shape[:-1])
+    assert vectors is not None
+    return tuple(vectors.shape[:-2])
+
+
+def choose_terms(q: Operand, k: Operand, terms: Sequence[str] | None) -> tuple[str, ...]:
+    """The terms in their order; None: all that the operands allow.
+
+    Raises:
+        ShapeError: an operand is empty or contradicts itself.
+        ConfigError: an unknown term, one that lacks an operand, or an operand without a term.
+    """
+    _check_operand(q)
+    _check_operand(k)
+    (qs, qv), (ks, kv) = ([x is not None for x in operand] for operand in (q, k))
+    takes: dict[str, list[bool]] = {  # qs, q, ks, k
+        "scalar": [qs and ks, False, qs and ks, False],
+        "dot": [False, qv and kv, False, qv and kv],
+        "scale": [qs and kv, qv and ks, qv and ks, qs and kv],
+        "cross": [False, qv and kv, False, qv and kv],
+    }
+    names = tuple(
+        name for name in PRODUCTS if (any(takes[name]) if terms is None else name in terms)
+    )
+    for name in terms or ():
+        if name not in PRODUCTS:
+            raise ConfigError(f"unknown term {name!r}; use some of {PRODUCTS}")
+        if not any(takes[name]):
+            raise ConfigError(f"the term {name!r} lacks an operand; see geometric_long_conv")
+    operands = {"qs": qs, "q": qv, "ks": ks, "k": kv}
+    for number, (operand, given) in enumerate(operands.items()):
+        if given and not any(takes[name][number] for name in names):
+            raise ConfigError(f"no term of {names} takes {operand}; give None in its place")
+    return names
+
+
+def check(q: Operand, k: Operand, call: Call) -> None:
+    """Every rank checks the same facts, so all raise or none."""
+    if call.padding not in get_args(Padding):
+        raise ConfigError(f"unknown padding {call.padding!r}; use one of {get_args(Padding)}")
+    shard = call.shard
+    if shard is not None and shard.layout != "cyclic":
+        raise ConfigError(f"a long convolution needs a cyclic shard, not {shard.layout}")
+    if call.workspace_bytes < 1:
+        raise ConfigError(f"workspace_bytes={call.workspace_bytes} must be 1 or more")
+    for operand in (q, k):
+        _check_operand(operand)
+    some, kernel = (next(x for x in operand if x is not None) for operand in (q, k))
+    if some.dtype != kernel.dtype or not some.is_floating_point():
+        raise ShapeError(
+            f"q {some.dtype} and k {kernel.dtype} must have one real floating-point dtype"
+        )
+    batch, kernel_batch = batch_shape(q), batch_shape(k)
+    if (
+        batch[len(batch) - len(kernel_batch) :] != kernel_batch
+        or some.shape[-1] != kernel.shape[-1]
+    ):
+        raise ShapeError(
+            f"q {tuple(some.shape)} and k {tuple(kernel.shape)} must have one shape;"
+            " a static k may lack leading axes"
+        )
+    if shard is not None and some.shape[-1] != shard.n_local:
+        raise ShapeError(f"{shard} holds {shard.n_local} tokens, but q is {tuple(some.shape)}")
+    total = some.shape[-1] if shard is None else shard.length
+    if call.lengths is not None:
+        _check_lengths(call.lengths, batch, some, total)
+    if call.segments is not None:
+        _check_segments(call.segments, call.lengths, batch, some, total)
+
+
+def _check_operand(operand: Operand) -> None:
+    scalars, vectors = operand
+    if scalars is None and vectors is None:
+        raise ShapeError("an operand (None, None) holds nothing; give scalars, vectors or both")
+    if scalars is not None and scalars.ndim < 1:
+        raise ShapeError("scalars need shape (..., n), not ()")
+    if vectors is not None and (vectors.ndim < 2 or vectors.shape[-2] != 3):
+        raise ShapeError(f"vectors need shape (..., 3, n), not {tuple(vectors.shape)}")
+    if scalars is None or vectors is None:
+        return
+    if vectors.shape[:-2] + vectors.shape[-1:] != scalars.shape or scalars.dtype != vectors.dtype:
+        raise ShapeError(
+            f"scalars {tuple(scalars.shape)} and vectors {tuple(vectors.shape)} disagree, or"
+            f" {scalars.dtype} and {vectors.dtype} do"
+        )
+
+
+def _check_lengths(lengths: Tensor, batch: tuple[int, ...], some: Tensor, total: int) -> None:
+    if lengths.dtype not in (torch.int32, torch.int64):
+        raise ShapeError(f"lengths are {lengths.dtype}; count tokens in int64")
+    if lengths.shape != batch[:1] or not batch:
+        raise ShapeError(
+            f"lengths {tuple(lengths.shape)} must be one a row of the first axis of"
+            f" {tuple(some.shape)}"
+        )
+    if not all(0 <= length <= total for length in lengths.tolist()):
+        raise ShapeError(f"lengths {lengths.tolist()} must lie between 0 and {total}")
+
+
+def _check_segments(
+    segments: Segments, lengths: Tensor | None, batch: tuple[int, ...], some: Tensor, total: int
+) -> None:
+    if lengths is not None:
+        raise ConfigError("give lengths or segments: bodies bring their own lengths")
+    if not batch or len(segments) != batch[0]:
+        raise ShapeError(
+            f"segments of {len(segments)} rows must be one list a row of the first axis of"
+            f" {tuple(some.shape)}"
+        )
+    for row, bodies in enumerate(segments):
+        if not all(isinstance(length, int) for length in bodies):
+            raise ShapeError(f"segments of row {row} are {bodies!r}; use a list of ints")
+        if any(length < 0 for length in bodies) or sum(bodies) > total:
+            raise ShapeError(
+                f"segments of row {row} make {sum(bodies)} tokens (shortest {min(bodies)}), but a"
+                f" row holds {total}"
+            )

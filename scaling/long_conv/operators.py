@@ -1,0 +1,182 @@
+"""Long convolutions of two sequences by FFT: every token sees all tokens.
+
+The formulas, with * for the sum over j and k_{i-j} read modulo the row's length (circular) or as
+zero outside the row (causal):
+
+    scalar      u_i = sum_j q_j k_{i-j}
+    vector      u_i = sum_j q_j × k_{i-j}          SE(3)-Hyena, arXiv 2407.01049, Code 1
+    geometric   a = qs*ks + q*.k    u = qs*k + ks*q    ua = q*×k
+
+Code 1 is what that paper computes; its Eq. (2), read literally, is not a convolution. The cross
+product is taken between spectra: 9 transforms a vector channel instead of 18.
+
+The kernel k is data, with q's shape, or static: then it lacks leading axes of q, is shared along
+them, and may be shorter-lived than a batch (parameters, or a function of the token's place). With a
+shard every tensor holds this rank's tokens, the kernel too: nobody builds it whole.
+"""
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from scaling.long_conv.convolution import Convolution
+from scaling.long_conv.form import product
+from scaling.long_conv.operands import (
+    Call,
+    Operand,
+    Padding,
+    Segments,
+    batch_shape,
+    check,
+    choose_terms,
+)
+from scaling.long_conv.rows import bodies, whole_rows
+from scaling.long_conv.transform import Transform
+from scaling.parallel.clock import clock
+from scaling.parallel.shard import SequenceShard
+
+WORKSPACE_BYTES = 1 << 30
+"""What the buffers of the channels under way may take, per rank; see `scalar_long_conv`."""
+
+
+def scalar_long_conv(
+    q: Float[Tensor, "*b n"],
+    k: Float[Tensor, "*c n"],
+    shard: SequenceShard | None = None,
+    padding: Padding = "circular",
+    lengths: Int[Tensor, " rows"] | None = None,
+    *,
+    segments: Segments | None = None,
+    keep_spectra: bool = True,
+    workspace_bytes: int = WORKSPACE_BYTES,
+) -> Float[Tensor, "*b n"]:
+    """Convolution along the sequence: u_i = sum_j q_j k_{i-j}; no 1/N inside.
+
+    circular: indices modulo the row's own length. causal: k is zero outside the row, nothing wraps,
+    and u_i depends on tokens 0..i alone. With a cyclic shard, q and k are this rank's tokens;
+    values and gradients equal the one-process result for any length, number of channels and ranks,
+    in 2 all-to-alls forward and 2 backward for every chunk of channels (operands travel together).
+    O(N log N / P) time and O(N / P) memory.
+
+    Half-precision inputs are transformed in float32; the result has q's dtype. Centre the inputs
+    first: a float32 transform of a signal with mean m loses about log10(m·sqrt(N)) digits.
+
+    Args:
+        lengths: true length of each row of the first axis; tokens beyond it are ignored, whatever
+            they hold, and their result is 0. None: all rows are full.
+        segments: instead of lengths: bodies that are convolved each on its own, as if they were
+            rows; nothing leaks from one to another. None: everything sees everything.
+        keep_spectra: keep the operands' spectra for the backward pass; else keep the operands and
+            transform them again (and exchange them again in the same all-to-all); only then is
+            there a second derivative.
+        workspace_bytes: channels go in chunks so that two chunks' buffers fit; while one chunk's
+            exchange is under way the other's transforms run.
+
+    Raises:
+        ShapeError: q, k, lengths, segments and the shard disagree (shows shapes and dtypes).
+        ConfigError: unknown padding, a shard whose layout is not cyclic, lengths and segments both.
+    """
+    call = Call(shard, padding, lengths, segments, keep_spectra, workspace_bytes)
+    (u,) = _convolve((q, None), (k, None), ("scalar",), call)
+    return u
+
+
+def vector_long_conv(
+    q: Float[Tensor, "*b 3 n"],
+    k: Float[Tensor, "*c 3 n"],
+    shard: SequenceShard | None = None,
+    padding: Padding = "circular",
+    lengths: Int[Tensor, " rows"] | None = None,
+    *,
+    segments: Segments | None = None,
+    keep_spectra: bool = True,
+    workspace_bytes: int = WORKSPACE_BYTES,
+) -> Float[Tensor, "*b 3 n"]:
+    """Cross-product convolution along the sequence: u_i = sum_j q_j × k_{i-j}; no 1/N inside.
+
+    Polar q and k give an axial u. Everything else is as in `scalar_long_conv`.
+    """
+    call = Call(shard, padding, lengths, segments, keep_spectra, workspace_bytes)
+    (u,) = _convolve((None, q), (None, k), ("cross",), call)
+    return u
+
+
+def geometric_long_conv(
+    q: tuple[Float[Tensor, "*b n"] | None, Float[Tensor, "*b 3 n"] | None],
+    k: tuple[Float[Tensor, "*c n"] | None, Float[Tensor, "*c 3 n"] | None],
+    shard: SequenceShard | None = None,
+    padding: Padding = "circular",
+    lengths: Int[Tensor, " rows"] | None = None,
+    *,
+    terms: Sequence[str] | None = None,
+    segments: Segments | None = None,
+    keep_spectra: bool = True,
+    workspace_bytes: int = WORKSPACE_BYTES,
+) -> tuple[Tensor, ...]:
+    """Products of (scalar, vector) operands in one pass: (qs, q), (ks, k) -> (a, u, ua).
+
+    a = qs*ks + q*.k is a polar scalar (..., n), u = qs*k + ks*q a polar vector (..., 3, n),
+    ua = q*×k an axial vector: 4 numbers a channel and operand travel in, 7 out. Else as in
+    `scalar_long_conv`.
+
+    Args:
+        terms: of "scalar" (qs*ks), "dot" (q*.k), "scale" (qs*k + ks*q) and "cross" (q*×k) those
+            that are wanted. Results that no term makes are left out of the tuple; an operand that
+            no term takes must be None. None: all terms that the operands allow.
+    """
+    call = Call(shard, padding, lengths, segments, keep_spectra, workspace_bytes)
+    return _convolve(q, k, terms, call)
+
+
+@clock.part("transforms")
+def _convolve(
+    q: Operand, k: Operand, terms: Sequence[str] | None, call: Call
+) -> tuple[Tensor, ...]:
+    """The results that the terms make."""
+    check(q, k, call)
+    names = choose_terms(q, k, terms)
+    some = next(x for x in q if x is not None)
+    shard = None if call.shard is None or call.shard.size == 1 else call.shard
+    total = some.shape[-1] if shard is None else shard.length
+    lengths = None if call.lengths is None else call.lengths.tolist()
+    circular = call.padding == "circular"
+
+    # Tensors get four axes: rows, channels, components, tokens. A static k has one row for all.
+    batch, kernel = batch_shape(q), batch_shape(k)
+    static, by_row = len(kernel) < len(batch), lengths is not None or call.segments is not None
+    rows = batch[0] if by_row else prod(batch[: len(batch) - len(kernel)])
+    channels = prod(batch[1:]) if by_row else prod(kernel)
+    kernel = batch[1:] if static and by_row else kernel
+    if static and lengths is not None and circular:
+        kernel, static = batch, False  # k is cut at every row's own length
+    kernels = 1 if static else rows
+
+    def with_four_axes(operand: Operand, shape: tuple[int, ...], rows: int) -> list[Tensor]:
+        scalars, vectors = operand
+        parts = [None if scalars is None else scalars.unsqueeze(-2), vectors]
+        return [
+            x.expand(*shape, *x.shape[-2:]).reshape(rows, channels, *x.shape[-2:])
+            for x in parts
+            if x is not None
+        ]
+
+    if total == 0 or rows == 0 or channels == 0:
+        groups = []
+    elif call.segments is not None:
+        groups = bodies(call.segments, circular, shard, static, some.device)
+    else:
+        groups = whole_rows(total, lengths, circular, shard, rows, kernels, some.device)
+    dtype = torch.promote_types(some.dtype, torch.float32)
+    convolution = Convolution(
+        product((q[0] is not None, k[0] is not None), (q[1] is not None, k[1] is not None), names),
+        groups,
+        Transform(shard, [group.frequencies for group in groups], dtype, some.device, "long_conv"),
+        {"q": rows, "k": kernels, "u": rows},
+        call.keep_spectra and torch.is_grad_enabled(),
+        call.workspace_bytes,
+    )
+    results = convolution(with_four_axes(q, batch, rows), with_four_axes(k, kernel, kernels))
+    return tuple(u.reshape(*batch, *([] if u.shape[2] == 1 else [3]), u.shape[-1]) for u in results)

@@ -1,0 +1,204 @@
+"""Composition, checking, and the nearest name for what does not exist."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from data_pipeline.errors import ConfigError
+from launch.config.compose import (
+    Config,
+    ParallelSettings,
+    check_choice,
+    command_line,
+    compose,
+    config_folder,
+    mesh_sizes,
+    options_of,
+    to_yaml,
+)
+from launch.train import check_names
+from launch.train import main as train_command
+from scaling.models import MODELS
+
+
+def options_in(group: str) -> list[str]:
+    return sorted(file.stem for file in (config_folder() / group).glob("*.yaml"))
+
+
+def composed(*overrides: str) -> Config:
+    return compose("train", overrides, Config)
+
+
+def test_values_come_from_groups_then_experiment_then_command_line():
+    config = composed("experiment=recall", "train.steps=7", "optim.betas=[0.8,0.95]", "name=mine")
+    assert (config.task["name"], config.model["name"]) == ("recall", "se3_hyena")
+    assert config.name == "mine" and config.train.steps == 7 and config.optim.betas == (0.8, 0.95)
+    assert composed("experiment=recall", "task=denoising").task["name"] == "denoising"
+    assert composed("engine=ddp").engine.name == "ddp"
+    assert composed("model=se3_hyena_paper").model["name"] == "se3_hyena_paper"
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("train.stepz=3", "unknown key train.stepz, did you mean train.steps?"),
+        ("trian.steps=3", "unknown key trian, did you mean train?"),
+        ("lr=0.1", "unknown key lr, did you mean optim.lr?"),
+        ("sp=2", "unknown key sp, did you mean parallel.sp?"),
+        ("task=recal", "task=recal does not exist, did you mean recall?"),
+        ("experiment=frist_light", "did you mean first_light?"),
+        ("engine=dpp", "engine=dpp does not exist, did you mean ddp?; options: ddp, deepspeed"),
+        ("train.steps=many", "train.steps='many': must be a valid integer"),
+        ("train.steps=true", "train.steps=True"),
+        ("train.steps=2.5", "train.steps=2.5"),
+        ("train.steps=null", "train.steps=None"),
+        ("train.precision=fp16", "train.precision='fp16': must be 'float32', 'float64' or 'bf16'"),
+        ("train=3", "train=3"),
+        ("train.steps=0", "train.steps=0: must be at least 1"),
+        ("parallel.sp=0", "parallel.sp=0: must be at least 1"),
+        ("optim.lr=nan", "optim.lr=nan: must be positive"),
+        ("train.profile_steps=-1", "train.profile_steps=-1: must lie in 0 ... 20"),
+        ("engine.zero_stage=4", "engine.zero_stage=4"),
+        *(
+            (f"name={name}", f"name='{name}': must be one folder")
+            for name in ("a/b", "..", ".", "")
+        ),
+        ("train.seed=-1", "train.seed=-1: must lie in 0 ... 9223372036854775807"),
+        (f"train.seed={2**63}", f"train.seed={2**63}: must lie in 0 ... {2**63 - 1}"),
+        *(
+            (f"parallel.timeout_s={value}", "must lie in 1 ... 2592000 seconds")
+            for value in ("nan", "inf", "0.5", "2592001")
+        ),
+        ("train.steps", "cannot read 'train.steps': write key=value"),
+        ("train.seed=1,2", "'train.seed=1,2' gives several values"),
+        ("train.seed=${nothing}", "Interpolation key 'nothing' not found"),
+        ("--frobnicate", "unknown option --frobnicate"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(override: str, named: str):
+    with pytest.raises(ConfigError) as error:
+        command_line([override], "train", Config, "about")
+    assert named in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_options_are_checked_against_the_constructor():
+    """Unknown, of a wrong type, missing, and a name that no constructor has."""
+    model = composed().model
+    check_choice("model", model, MODELS, given=("vectors", "scalars"))
+    for change, named in [
+        ({"channelz": 3}, "unknown key model.channelz for model=se3_hyena, did you mean model.ch"),
+        ({"vectors": 3}, "unknown key model.vectors"),
+        ({"channels": "3"}, "model.channels='3': must be a valid integer"),
+        ({"padding": "round"}, "model.padding='round': must be 'circular' or 'causal'"),
+        ({"name": "se3_hyna"}, "unknown model.name=se3_hyna, did you mean se3_hyena?"),
+    ]:
+        with pytest.raises(ConfigError, match=named.replace("?", r"\?").replace(".", r"\.")):
+            check_choice("model", model | change, MODELS, given=("vectors", "scalars"))
+
+    def needs(path: str) -> None: ...
+
+    with pytest.raises(ConfigError, match=r"task\.path is missing"):
+        check_choice("task", {"name": "needs"}, {"needs": needs})
+
+
+@pytest.mark.parametrize("group", ["model", "task"])
+def test_every_option_file_lists_only_what_its_constructor_takes(group: str):
+    from data_pipeline.tasks.registry import TASKS
+
+    registry = {"model": MODELS, "task": TASKS}[group]
+    assert set(registry) <= set(options_in(group))
+    for option in options_in(group):
+        choice = getattr(composed(f"{group}={option}"), group)
+        assert choice["name"] in registry
+        check_choice(group, choice, registry, given=("vectors", "scalars"))
+
+
+def test_every_experiment_goes_with_every_model_and_task():
+    for experiment in options_in("experiment"):
+        check_names(composed(f"experiment={experiment}"))
+        for model in options_in("model"):
+            config = composed(f"experiment={experiment}", f"model={model}")
+            check_names(config)
+            assert config.model["name"] in MODELS
+        for task in options_in("task"):
+            config = composed(f"experiment={experiment}", f"task={task}")
+            check_names(config)
+            assert task.startswith(config.task["name"])
+    assert composed().model["readout"] == 0.1  # the main job's
+    assert composed("model=se3_hyena").model["readout"] == 1.0
+
+
+def test_names_are_checked_before_anything_is_printed(capsys: pytest.CaptureFixture):
+    with pytest.raises(ConfigError, match=r"unknown key model\.channelz"):
+        train_command(["--cfg", "model.channelz=3"])
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("dp", "sp", "world", "sizes"),
+    [
+        (None, None, 4, (1, 4)),
+        (2, None, 4, (2, 2)),
+        (None, 2, 4, (2, 2)),
+        (None, 1, 4, (4, 1)),
+        (2, 2, 6, (2, 2)),  # Mesh refuses it, and names the product
+        (8, None, 2, (8, 1)),
+    ],
+)
+def test_null_sizes_fill_what_the_other_leaves(dp, sp, world, sizes):
+    assert mesh_sizes(ParallelSettings(dp=dp, sp=sp), world) == sizes
+
+
+def test_printed_configuration_composes_to_the_same(capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as end:
+        command_line(["--local_rank=1", "train.steps=9", "--cfg"], "train", Config, "about")
+    assert end.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    config = composed("train.steps=9")
+    assert printed == yaml.safe_load(to_yaml(config))
+    assert printed["train"]["steps"] == 9
+    assert set(printed) == {field.name for field in dataclasses.fields(Config)}
+
+
+def test_help_lists_groups_options_and_keys(capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit):
+        command_line(["--help"], "train", Config, "Train.")
+    text = capsys.readouterr().out
+    for word in (
+        "Train.",
+        "engine      ddp, deepspeed",
+        "materialised, nbody, needles, needles_million, recall",
+        "batch_size: ",
+    ):
+        assert word in text
+
+
+def test_composing_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    composed()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bad_key_answers_before_torch_is_loaded():
+    """One line on stderr, exit code 2, and no heavy import on the way."""
+    watch = (
+        "import sys; sys.argv = ['longfold', *sys.argv[1:]]; from launch.__main__ import main;"
+        "code = main(); assert 'torch' not in sys.modules; sys.exit(code)"
+    )
+    for arguments, said in [
+        (["train", "train.stepz=3"], "error: unknown key train.stepz, did you mean train.steps?\n"),
+        (["trian"], "error: unknown command trian, did you mean train?; commands: train, prepare"),
+    ]:
+        ended = subprocess.run(
+            [sys.executable, "-c", watch, *arguments], capture_output=True, text=True, timeout=60
+        )
+        assert ended.returncode == 2 and ended.stderr.startswith(said), ended.stderr
+        assert ended.stderr.count("\n") == 1 and not ended.stdout
+
+
+def test_options_leave_the_name_out():
+    assert options_of({"name": "x", "a": 1}) == {"a": 1}

@@ -1,0 +1,220 @@
+"""Ranks from every launcher's variables, and DeepSpeed's extension folder."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.errors import ConfigError
+from launch.config.compose import Config, compose
+from launch.ranks import extension
+from launch.ranks.environment import (
+    Ranks,
+    choose_device,
+    discover,
+    first_host,
+    run_command,
+    share_cores,
+    tasks_per_node,
+)
+from launch.train import follow_accelerate
+
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "node1", "MASTER_PORT": "4000"}  # fmt: skip
+DEEPSPEED = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_SIZE": "2",
+             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # fmt: skip
+SLURM = {"SLURM_JOB_ID": "123456", "SLURM_PROCID": "5", "SLURM_NTASKS": "7", "SLURM_LOCALID": "1",
+         "SLURM_NODEID": "1", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "gpu[07-08]",
+         "SLURM_TASKS_PER_NODE": "4,3"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("environ", "ranks"),
+    [
+        ({}, Ranks()),
+        (TORCHRUN, Ranks(3, 4, 1, 2, ("node1", "4000"))),
+        (DEEPSPEED, Ranks(1, 2, 1, 2, ("127.0.0.1", "29500"))),
+        (SLURM, Ranks(5, 7, 1, 3, ("gpu07", "33456"))),
+        (SLURM | {"MASTER_ADDR": "a", "MASTER_PORT": "1"}, Ranks(5, 7, 1, 3, ("a", "1"))),
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, Ranks()),  # a shell by srun
+        (
+            {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "1"},
+            Ranks(1, 2, 1, 2, ("127.0.0.1", "10000")),
+        ),
+        # torchrun inside a SLURM step: its ranks count, not SLURM's
+        (SLURM | TORCHRUN, Ranks(3, 4, 1, 2, ("node1", "4000"))),
+        ({"ACCELERATE_MIXED_PRECISION": "no"}, Ranks()),  # accelerate with one process
+    ],
+)
+def test_ranks_of_every_launcher(environ: dict[str, str], ranks: Ranks):
+    assert discover(environ) == ranks
+
+
+def test_accelerate_that_starts_too_few_processes_is_explained():
+    environ = {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "::1", "MASTER_PORT": "29500"}
+    with pytest.raises(ConfigError, match="MULTI_CPU"):
+        discover(environ)
+
+
+def test_ranks_that_could_not_meet_at_port_0_are_told():
+    with pytest.raises(ConfigError, match=r"MASTER_PORT=0 is no port .* --standalone, or"):
+        discover(TORCHRUN | {"MASTER_PORT": "0"})
+    assert discover(TORCHRUN | {"MASTER_PORT": "0", "WORLD_SIZE": "1", "RANK": "0"}).world == 1
+
+
+def test_compressed_lists_of_slurm():
+    assert [first_host(n) for n in ("a", "a1,b2", "gpu[07-09,12],x", "n[3]-ib,n4")] == [
+        "a", "a1", "gpu07", "n3-ib",
+    ]  # fmt: skip
+    assert tasks_per_node("4(x2),3") == [4, 4, 3]
+
+
+def test_ranks_share_the_cores_unless_told():
+    environ: dict[str, str] = {}
+    share_cores(Ranks(local_world=10_000, world=10_000), environ)
+    assert environ == {"OMP_NUM_THREADS": "1"}
+    chosen = {"OMP_NUM_THREADS": "7"}
+    share_cores(Ranks(local_world=2, world=2), chosen)
+    assert chosen == {"OMP_NUM_THREADS": "7"}
+    alone: dict[str, str] = {}
+    share_cores(Ranks(), alone)
+    assert alone == {}
+
+
+def test_a_gpu_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    with pytest.raises(ConfigError, match="device=cuda, but PyTorch sees no GPU"):
+        choose_device("cuda", Ranks())
+    assert choose_device("auto", Ranks()).type == "cpu"
+    assert os.environ["DS_ACCELERATOR"] == "cpu"
+    monkeypatch.delenv("DS_ACCELERATOR")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(ConfigError, match="local rank 1 has no GPU of its own"):
+        choose_device("auto", Ranks(rank=1, world=2, local_rank=1, local_world=2))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    assert choose_device("auto", Ranks(rank=1, world=2, local_rank=1, local_world=2)).type == "cpu"
+
+
+def test_accelerates_zero_stage_is_followed_unless_one_is_said(tmp_path: Path):
+    file = tmp_path / "zero.json"
+    file.write_text('{"zero_optimization": {"stage": 2}}')
+    environ = {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
+    config = compose("train", [], Config)
+    follow_accelerate(config, [], environ)
+    assert config.engine.zero_stage == 2
+    config = compose("train", ["engine.zero_stage=1"], Config)
+    follow_accelerate(config, ["engine.zero_stage=1"], environ)
+    assert config.engine.zero_stage == 1  # the engine then names both
+    with pytest.raises(ConfigError, match="cannot read accelerate's DeepSpeed file"):
+        follow_accelerate(config, [], {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "nowhere.json"})
+
+
+def test_errors_of_the_user_are_one_line_and_ours_have_a_traceback(capsys):
+    def fails(error: BaseException):
+        def command(arguments: list[str]) -> None:
+            raise error
+
+        return command
+
+    assert run_command(lambda arguments: None, []) == 0
+    assert run_command(fails(ConfigError("x=1: no")), []) == 2
+    assert capsys.readouterr().err == "error: x=1: no\n"
+    assert run_command(fails(KeyError("bug")), []) == 1
+    assert "Traceback" in capsys.readouterr().err
+    assert run_command(fails(RuntimeError("Connection closed by peer [::1]:1")), []) == 1
+    assert "another rank ended first" in capsys.readouterr().err
+    assert run_command(fails(KeyboardInterrupt()), []) == 130
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An extension folder; a build there only touches the library."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    place = tmp_path / extension.NAME
+    place.mkdir()
+    monkeypatch.setattr(
+        extension,
+        "_BUILD",
+        f"import pathlib, time; time.sleep(0.5); p = pathlib.Path({str(place)!r});"
+        "f = (p / 'builds').open('a'); f.write('x'); f.close();"
+        f"(p / '{extension.NAME}.so').touch()",
+    )
+    return place
+
+
+def test_extension_is_built_once_by_any_number_of_processes(folder: Path):
+    children = [os.fork() for _ in range(3)]
+    if 0 in children:
+        code = 1
+        try:
+            extension.require_extension(30)
+            code = 0
+        finally:
+            os._exit(code)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+    assert (folder / "builds").read_text() == "x"
+    began = time.monotonic()
+    assert extension.require_extension(30) == folder / f"{extension.NAME}.so"
+    assert time.monotonic() - began < 0.4
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_a_lock_that_nobody_holds_is_named_not_waited_for(folder: Path, built: bool):
+    if built:
+        (folder / f"{extension.NAME}.so").touch()
+    lock = folder / "lock"
+    lock.touch()
+    os.utime(lock, (time.time() - 100, time.time() - 100))
+    with pytest.raises(ConfigError, match=f"stale build lock.* remove it: rm {lock}"):
+        extension.require_extension(30)
+    # Held: somebody is at work, so wait; here until time runs out.
+    with lock.open(), pytest.raises(ConfigError, match="time ran out waiting"):
+        extension.require_extension(0.5)
+
+
+def test_a_build_that_hangs_is_stopped_and_one_that_fails_is_explained(folder, monkeypatch):
+    monkeypatch.setattr(extension, "_BUILD", "import time; time.sleep(60)")
+    (folder / "lock").unlink(missing_ok=True)
+    began = time.monotonic()
+    with pytest.raises(ConfigError, match="time ran out"):
+        extension.require_extension(1)
+    assert time.monotonic() - began < 10
+    monkeypatch.setattr(extension, "_BUILD", "raise SystemExit('no headers')")
+    with pytest.raises(ConfigError, match=r"did not build .* see .*build\.log, or use engine=ddp"):
+        extension.require_extension(30)
+    assert "no headers" in (folder / "build.log").read_text()
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ConfigError, match="needs a C\\+\\+ compiler"):
+        extension.require_extension(30)
+
+
+def test_private_folder_belongs_to_this_environment(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    place = extension.cache_folder()
+    assert place.is_relative_to(sys.prefix) or "longfold" in place.parts
+    assert place.name.startswith("torch-") and "-deepspeed-" in place.name
+
+
+def test_a_process_that_waits_alone_gives_up_with_one_line(tmp_path: Path):
+    """Rank 0 of 2 whose partner never starts: no hang, no traceback."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    environ = os.environ | {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                            "MASTER_PORT": str(port), "LOCAL_RANK": "0"}  # fmt: skip
+    script = (
+        "import sys, torch; from launch.ranks.environment import *\n"
+        "def main(a):\n"
+        "    with process_group(discover(), torch.device('cpu'), 2.0): pass\n"
+        "sys.exit(run_command(main, []))"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", script], env=environ, capture_output=True, text=True, timeout=60
+    )
+    assert ended.returncode == 2, ended.stderr
+    assert "error: rank 0 of 2 could not meet the others" in ended.stderr
+    assert "Traceback" not in ended.stderr

@@ -1,0 +1,203 @@
+"""A checkpoint is complete or it is not there; a damaged one names itself and the way out."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from data_pipeline.errors import RunError
+from scaling.checkpoint.checkpoint import Checkpoints
+from scaling.engine.build import build_engine
+from scaling.train.optim import learning_rate, optimizer_maker
+from scaling.train.settings import OptimSettings
+
+
+class Stream:
+    """The place in the data, which is all that a checkpoint wants of a stream."""
+
+    cursor = 0
+
+    def state_dict(self):
+        return {"cursor": self.cursor}
+
+    def load_state_dict(self, state):
+        self.cursor = state["cursor"]
+
+
+def make(width: int = 3):
+    module = nn.Sequential(nn.Linear(width, 2), nn.BatchNorm1d(2))
+    engine = build_engine(
+        "ddp",
+        module,
+        optimizer_maker(OptimSettings(lr=0.1)),
+        gradient_clipping=0.0,
+        micro_batch_size=4,
+        accumulation=1,
+        environment={},
+    )
+    return engine, Stream()
+
+
+def advance(engine, stream) -> None:
+    engine.backward(engine(torch.randn(4, 3)).square().sum())
+    engine.step(0.1)
+    stream.cursor += 4
+
+
+def everything(engine, stream) -> dict[str, torch.Tensor]:
+    _, optimizer = engine.state()
+    state = {f"{name}/{key}": x for name, each in optimizer.items() for key, x in each.items()}
+    return {**state, **engine.module.state_dict(), "cursor": torch.tensor(stream.cursor)}
+
+
+def test_saved_and_loaded_goes_on_alike(tmp_path):
+    """Parameters, buffers, moments, Adam's step, data cursor and random numbers."""
+    first, checkpoints = make(), Checkpoints(tmp_path, keep=2)
+    assert checkpoints.load(*first) == 0
+    advance(*first)
+    checkpoints.save(1, *first, identity={"a": 1})
+    torch.manual_seed(99)  # of another process
+    second = make()
+    torch.manual_seed(1234)
+    assert Checkpoints(tmp_path, keep=2).load(*second) == 1
+    drawn = torch.randn(3)
+    assert Checkpoints(tmp_path, keep=2).load(*second) == 1
+    assert torch.equal(torch.randn(3), drawn)
+    for one, other in zip(everything(*first).items(), everything(*second).items(), strict=True):
+        assert one[0] == other[0] and torch.equal(one[1], other[1])
+    for pair in (first, second):
+        torch.manual_seed(5)
+        advance(*pair)
+    for name, value in everything(*first).items():
+        assert torch.equal(value, everything(*second)[name]), name
+
+
+def test_only_the_newest_are_kept_and_leftovers_go(tmp_path):
+    state, checkpoints = make(), Checkpoints(tmp_path, keep=2)
+    (tmp_path / "step-00000003.tmp").mkdir()
+    (tmp_path / "step-00000003.tmp" / "model.pt").write_text("half")
+    assert checkpoints.load(*state) == 0
+    for step in (1, 2, 3, 12):
+        checkpoints.save(step, *state, identity={})
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"step-00000003", "step-00000012", "latest"}
+    checkpoints.save(12, *state, identity={})  # again, after the rows of it were lost
+    assert checkpoints.load(*state) == 12
+
+
+def test_killed_at_any_moment_of_saving_the_one_before_is_read(tmp_path, monkeypatch):
+    """The process ends at each call that touches the disk, one after the other."""
+    state, checkpoints = make(), Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, *state, identity={})
+    moments = [(torch, "save"), (Path, "rename"), (Path, "replace"), (json, "dumps")]
+    for owner, name in moments:
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                checkpoints.save(2, *state, identity={})
+        assert checkpoints.load(*state) == 1
+    checkpoints.save(2, *state, identity={})
+    assert checkpoints.load(*state) == 2
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
+@pytest.mark.parametrize("name", ["model.pt", "optimizer.pt", "state.json"])
+def test_a_damaged_checkpoint_names_itself_and_the_way_out(tmp_path, name, damage):
+    state, checkpoints = make(), Checkpoints(tmp_path, keep=2)
+    for step in (1, 2):
+        checkpoints.save(step, *state, identity={})
+    path = tmp_path / "step-00000002" / name
+    content = bytearray(path.read_bytes())
+    if damage == "remove":
+        path.unlink()
+    else:
+        content[len(content) // 2] ^= 0xFF
+        path.write_bytes(content if damage == "flip" else content[: len(content) // 2])
+    with pytest.raises(RunError, match="step-00000002") as error:
+        checkpoints.load(*state)
+    assert "\n" not in str(error.value)
+    assert "is damaged" in str(error.value) and "'step-00000001'" in str(error.value)
+    (tmp_path / "latest").write_text("step-00000001\n")  # as it says
+    assert checkpoints.load(*state) == 1
+    later = tmp_path / "step-00000001" / "state.json"
+    later.write_text(later.read_text().replace('"format": 1', '"format": 9'))
+    with pytest.raises(RunError, match="step-00000001 has format 9, this program reads 1"):
+        checkpoints.load(*state)
+
+
+@pytest.mark.parametrize("content", [b"", b"step-1", b"..", b"step-00000001.tmp", b"\xff\x00"])
+def test_latest_that_names_no_checkpoint_is_an_error_with_the_way_out(tmp_path, content):
+    state, checkpoints = make(), Checkpoints(tmp_path / "checkpoints", keep=2)
+    checkpoints.save(1, *state, identity={})
+    (tmp_path / "checkpoints" / "latest").write_bytes(content)
+    fix = "not the name of a checkpoint; write 'step-00000001' into it, or remove"
+    with pytest.raises(RunError, match=f"checkpoints/latest holds .*, {fix} {tmp_path}"):
+        checkpoints.load(*state)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: [state],
+        lambda state: None,
+        lambda state: state | {"step": "1"},
+        lambda state: state | {"step": 2},
+        lambda state: state | {"stream": 3},
+        lambda state: state | {"random": {}},
+        lambda state: state | {"random": {"cpu": "AAAA"}},
+        lambda state: state | {"checksums": []},
+    ],
+)
+def test_a_state_of_another_type_is_damage(tmp_path, change):
+    pair, checkpoints = make(), Checkpoints(tmp_path, keep=2)
+    checkpoints.save(1, *pair, identity={})
+    path = tmp_path / "step-00000001" / "state.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    with pytest.raises(RunError, match=r"step-00000001 is damaged .* remove") as error:
+        checkpoints.load(*pair)
+    assert "\n" not in str(error.value)
+
+
+def test_another_model_and_a_missing_folder_are_refused(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.save(1, *make(), identity={})
+    other = build_engine(
+        "ddp",
+        nn.Linear(3, 2),
+        optimizer_maker(OptimSettings()),
+        gradient_clipping=0.0,
+        micro_batch_size=1,
+        accumulation=1,
+        environment={},
+    )
+    with pytest.raises(
+        RunError, match=r"another model: 0.bias has the shape \(2,\) there and None"
+    ):
+        checkpoints.load(other, Stream())
+    with pytest.raises(
+        RunError, match=r"another model: 0.weight has the shape \(2, 3\) there and \(2, 4\)"
+    ):
+        checkpoints.load(*make(4))
+    (tmp_path / "latest").write_text("step-00000007\n")
+    with pytest.raises(RunError, match=r"step-00000007, which is not there.*'step-00000001'"):
+        checkpoints.load(*make())
+
+
+def test_a_full_disk_is_an_error_of_ours(tmp_path):
+    (tmp_path / "checkpoints").write_text("a file where the folder should be")
+    with pytest.raises(RunError, match="cannot write"):
+        Checkpoints(tmp_path / "checkpoints", keep=1).save(1, *make(), identity={})
+
+
+def test_the_learning_rate_is_a_function_of_the_step():
+    optim = OptimSettings(lr=2.0, warmup_steps=4, final_lr_ratio=0.1)
+    rates = [learning_rate(step, 12, optim) for step in range(1, 13)]
+    assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
+    assert rates[7] == pytest.approx(2 * (0.1 + 0.9 / 2)) and rates[11] == pytest.approx(0.2)
+    assert all(a > b for a, b in pairwise(rates[3:]))
+    optim.schedule = "constant"
+    assert learning_rate(12, 12, optim) == 2.0
+    assert learning_rate(1, 1, OptimSettings(lr=1.0, warmup_steps=0, final_lr_ratio=1.0)) == 1.0

@@ -1,0 +1,303 @@
+"""metrics.jsonl is the truth, and every view of it agrees."""
+
+import gzip
+import math
+import mmap
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from data_pipeline.batch import Sample
+from data_pipeline.counter_rng import evaluation_key
+from data_pipeline.errors import RunError
+from data_pipeline.tasks.registry import build_task
+from scaling.engine.build import build_engine
+from scaling.models import build
+from scaling.observe.memory import peak_bytes, reset_peak
+from scaling.observe.metrics import StepMeter
+from scaling.observe.profile import StepProfiler
+from scaling.observe.progress import Progress, summarise
+from scaling.observe.sinks import TensorBoardSink
+from scaling.ops import scalar_long_conv
+from scaling.parallel.clock import clock
+from scaling.parallel.collectives import traffic
+from scaling.parallel.mesh import Mesh
+from scaling.runs.rows import MetricsFile
+from scaling.train.evaluate import Evaluation, random_rotation
+from scaling.train.objective import Objective
+from scaling.train.optim import optimizer_maker
+from scaling.train.settings import OptimSettings, TrainSettings
+
+CPU = torch.device("cpu")
+
+
+def train_row(step: int, **values) -> dict:
+    row = {"step": step, "split": "train", "loss": 1.0 / step, "tokens": 10}
+    return row | {"tokens_per_s": 100.0 * step, "step_s": 0.1, "data_wait_s": 0.0} | values
+
+
+def test_rows_after_a_step_go_and_half_a_row_is_none(tmp_path):
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    assert file.rows() == [] and file.truncate(0) == []
+    for step in (1, 2, 3):
+        file.append(train_row(step))
+    with file.path.open("a") as stream:
+        stream.write('{"step": 4, "spl')
+    assert [row["step"] for row in file.rows()] == [1, 2, 3]
+    assert [row["step"] for row in file.truncate(2)] == [1, 2]
+    file.append(train_row(3, loss=math.pi))
+    assert [row["step"] for row in file.rows()] == [1, 2, 3]
+    assert file.rows()[2]["loss"] == math.pi
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_tensorboard_shows_each_row_once(tmp_path):
+    sink = TensorBoardSink(tmp_path, [])
+    for step in (1, 2, 3, 4):
+        sink.write(train_row(step, loss=-1.0))
+    sink.close()
+    sink = TensorBoardSink(tmp_path, [train_row(1), train_row(2)])  # resumed after step 2
+    sink.write(train_row(3))
+    sink.write({"step": 3, "split": "validation", "loss": 0.5, "equivariance_error": 1e-6})
+    sink.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    scalars = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert scalars == [(step, pytest.approx(1 / step)) for step in (1, 2, 3)]
+    assert {"speed/tokens_per_s", "time/step_s", "validation/loss"} <= set(events.Tags()["scalars"])
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_first_steps_are_left_out_of_the_rates(monkeypatch):
+    """Steps of 5, 3, 1 and 1 seconds: the first two warm up."""
+    now = 0.0
+    for module in ("observe.metrics", "parallel.clock"):
+        monkeypatch.setattr(f"scaling.{module}.perf_counter", lambda: now)
+    meter = StepMeter(CPU)
+    for number, seconds in enumerate((5, 3, 1, 1)):
+        meter.start()
+        with meter.part("forward"):
+            now += seconds / 2
+        traffic.record("test", sent=100 * number, seconds=0.25)
+        with meter.part("forward"), clock.part("transforms"):  # of the second micro-batch
+            now += seconds / 16
+            with clock.part("comm"), clock.part("comm"):
+                now += seconds / 8
+            now += seconds / 16
+        with meter.part("optimizer"):
+            now += seconds / 8
+        now += seconds / 8
+        meter.finish(tokens=10 + number, data_wait_s=seconds / 16)
+        if number == 0:
+            row = meter.row()
+            assert (row["step_s"], row["tokens_per_s"]) == (5, 2)  # there is nothing better
+    row = meter.row()
+    assert row["step_s"] == 1 and row["forward_s"] == 0.75 and row["comm_bytes"] == 250
+    assert row["tokens_per_s"] == (12 + 13) / 2 and row["tokens"] == 13
+    split = ("projection_s", "transforms_s", "comm_s", "optimizer_s", "data_wait_s", "other_s")
+    assert [row[part] for part in split] == [0, 0.125, 0.125, 0.125, 0.0625, 0.5625]
+    assert row["peak_bytes"] > 0
+
+
+def test_each_moment_counts_for_the_innermost_part(monkeypatch):
+    """Also in a backward, after an error inside, and with nobody measuring; moments are counted."""
+    moments = iter(range(100))
+    monkeypatch.setattr("scaling.parallel.clock.perf_counter", lambda: next(moments))
+    q = torch.randn(2, 8, requires_grad=True)
+    with clock.part("comm"):
+        scalar_long_conv(q, q)  # nobody measures
+    clock.start(CPU)
+    u = scalar_long_conv(q, q)
+    assert clock.stop() == {None: 2, "transforms": 1}
+    clock.start(CPU)
+    with pytest.raises(RuntimeError), clock.part("projection"):
+        u.backward(torch.ones(1))
+    with clock.part("projection"):
+        u.sum().backward()
+    assert clock.stop() == {None: 3, "projection": 3, "transforms": 1}
+
+
+class Seen(torch.autograd.Function):
+    """Notes the part that its gradient passes in."""
+
+    @staticmethod
+    def forward(ctx, x, seen):
+        ctx.seen = seen
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.seen.append(clock.now)
+        return grad, None
+
+
+def test_the_backward_of_a_function_belongs_to_its_part():
+    """And nothing before or behind it; inputs that have no gradient get none."""
+    before, inside, behind = [], [], []
+    x, given = torch.ones(3, requires_grad=True), torch.ones(3)
+
+    def part(x, given):
+        assert not given.requires_grad
+        y = Seen.apply(x * given, inside)
+        return y, given + 1, 2 * y
+
+    clock.start(CPU)
+    first, untrained, second = clock.both_ways("projection", part, Seen.apply(x, before), given)
+    assert not untrained.requires_grad
+    (Seen.apply(first, behind) + second).sum().backward()
+    with torch.no_grad():
+        clock.both_ways("projection", part, x, given)
+    clock.both_ways("projection", part, given, given)[0].sum()
+    assert (before, inside, behind) == ([None], ["projection"], [None])
+    assert clock.now is None and torch.equal(x.grad, torch.full((3,), 3.0))
+    assert set(clock.stop()) == {None, "projection"}
+
+
+@pytest.mark.parametrize(("steps", "traced"), [(2, None), (3, "3-3"), (9, "3-4")])
+def test_traces_hold_the_steps_after_the_warm_up_or_say_that_there_are_none(
+    tmp_path, steps, traced
+):
+    said = []
+    with StepProfiler(tmp_path / "profile", 2, CPU, said.append) as profiler:
+        for step in range(1, steps + 1):
+            with profiler.step(step), clock.range(f"step{step}"):
+                torch.ones(1)
+            assert clock.tracing == (2 <= step < 4)
+    (line,) = said
+    assert not clock.tracing
+    if traced is None:
+        assert "profile_steps=2 traced nothing: this process took 2 steps" in line
+        return
+    (file,) = (tmp_path / "profile").iterdir()
+    assert file.name == f"rank0.steps{traced}.pt.trace.json.gz" and str(file) in line
+    text = gzip.decompress(file.read_bytes()).decode()
+    found = [step for step in range(1, 10) if f"longfold.step{step}" in text]
+    assert found == [3, 4][: steps - 2]
+
+
+def test_a_trace_that_cannot_be_written_is_an_error(tmp_path):
+    (tmp_path / "profile").touch()
+    with (
+        pytest.raises(RunError, match="cannot write the trace"),
+        StepProfiler(tmp_path / "profile", 1, CPU, print) as profiler,
+    ):
+        for step in range(1, 4):
+            with profiler.step(step):
+                torch.ones(1)
+    assert not clock.tracing
+
+
+def test_peak_memory_is_seen_and_forgotten():
+    """A map of our own: malloc may serve a block from what earlier tests left resident."""
+    base = reset_peak(CPU)
+    with mmap.mmap(-1, 64 << 20) as block:
+        for _ in range(64):
+            block.write(bytes(1 << 20))
+    seen = peak_bytes(CPU) - base
+    assert 60 << 20 < seen < 200 << 20
+    assert reset_peak(CPU) < base + (30 << 20) and peak_bytes(CPU) < base + (30 << 20)
+
+
+def test_plain_lines_and_summary_say_what_matters(tmp_path, capsys):
+    parts = {"projection_s": 0.06, "other_s": 0.02, "comm_s": 0.0}
+    rows = [train_row(step, peak_bytes=step << 20, **parts) for step in range(1, 21)]
+    rows += [
+        {"step": 20, "split": "validation", "loss": 0.25, "tokens": 5, "equivariance_error": 3e-6}
+    ]
+    progress = Progress(True, 0, 40)
+    progress.train(rows[19])
+    progress.validation(rows[20])
+    Progress(False, 0, 40).train(rows[0])
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "step 20/40 loss 0.0500 2,000 tokens/s data wait 0 ms eta 00:02"
+    assert "validation loss 0.2500 equivariance error 3.0e-06" in second
+    summary = summarise(tmp_path, rows, {"identity": 1.0}, 20, "finished")
+    text = "\n".join(summary.lines())
+    assert summary.train_loss == pytest.approx((1 / 19 + 1 / 20) / 2)
+    assert summary.tokens_per_s == 1100  # median of all rows but the first
+    assert "0.2500  (identity 1.0000)" in text and "20 MiB" in text
+    assert " projection 75%, other 25%" in text
+    assert text.endswith(f"tensorboard --logdir {tmp_path / 'tensorboard'}")
+    assert "-" in "\n".join(summarise(tmp_path, [], {}, 0, "interrupted").lines())
+
+
+class Crooked(torch.nn.Module):
+    """Not equivariant: the first axis is special. One parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slope = torch.nn.Parameter(torch.tensor([0.5]))
+
+    def forward(self, batch, shard=None):
+        torch.rand(1)  # an evaluation may not move training's random numbers
+        vectors = batch.vectors * torch.tensor([1.0, 2.0, 1.0]).reshape(3, 1) * self.slope
+        return batch.replace(vectors=vectors)
+
+
+def evaluation(model: torch.nn.Module, rows: int) -> Evaluation:
+    task = build_task("recall", tokens=9, held_out_size=5)
+    objective = Objective(model, Mesh(1, 1))
+    engine = build_engine(
+        "ddp",
+        objective,
+        optimizer_maker(OptimSettings()),
+        gradient_clipping=0.0,
+        micro_batch_size=rows,
+        accumulation=1,
+        environment={},
+    )
+    return Evaluation(engine, objective, task, TrainSettings(micro_batch_size=rows), CPU)
+
+
+def test_validation_counts_every_sample_once_and_disturbs_nothing():
+    model = Crooked()
+    before = torch.get_rng_state()
+    row, *others = (evaluation(model, rows).row(7) for rows in (5, 2, 1))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.training and model.slope.grad is None
+    assert (row["step"], row["split"], row["tokens"]) == (7, "validation", 45)
+    task = build_task("recall", tokens=9, held_out_size=5)
+    keys = [evaluation_key("validation", item) for item in range(5)]
+    sample = task.sample("validation", range(5), keys, 0, 9)
+    answer = model(sample.inputs).vectors[:, 0].mean(-1)
+    error = (answer - sample.target).square().mean().item()
+    assert row["loss"] == pytest.approx(error / task.unit, rel=1e-5)
+    for other in others:
+        assert other["loss"] == pytest.approx(row["loss"], rel=1e-6)
+
+
+def test_equivariance_error_tells_equivariant_from_crooked():
+    torch.manual_seed(0)
+    scalars = build_task("recall", tokens=9).scalars
+    straight = build("se3_hyena", 1, scalars, channels=2, hidden=2, operators=1)
+    assert evaluation(straight, 4).row(1)["equivariance_error"] < 2e-5
+    assert evaluation(Crooked(), 4).row(1)["equivariance_error"] > 0.1
+
+
+def test_equivariance_error_sees_only_tokens_that_are_there():
+    """Huge numbers where the mask is False, in all that the model gives and takes."""
+    check = evaluation(Crooked(), 2)
+    task, found = check.task, []
+    sample = task.sample("validation", range(2), [1, 2], 0, 9).to(CPU, torch.float64)
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[0, 6:] = mask[1, 2] = False
+    for rubbish in (0.0, 1e9):
+        inputs = sample.inputs.replace(
+            mask=mask,
+            points=sample.inputs.points.masked_fill(~mask[:, None], rubbish),
+            vectors=sample.inputs.vectors.masked_fill(~mask[:, None, None], rubbish),
+        )
+        moved = Crooked()(inputs)
+        other = Sample(inputs, sample.target, sample.weight)
+        with torch.no_grad():
+            found.append(check._equivariance_error(other, 9, moved.points, moved.vectors))
+    assert found[0] == found[1] and 0.1 < found[0] < 10
+
+
+def test_rotations_are_rotations():
+    random = torch.Generator().manual_seed(1)
+    for _ in range(5):
+        rotation = random_rotation(random)
+        assert torch.allclose(rotation @ rotation.T, torch.eye(3, dtype=torch.float64))
+        assert torch.det(rotation) == pytest.approx(1)
