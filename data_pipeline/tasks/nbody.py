@@ -18,7 +18,7 @@ from data_pipeline.batch import GeometricBatch, Sample
 from data_pipeline.counter_rng import hash64, normals, uniforms
 from data_pipeline.errors import ConfigError
 from data_pipeline.tasks.features import EDGES, edges
-from data_pipeline.tasks.procedural import Numbered
+from data_pipeline.tasks.procedural import ProceduralTask
 
 SPEED = 0.5
 STRONGEST = 100.0
@@ -32,7 +32,7 @@ _CACHED = 1 << 22
 
 
 @dataclass
-class NBody(Numbered):
+class NBody(ProceduralTask):
     """Systems that follow from their number alone; no data is needed.
 
     points: positions. vectors: one channel, velocities. scalars: the charge; with springs edge

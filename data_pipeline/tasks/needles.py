@@ -16,7 +16,7 @@ from jaxtyping import Float32, Float64, Int64
 from data_pipeline.batch import GeometricBatch, Sample
 from data_pipeline.counter_rng import hash64, normals, rotations, uniforms
 from data_pipeline.errors import ConfigError
-from data_pipeline.tasks.procedural import Numbered
+from data_pipeline.tasks.procedural import ProceduralTask
 
 MOST_KEYS = 6
 """Both ways along three axes."""
@@ -34,7 +34,7 @@ class _Pairs:
 
 
 @dataclass
-class Needles(Numbered):
+class Needles(ProceduralTask):
     """Sequences that follow from their number alone, made slice by slice.
 
     vectors: one channel. A sequence's keys are random unit vectors at right angles to each other,

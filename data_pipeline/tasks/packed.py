@@ -7,7 +7,7 @@ from jaxtyping import Int
 
 from data_pipeline.counter_rng import hash64, raw64
 from data_pipeline.errors import ConfigError
-from data_pipeline.store.mixture import Stores
+from data_pipeline.store.mixture import StoreMixture
 from data_pipeline.store.reader import before
 
 MOST_COPIES = 1 << 24
@@ -38,7 +38,7 @@ class Pieces:
         return np.arange(tokens.sum()) + np.repeat(self.starts - before(tokens), tokens)
 
 
-class Layout:
+class PackedBodies:
     """Which chains make each item of a split: one, or as many as `packed_length` tokens hold.
 
     Packed items are runs of the stores' order, so that a slice of one is a run of chunks. Inside
@@ -52,7 +52,12 @@ class Layout:
     """
 
     def __init__(
-        self, stores: Stores, split: str, atoms: int, packed_length: int | None, copies: int = 1
+        self,
+        stores: StoreMixture,
+        split: str,
+        atoms: int,
+        packed_length: int | None,
+        copies: int = 1,
     ):
         self._stores, self._atoms, self._packed = stores, atoms, packed_length is not None
         longest = int(np.argmax(stores.lengths))

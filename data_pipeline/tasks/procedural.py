@@ -8,7 +8,7 @@ from typing import Any, cast
 from data_pipeline.errors import ConfigError
 
 
-class Numbered:
+class ProceduralTask:
     """For dataclasses whose samples follow from their options and the item's number."""
 
     name: str

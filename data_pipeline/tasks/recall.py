@@ -17,14 +17,14 @@ from data_pipeline.batch import GeometricBatch, Sample
 from data_pipeline.counter_rng import evaluation_key, hash64, normals, rotations, uniforms
 from data_pipeline.errors import ConfigError
 from data_pipeline.tasks.features import EDGES, edges
-from data_pipeline.tasks.procedural import Numbered
+from data_pipeline.tasks.procedural import ProceduralTask
 
 MOST_PAIRS = 1 << 20
 """Every sequence makes the whole vocabulary: here, 50 MB."""
 
 
 @dataclass
-class Recall(Numbered):
+class Recall(ProceduralTask):
     """Sequences that follow from their number alone; no data is needed.
 
     vectors: one channel, the keys and values. scalars: edge features, whose parity is +1 for keys

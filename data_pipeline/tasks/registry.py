@@ -6,11 +6,11 @@ from data_pipeline.errors import ConfigError
 from data_pipeline.tasks.denoising import Denoising
 from data_pipeline.tasks.needles import Needles
 from data_pipeline.tasks.protocol import Task
-from data_pipeline.tasks.stored import GENERATED, Materialised
+from data_pipeline.tasks.stored import PROCEDURAL, Materialised
 
 TASKS = {
     "denoising": Denoising,
-    **GENERATED,
+    **PROCEDURAL,
     "needles": Needles,
     "materialised": Materialised,
 }

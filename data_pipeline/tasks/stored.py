@@ -18,13 +18,13 @@ from data_pipeline.store.reader import Store
 from data_pipeline.tasks.nbody import NBody
 from data_pipeline.tasks.recall import Recall
 
-GENERATED = {"recall": Recall, "nbody": NBody}
+PROCEDURAL = {"recall": Recall, "nbody": NBody}
 _TOGETHER = 64
 """Samples made at a time."""
 
 
 @dataclass(frozen=True)
-class GeneratedSource:
+class ProceduralSource:
     """All samples of a generated task as it gives them in evaluation."""
 
     task: Recall | NBody
@@ -83,12 +83,12 @@ class Materialised:
     def __post_init__(self) -> None:
         self._store = Store(self.store)
         source = self._store.manifest["source"]
-        if source["kind"] not in GENERATED:
+        if source["kind"] not in PROCEDURAL:
             raise ConfigError(
                 f"task.store={self.store} holds {source['kind']}, not samples of "
-                f"{' or '.join(GENERATED)}; choose task=denoising for it"
+                f"{' or '.join(PROCEDURAL)}; choose task=denoising for it"
             )
-        self._made = GENERATED[source["kind"]](**source["task"])
+        self._made = PROCEDURAL[source["kind"]](**source["task"])
         self._chains = {split: self._store.chains(split) for split in SPLITS}
         self.vectors, self.scalars = self._made.vectors, self._made.scalars
         self.unit = self._made.unit

@@ -22,7 +22,7 @@ from data_pipeline.tasks.protocol import Task
 from scaling.cost.live import TILE, LiveTensors
 from scaling.execution import Execution
 from scaling.observe.memory import resident_bytes, return_large_blocks, trim_heap
-from scaling.ops.tiles import most_kept_per_token, use
+from scaling.ops.tiles import most_kept_per_token, set_execution
 from scaling.parallel.clock import clock
 from scaling.parallel.shard import SequenceShard
 
@@ -67,7 +67,7 @@ def memory_by_part(job: Job) -> dict[str, int]:
 def _process(job: Job) -> tuple[int, int]:
     """What this process holds after a small step: by itself, and on the heap that tiles left."""
     return_large_blocks()
-    use(job.model, job.execution)
+    set_execution(job.model, job.execution)
     _step(job, SequenceShard(min(job.length, MOST_TOKENS)))
     whole = resident_bytes()
     trim_heap()
@@ -114,7 +114,7 @@ def _activations(job: Job) -> dict[str, int]:
         tile_bytes=max(tile, least, 1),
         workspace_bytes=max(job.execution.workspace_bytes * few // n, 1),
     )
-    use(job.model, cut)
+    set_execution(job.model, cut)
     with _world((length - 1) % job.sp, job.sp):  # the rank of the last token knows the length
         shard = SequenceShard(length)
         clock.start(torch.device("cpu"))

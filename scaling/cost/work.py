@@ -19,15 +19,15 @@ from torch import nn
 from data_pipeline.errors import ConfigError
 from scaling.algebra.clifford import CliffordMLP, GeometricProduct, MVLayerNorm, MVLinear
 from scaling.algebra.product import SIZES
-from scaling.long_conv.form import PRODUCTS, ROLES, Product, product, transform_length
+from scaling.long_conv.form import PRODUCTS, ROLES, TrilinearForm, transform_length, trilinear_form
 from scaling.models.se3_hyena import ChannelLinear, HyenaOperator, SE3Hyena
 from scaling.models.se3_hyena_paper import PaperOperator, SE3HyenaPaper
 
 NUMBER = 4
 """Bytes: float32."""
-SCALARS_AND_VECTORS = product((True, True), (True, True), PRODUCTS)
-SCALARS = product((True, True), (False, False), ("scalar",))
-VECTORS = product((False, False), (True, True), ("cross",))
+SCALARS_AND_VECTORS = trilinear_form((True, True), (True, True), PRODUCTS)
+SCALARS = trilinear_form((True, True), (False, False), ("scalar",))
+VECTORS = trilinear_form((False, False), (True, True), ("cross",))
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,9 @@ def _channel_linear(linear: ChannelLinear) -> Work:
     )
 
 
-def _convolution(form: Product, channels: int, length: int, ranks: int, circular: bool) -> Work:
+def _convolution(
+    form: TrilinearForm, channels: int, length: int, ranks: int, circular: bool
+) -> Work:
     n, _ = transform_length(length, ranks, [length] if circular else None)
     streams = {role: form.components(role) for role in ROLES}
     both, terms = sum(streams.values()), len(form.terms)

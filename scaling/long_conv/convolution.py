@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import ConfigError
-from scaling.long_conv.form import ROLES, Product, Role
+from scaling.long_conv.form import ROLES, Role, TrilinearForm
 from scaling.long_conv.products import multiply
 from scaling.long_conv.rows import RowGroup, WholeRows
 from scaling.long_conv.transform import Spectra, Streams, Transform
@@ -39,7 +39,7 @@ Layout = list[list[tuple[Role, int]]]
 class Convolution:
     """What is multiplied, and where the tokens of every role lie."""
 
-    product: Product
+    product: TrilinearForm
     groups: list[RowGroup]
     transform: Transform
     rows: dict[Role, int]

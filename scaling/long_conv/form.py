@@ -18,7 +18,7 @@ PRODUCTS = ("scalar", "dot", "scale", "cross")
 
 
 @dataclass(frozen=True)
-class Product:
+class TrilinearForm:
     """u_o = sum of sign · q_i k_j over the terms (i, j, o, sign).
 
     parts: components of each tensor that a role consists of.
@@ -49,9 +49,9 @@ class Product:
 
 
 @lru_cache
-def product(
+def trilinear_form(
     scalars: tuple[bool, bool], vectors: tuple[bool, bool], names: tuple[str, ...]
-) -> Product:
+) -> TrilinearForm:
     """The named products of (scalar, vector) operands q and k, of which each may lack a part.
 
     scalar: qs ks    dot: q·k    scale: qs k + ks q, or what there is of it    cross: q × k
@@ -75,7 +75,7 @@ def product(
             terms += [(q[after], k[before], o + i, 1), (q[before], k[after], o + i, -1)]
         parts = [*parts, 3]
     sizes = [(1,) * s + (3,) * v for s, v in zip(scalars, vectors, strict=True)]
-    return Product({"q": sizes[0], "k": sizes[1], "u": tuple(parts)}, tuple(terms))
+    return TrilinearForm({"q": sizes[0], "k": sizes[1], "u": tuple(parts)}, tuple(terms))
 
 
 def ramp(

@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from scaling.long_conv.convolution import Convolution
-from scaling.long_conv.form import product
+from scaling.long_conv.form import trilinear_form
 from scaling.long_conv.operands import (
     Call,
     Operand,
@@ -171,7 +171,9 @@ def _convolve(
         groups = whole_rows(total, lengths, circular, shard, rows, kernels, some.device)
     dtype = torch.promote_types(some.dtype, torch.float32)
     convolution = Convolution(
-        product((q[0] is not None, k[0] is not None), (q[1] is not None, k[1] is not None), names),
+        trilinear_form(
+            (q[0] is not None, k[0] is not None), (q[1] is not None, k[1] is not None), names
+        ),
         groups,
         Transform(shard, [group.frequencies for group in groups], dtype, some.device, "long_conv"),
         {"q": rows, "k": kernels, "u": rows},

@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from scaling.long_conv.form import ROLES, Product, Role, ramp
+from scaling.long_conv.form import ROLES, Role, TrilinearForm, ramp
 from scaling.long_conv.rows import RowGroup
 from scaling.long_conv.transform import Frequencies
 
@@ -15,7 +15,7 @@ CACHED = 1 << 15
 
 
 def multiply(
-    product: Product,
+    product: TrilinearForm,
     group: RowGroup,
     number: int,
     fresh: dict[Role, list[Tensor]],

@@ -35,7 +35,7 @@ from scaling.algebra.clifford import CliffordMLP, embed, grade_0, grade_1
 from scaling.algebra.norms import smooth_sqrt
 from scaling.algebra.vectors import cross
 from scaling.long_conv.operators import Padding, geometric_long_conv
-from scaling.ops.masked_rows import Tokens, keep
+from scaling.ops.masked_rows import MaskedRows, zero_invalid
 from scaling.ops.offload import offloading
 from scaling.ops.tiles import Tiled
 from scaling.parallel.shard import SequenceShard
@@ -92,8 +92,8 @@ class SE3Hyena(Tiled):
         self.read_scalars = ChannelLinear(channels, scalars, bias=True, gain=readout)
 
     def forward(self, batch: GeometricBatch, shard: SequenceShard | None = None) -> GeometricBatch:
-        tokens = Tokens(batch.mask, shard)
-        given = tokens.keep(torch.cat([batch.points.unsqueeze(1), batch.vectors], 1))
+        tokens = MaskedRows(batch.mask, shard)
+        given = tokens.zero_invalid(torch.cat([batch.points.unsqueeze(1), batch.vectors], 1))
         centred, _ = tokens.centre(given[:, 0])
         given = torch.cat([centred.unsqueeze(1), given[:, 1:]], 1)
         with offloading(self.execution):
@@ -104,11 +104,11 @@ class SE3Hyena(Tiled):
             for operator in self.operators:
                 f, x = operator(f, x, s, tokens)
             step, scalars = self.in_tiles(self.leave, f, x, batch.mask)
-        points, vectors = tokens.keep(batch.points), tokens.keep(batch.vectors)
+        points, vectors = tokens.zero_invalid(batch.points), tokens.zero_invalid(batch.vectors)
         return batch.replace(
             points=points + step[:, 0],
             vectors=vectors + step[:, 1:],
-            scalars=tokens.keep(batch.scalars) + scalars,
+            scalars=tokens.zero_invalid(batch.scalars) + scalars,
         )
 
     def enter(
@@ -117,11 +117,11 @@ class SE3Hyena(Tiled):
         """The streams of the first operator."""
         norms = torch.log1p(smooth_sqrt(given.square().sum(2)))
         x = self.embed_vectors(torch.cat([given, previous], 1))
-        return self.embed_scalars(torch.cat([keep(scalars, mask), norms], 1)), x
+        return self.embed_scalars(torch.cat([zero_invalid(scalars, mask), norms], 1)), x
 
     def leave(self, f: Scalars, x: Vectors, mask: Mask) -> tuple[Tensor, Tensor]:
         """What the last operator's streams add to the input."""
-        return keep(self.read_vectors(x), mask), keep(self.read_scalars(f), mask)
+        return zero_invalid(self.read_vectors(x), mask), zero_invalid(self.read_scalars(f), mask)
 
 
 class HyenaOperator(Tiled):
@@ -148,7 +148,7 @@ class HyenaOperator(Tiled):
         self.salience = None if listens is None else nn.Parameter(listens)
 
     def forward(
-        self, f: Scalars, x: Vectors, s: Float[Tensor, "b s n"], tokens: Tokens
+        self, f: Scalars, x: Vectors, s: Float[Tensor, "b s n"], tokens: MaskedRows
     ) -> tuple[Scalars, Vectors]:
         def block(f: Scalars, x: Vectors, s: Tensor) -> tuple[Scalars, Vectors]:
             qs, ks, vs, q, k, v = self.in_tiles(self.project, f, x, s, tokens.mask)
@@ -163,14 +163,19 @@ class HyenaOperator(Tiled):
             z = tokens.lengths.clamp(min=1).to(f.dtype).rsqrt().reshape(-1, 1, 1)
             return self.in_tiles(self.mix, f, x, vs, v, a, u, axial, z)
 
-        return self.again(block, f, x, s) if self.execution.recompute_operators else block(f, x, s)
+        return (
+            self.recompute(block, f, x, s) if self.execution.recompute_operators else block(f, x, s)
+        )
 
     def project(
         self, f: Scalars, x: Vectors, s: Float[Tensor, "b s n"], mask: Mask
     ) -> tuple[Tensor, ...]:
         """Queries, keys and values: qs, ks, vs and q, k, v."""
         projected = self.phi(embed(f, x))
-        scalars, vectors = keep(grade_0(projected), mask), keep(grade_1(projected), mask)
+        scalars, vectors = (
+            zero_invalid(grade_0(projected), mask),
+            zero_invalid(grade_1(projected), mask),
+        )
         (qs, ks, vs), (q, k, v) = scalars.chunk(3, 1), vectors.chunk(3, 1)
         if self.salience is not None:
             weight = self.salience @ s

@@ -32,7 +32,7 @@ from data_pipeline.batch import GeometricBatch
 from scaling.algebra.clifford import CliffordMLP, embed, grade_0, grade_1
 from scaling.algebra.vectors import cross
 from scaling.long_conv.operators import scalar_long_conv, vector_long_conv
-from scaling.ops.masked_rows import Tokens, keep
+from scaling.ops.masked_rows import MaskedRows, zero_invalid
 from scaling.ops.offload import offloading
 from scaling.ops.tiles import Tiled
 from scaling.parallel.shard import SequenceShard
@@ -73,15 +73,15 @@ class SE3HyenaPaper(Tiled):
         )
 
     def forward(self, batch: GeometricBatch, shard: SequenceShard | None = None) -> GeometricBatch:
-        tokens = Tokens(batch.mask, shard)
-        f = tokens.keep(batch.scalars)
-        x = tokens.keep(torch.cat([batch.points.unsqueeze(1), batch.vectors], 1))
+        tokens = MaskedRows(batch.mask, shard)
+        f = tokens.zero_invalid(batch.scalars)
+        x = tokens.zero_invalid(torch.cat([batch.points.unsqueeze(1), batch.vectors], 1))
         with offloading(self.execution):
             for operator in self.operators:
                 positions, centre = tokens.centre(x[:, :1])
                 f, y = operator(f, torch.cat([positions, x[:, 1:]], 1), tokens)
-                x = tokens.keep(torch.cat([y[:, :1] + centre, y[:, 1:]], 1))
-        return batch.replace(points=x[:, 0], vectors=x[:, 1:], scalars=tokens.keep(f))
+                x = tokens.zero_invalid(torch.cat([y[:, :1] + centre, y[:, 1:]], 1))
+        return batch.replace(points=x[:, 0], vectors=x[:, 1:], scalars=tokens.zero_invalid(f))
 
 
 class PaperOperator(Tiled):
@@ -98,7 +98,7 @@ class PaperOperator(Tiled):
         self.gamma = CliffordMLP(channels, gate_hidden, 2, final=final, grades=1)
         self.xi = CliffordMLP(channels, hidden, channels, final=final, grades=2)
 
-    def forward(self, f: Scalars, x: Vectors, tokens: Tokens) -> tuple[Scalars, Vectors]:
+    def forward(self, f: Scalars, x: Vectors, tokens: MaskedRows) -> tuple[Scalars, Vectors]:
         def block(f: Scalars, x: Vectors) -> tuple[Scalars, Vectors]:
             qs, ks, vs, q, k, v = self.in_tiles(self.project, f, x, tokens.mask)
             shared = {
@@ -110,13 +110,13 @@ class PaperOperator(Tiled):
             z = 1 / tokens.lengths.clamp(min=1).to(f.dtype).reshape(-1, 1, 1)
             return self.in_tiles(self.mix, f, x, vs, v, a, u, z)
 
-        return self.again(block, f, x) if self.execution.recompute_operators else block(f, x)
+        return self.recompute(block, f, x) if self.execution.recompute_operators else block(f, x)
 
     def project(self, f: Scalars, x: Vectors, mask: Mask) -> tuple[Tensor, ...]:
         """Queries, keys and values: qs, ks, vs and q, k, v."""
         projected = self.phi(self._embed(f, x))
-        scalars = keep(grade_0(projected[:, :, : 3 * self.scalars]), mask)
-        vectors = keep(grade_1(projected[:, :, 3 * self.scalars :]), mask)
+        scalars = zero_invalid(grade_0(projected[:, :, : 3 * self.scalars]), mask)
+        vectors = zero_invalid(grade_1(projected[:, :, 3 * self.scalars :]), mask)
         return *scalars.chunk(3, 1), *vectors.chunk(3, 1)
 
     def mix(

@@ -18,8 +18,8 @@ and how ranks spent the step on average; these add up to the mean rank's step_s:
     other_s                  the rest: read-out and loss, gradients' exchange, waiting for slower
                              ranks at the loss, the backward of modules too small for tiles
 Validation rows: step, split, loss, tokens, step_s (of the evaluation), equivariance_error, and
-where tokens have targets of their own by_depth: eighths of the longest sequence with the loss of
-the targets from token `from` up to `to`, and its standard_error over sequences.
+where tokens have targets of their own error_by_position: eighths of the longest sequence with the
+loss of the targets from token `from` up to `to`, and its standard_error over sequences.
 
 The first steps of a process (allocations, thread pools, DDP's buckets) are left out of rates and
 times, unless a row has no others.
@@ -40,7 +40,7 @@ from scaling.runs.rows import Row
 WARMUP_STEPS = 2
 LARGEST = ("step_s", "forward_s", "backward_s", "comm_bytes")
 """Of the rank where it is largest."""
-SPLIT = ("projection_s", "transforms_s", "comm_s", "optimizer_s", "data_wait_s", "other_s")
+TIME_SHARES = ("projection_s", "transforms_s", "comm_s", "optimizer_s", "data_wait_s", "other_s")
 """Of the mean rank."""
 
 
@@ -57,7 +57,7 @@ class StepMeter:
     def start(self) -> None:
         """A step begins; its data is waited for inside."""
         traffic.reset()
-        self._parts = dict.fromkeys((*LARGEST, *SPLIT), 0.0)
+        self._parts = dict.fromkeys((*LARGEST, *TIME_SHARES), 0.0)
         self._began = self._now()
         clock.start(self.device)
 
@@ -79,7 +79,7 @@ class StepMeter:
             "tokens": tokens,
             "warm": self.steps_seen >= WARMUP_STEPS and not clock.tracing,
         }
-        step["other_s"] = step["step_s"] - sum(step[name] for name in SPLIT)
+        step["other_s"] = step["step_s"] - sum(step[name] for name in TIME_SHARES)
         self._steps.append(step)
         self.steps_seen += 1
 
@@ -94,13 +94,13 @@ class StepMeter:
         *most, peak = global_maxima(
             *map(mean, LARGEST), peak_bytes(self.device), device=self.device
         )
-        ranks, *split = global_sums(1, *map(mean, SPLIT), device=self.device)
+        ranks, *split = global_sums(1, *map(mean, TIME_SHARES), device=self.device)
         seconds = most[0] * len(warm)
         return {
             "tokens": steps[-1]["tokens"],
             "tokens_per_s": sum(step["tokens"] for step in warm) / seconds,
             **dict(zip(LARGEST, most, strict=True)),
-            **{name: value / ranks for name, value in zip(SPLIT, split, strict=True)},
+            **{name: value / ranks for name, value in zip(TIME_SHARES, split, strict=True)},
             "peak_bytes": int(peak),
         }
 

@@ -7,7 +7,7 @@ from statistics import median
 
 from tqdm import tqdm
 
-from scaling.observe.metrics import SPLIT
+from scaling.observe.metrics import TIME_SHARES
 from scaling.observe.sinks import tensorboard_command
 from scaling.runs.rows import Row, of_split
 
@@ -69,7 +69,7 @@ class Summary:
     peak_bytes: int | None
     """Of the rank that needed most."""
     equivariance_error: float | None
-    split: dict[str, float] = field(default_factory=dict)
+    time_shares: dict[str, float] = field(default_factory=dict)
     """Shares of the training rows' time, by part."""
     baselines: dict[str, float] = field(default_factory=dict)
     """Validation loss of trivial answers."""
@@ -77,7 +77,7 @@ class Summary:
 
     def lines(self) -> list[str]:
         """For people."""
-        time = ", ".join(f"{part} {share:.0%}" for part, share in self.split.items())
+        time = ", ".join(f"{part} {share:.0%}" for part, share in self.time_shares.items())
         baselines = "; ".join(f"{name} {value:.4f}" for name, value in self.baselines.items())
         lines = [
             f"{self.folder}: {self.status} at step {self.steps}",
@@ -108,15 +108,15 @@ def summarise(
         tokens_per_s=median(speeds) if speeds else None,
         peak_bytes=max((row["peak_bytes"] for row in train), default=None),
         equivariance_error=last.get("equivariance_error"),
-        split=_split(train[1:] or train),
+        time_shares=_time_shares(train[1:] or train),
         baselines=baselines,
         status=status,
     )
 
 
-def _split(rows: list[Row]) -> dict[str, float]:
+def _time_shares(rows: list[Row]) -> dict[str, float]:
     """Rows of earlier versions lack parts."""
-    seconds = {name: sum(row.get(name, 0.0) for row in rows) for name in SPLIT}
+    seconds = {name: sum(row.get(name, 0.0) for row in rows) for name in TIME_SHARES}
     whole = sum(seconds.values())
     return {name.removesuffix("_s"): x / whole for name, x in seconds.items() if x}
 

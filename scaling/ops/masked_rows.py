@@ -17,19 +17,19 @@ from scaling.parallel.shift import previous as sharded_previous
 
 
 @dataclass
-class Tokens:
+class MaskedRows:
     """Which local tokens are valid, and what is computed over all of a row's."""
 
     mask: Bool[Tensor, "b n"]
     shard: SequenceShard | None = None
 
-    def keep(self, x: Float[Tensor, "b ... n"]) -> Float[Tensor, "b ... n"]:
+    def zero_invalid(self, x: Float[Tensor, "b ... n"]) -> Float[Tensor, "b ... n"]:
         """x with 0 at tokens that are not valid, whatever they hold."""
-        return keep(x, self.mask)
+        return zero_invalid(x, self.mask)
 
     def sum(self, x: Float[Tensor, "b ... n"]) -> Float[Tensor, "b ..."]:
         """Sum over the valid tokens of the whole row."""
-        total = self.keep(x).sum(-1)
+        total = self.zero_invalid(x).sum(-1)
         return total if self.shard is None else all_reduce_sum(total, self.shard.group, "sum")
 
     def mean(self, x: Float[Tensor, "b ... n"]) -> Float[Tensor, "b ..."]:
@@ -43,9 +43,9 @@ class Tokens:
         Done twice: a mean far from 0 is rounded, and what that leaves is the same in all tokens.
         """
         first = self.mean(x).unsqueeze(-1)
-        rest = self.keep(x - first)
+        rest = self.zero_invalid(x - first)
         second = self.mean(rest).unsqueeze(-1)
-        return self.keep(rest - second), first + second
+        return self.zero_invalid(rest - second), first + second
 
     def standardise(self, x: Float[Tensor, "b ... n"]) -> Float[Tensor, "b ... n"]:
         """x with mean 0 and rms 1 over its row, 0 at tokens that are not valid; what does not
@@ -70,10 +70,12 @@ class Tokens:
 
     def previous(self, x: Float[Tensor, "b ... n"]) -> Float[Tensor, "b ... n"]:
         """Each token's predecessor's valid value; 0 where there is none."""
-        return sharded_previous(self.keep(x), self.shard)
+        return sharded_previous(self.zero_invalid(x), self.shard)
 
 
-def keep(x: Float[Tensor, "b ... n"], mask: Bool[Tensor, "b n"]) -> Float[Tensor, "b ... n"]:
+def zero_invalid(
+    x: Float[Tensor, "b ... n"], mask: Bool[Tensor, "b n"]
+) -> Float[Tensor, "b ... n"]:
     """x with 0 at tokens that are not valid, whatever they hold."""
     rows, n = mask.shape
     return x.masked_fill(~mask.reshape(rows, *[1] * (x.ndim - 2), n), 0)

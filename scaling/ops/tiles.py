@@ -37,7 +37,7 @@ def most_kept_per_token(model: nn.Module) -> float:
     return max((kept for module in tiled for kept in module._kept.values()), default=0.0)
 
 
-def use(model: nn.Module, execution: Execution) -> None:
+def set_execution(model: nn.Module, execution: Execution) -> None:
     """Makes a model run that way."""
     for module in model.modules():
         if isinstance(module, Tiled):
@@ -80,7 +80,7 @@ class Tiled(nn.Module):
                 return _again(part, self.parameters(), tensors, tile)
             return cast(Results, clock.both_ways("projection", part, *tensors))
 
-    def again(self, part: Part[Results], *tensors: Tensor) -> Results:
+    def recompute(self, part: Part[Results], *tensors: Tensor) -> Results:
         """part(*tensors), keeping nothing but its inputs; any part, run as one piece."""
         return _again(part, self.parameters(), tensors, None)
 

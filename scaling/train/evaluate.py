@@ -15,7 +15,7 @@ from scaling.engine.base import Engine
 from scaling.parallel.collectives import global_sums
 from scaling.parallel.shard import SequenceShard
 from scaling.runs.rows import Row
-from scaling.train.depth import ErrorByDepth
+from scaling.train.error_by_position import ErrorByPosition
 from scaling.train.objective import Objective
 from scaling.train.settings import TrainSettings
 
@@ -41,7 +41,9 @@ class Evaluation:
         equivariance = None
         mesh = self.objective.mesh
         check_lengths(self.task, split, self.train.max_length)
-        by_depth = ErrorByDepth(self.task.length(split, self.task.longest(split)), self.device)
+        error_by_position = ErrorByPosition(
+            self.task.length(split, self.task.longest(split)), self.device
+        )
         batches = evaluation_batches(
             self.task,
             split,
@@ -63,7 +65,7 @@ class Evaluation:
                 if sample.per_token:
                     shard = SequenceShard(batch.length, mesh.sequence_group)
                     errors = self.objective.token_errors(moved[0], sample, shard)
-                    by_depth.add(*errors, shard)
+                    error_by_position.add(*errors, shard)
                 if equivariance is None:
                     equivariance = self._equivariance_error(sample, batch.length, *moved)
         total, weight, tokens = global_sums(total, weight, tokens, device=self.device)
@@ -75,8 +77,8 @@ class Evaluation:
             "step_s": perf_counter() - began,
             "equivariance_error": equivariance,
         }
-        parts = by_depth.parts(self.task.unit)
-        return row | ({"by_depth": parts} if parts else {})
+        parts = error_by_position.parts(self.task.unit)
+        return row | ({"error_by_position": parts} if parts else {})
 
     def place(self, batch: MicroBatch) -> Sample:
         dtype = torch.float64 if self.train.precision == "float64" else torch.float32

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from data_pipeline.batch import GeometricBatch, Sample
-from scaling.ops.masked_rows import Tokens
+from scaling.ops.masked_rows import MaskedRows
 from scaling.parallel.mesh import Mesh
 from scaling.parallel.shard import SequenceShard, redistribute, redistribute_batch
 
@@ -56,7 +56,7 @@ class Objective(nn.Module):
     def _read_out(self, moved: GeometricBatch, sample: Sample, shard: SequenceShard) -> Tensor:
         if not sample.per_token:
             # Every sequence rank holds the same mean: each counts its share of it.
-            answer = Tokens(moved.mask, shard).mean(moved.vectors[:, 0])
+            answer = MaskedRows(moved.mask, shard).mean(moved.vectors[:, 0])
             error = (answer - sample.target).square().sum(1) / 3
             return (sample.weight * error).sum() / self.mesh.sp
         error, _ = self.token_errors(moved.points, sample, shard)

@@ -12,7 +12,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from data_pipeline.batch import GeometricBatch
 from scaling.execution import Execution
 from scaling.models import MODELS
-from scaling.ops.tiles import use
+from scaling.ops.tiles import set_execution
 from scaling.parallel.shard import SequenceShard
 from tests.small_models import small_batch, small_model
 
@@ -34,7 +34,7 @@ def run(name, lengths, dtype, options, steps, group=None, sharded=False) -> list
     options = dict(options)
     execution = options.pop("execution", Execution())
     model, batch = small_model(name, dtype, **options), small_batch(lengths, dtype)
-    use(model, execution)
+    set_execution(model, execution)
     shard = SequenceShard(max(lengths), group) if sharded else None
     given = batch.map(shard.scatter) if shard else batch
     fields = ("points", "vectors", "scalars")

@@ -113,7 +113,7 @@ def test_the_straightforward_step_computes_the_same(name):
         loss = torch.cat([part.flatten() for part in parts]).sin().sum()
         return [*parts, *torch.autograd.grad(loss, list(model.parameters()))]
 
-    tiles.use(model, Execution(tile_bytes=1 << 14, recompute_operators=True))
+    tiles.set_execution(model, Execution(tile_bytes=1 << 14, recompute_operators=True))
     ours = outputs_and_gradients()
     with straightforward(), pytest.MonkeyPatch.context() as patch:
         patch.delattr(clifford.GeometricProduct, "forward")

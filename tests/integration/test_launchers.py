@@ -15,7 +15,7 @@ from data_pipeline.errors import ConfigError
 from data_pipeline.sources.bundled import BundledSource
 from data_pipeline.store.build import build
 from launch import train
-from scaling.observe.metrics import SPLIT
+from scaling.observe.metrics import TIME_SHARES
 from tests.processes import run
 
 ROOT = Path(__file__).parents[2]
@@ -104,7 +104,7 @@ def test_a_trace_and_the_rows_say_where_the_time_went(runs: Path):
     for name in commands(0):
         lines = (runs / name / "metrics.jsonl").read_text().splitlines()
         for row in (row for row in map(json.loads, lines) if row["split"] == "train"):
-            split = [row[part] for part in SPLIT]
+            split = [row[part] for part in TIME_SHARES]
             assert min(split) >= 0 and sum(split) <= row["step_s"] * 1.0001
             assert row["transforms_s"] > 0
             assert (row["comm_s"] > 0) == (name in ("accelerate", "deepspeed"))

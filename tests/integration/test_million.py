@@ -31,8 +31,8 @@ def test_two_ranks_learn_at_every_depth(tmp_path: Path):
     assert [row["step"] for row in train] == list(range(1, 11))
     samples = compose("train", SHORT, Config).task["held_out_size"]
     assert validation["tokens"] == samples * TOKENS and validation["equivariance_error"] < 1e-4
-    assert len(validation["by_depth"]) == 8
-    for part in validation["by_depth"]:
+    assert len(validation["error_by_position"]) == 8
+    for part in validation["error_by_position"]:
         assert part["loss"] + 3 * part["standard_error"] < 1, part
 
 

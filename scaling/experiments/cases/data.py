@@ -16,11 +16,11 @@ import numpy as np
 
 from data_pipeline.chains import Chain, Notes
 from data_pipeline.store.build import build
-from data_pipeline.store.mixture import Stores
+from data_pipeline.store.mixture import StoreMixture
 from data_pipeline.store.reader import Store
 from data_pipeline.stream.stream import Stream
 from data_pipeline.tasks.denoising import Denoising
-from data_pipeline.tasks.packed import Layout
+from data_pipeline.tasks.packed import PackedBodies
 from scaling.observe.memory import peak_bytes, reset_peak
 
 Row = dict[str, Any]
@@ -79,7 +79,7 @@ def data_wait_row(metrics: Path) -> Row:
 def _slices(path: Path, tokens: int, sp: int) -> list[Row]:
     """One rank's part of a packed sample: the same rows from the store and from numpy.memmap."""
     store, flat = Store(path), _memory_maps(path)
-    layout = Layout(Stores([str(path)]), "train", ATOMS, tokens)
+    layout = PackedBodies(StoreMixture([str(path)]), "train", ATOMS, tokens)
     task = Denoising(str(path), packed_length=tokens)
     length = int(layout.lengths[0])
     ours, mapped, runs, samples = [], [], [], []

@@ -18,7 +18,7 @@ from scaling.experiments.naive import straightforward
 from scaling.experiments.timing import medians, now
 from scaling.models import build
 from scaling.observe.memory import peak_bytes, reset_peak
-from scaling.ops.tiles import use
+from scaling.ops.tiles import set_execution
 from scaling.parallel.collectives import Group, global_maxima, traffic
 from scaling.parallel.shard import SequenceShard, redistribute_batch
 
@@ -72,7 +72,7 @@ def training_step(case: StepCase, group: Group, device: torch.device) -> Callabl
     batch = _random_batch(case, natural, device)
     options = {key: value for key, value in case.model.items() if key != "name"}
     model = build(case.model["name"], case.vectors, case.scalars, **options).to(device)
-    use(model, Execution(**case.execution))
+    set_execution(model, Execution(**case.execution))
     engine = build_engine(
         "ddp",
         _MeanSquare(model, natural, SequenceShard(case.length, group)),

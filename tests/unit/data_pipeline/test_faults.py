@@ -21,8 +21,7 @@ import pytest
 
 from data_pipeline.chains import RESIDUES, Chain
 from data_pipeline.errors import LongfoldError, SourceError, StoreError
-from data_pipeline.store import staging as drafts
-from data_pipeline.store import writer
+from data_pipeline.store import staging, writer
 from data_pipeline.store.build import build, ensure, verify
 from data_pipeline.store.reader import Store
 from data_pipeline.stream.stream import Stream
@@ -198,7 +197,7 @@ def test_killed_writers_leave_nothing_that_opens(tmp_path):
 
 def test_drafts_of_living_writers_stay(tmp_path):
     """Only a dead writer's draft is removed."""
-    with drafts.draft(tmp_path / "store") as draft:
+    with staging.staged(tmp_path / "store") as draft:
         build(tmp_path / "store", WalkSource())
         assert draft.is_dir()
     assert [each.name for each in tmp_path.iterdir()] == ["store"]

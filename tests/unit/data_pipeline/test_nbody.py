@@ -15,7 +15,7 @@ from data_pipeline.tasks.nbody import NBody
 from data_pipeline.tasks.protocol import Task
 from data_pipeline.tasks.recall import Recall
 from data_pipeline.tasks.registry import build_task
-from data_pipeline.tasks.stored import GeneratedSource, Materialised
+from data_pipeline.tasks.stored import Materialised, ProceduralSource
 
 
 def same(one: Sample, other: Sample) -> None:
@@ -95,7 +95,7 @@ def test_slices_tile_and_order_is_augmented_in_training():
                                   Recall(9, train_size=65, held_out_size=2)])  # fmt: skip
 def test_what_is_written_down_is_what_is_generated(tmp_path, made):
     """Per token and per sequence, whole and in slices, with empty rows and rows that end early."""
-    manifest = build(tmp_path / "store", GeneratedSource(made))
+    manifest = build(tmp_path / "store", ProceduralSource(made))
     assert manifest["source"]["kind"] == made.name
     read = build_task("materialised", store=str(tmp_path / "store"))
     assert isinstance(read, Materialised) and isinstance(read, Task)
@@ -131,5 +131,5 @@ def test_bad_options_are_named(tmp_path):
     with pytest.raises(ConfigError, match="holds bundled, not samples of recall or nbody"):
         build_task("materialised", store=str(tmp_path / "bundled"))
     notes = defaultdict(list)
-    chain = next(iter(GeneratedSource(NBody(3, steps=1)).chains(notes)))
+    chain = next(iter(ProceduralSource(NBody(3, steps=1)).chains(notes)))
     assert chain.xyz.shape == (3, 1, 3) and np.isfinite(chain.xyz).all() and not notes

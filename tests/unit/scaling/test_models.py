@@ -9,7 +9,7 @@ from scaling.algebra.clifford import embed, grade_0, grade_1
 from scaling.models import MODELS, build
 from scaling.models.se3_hyena import HyenaOperator
 from scaling.models.se3_hyena_paper import PaperOperator
-from scaling.ops.masked_rows import Tokens
+from scaling.ops.masked_rows import MaskedRows
 from tests.small_models import SCALARS, VECTORS, small_model
 
 LENGTHS, GAP = [7, 5], (0, 2)  # row 0 misses token 2
@@ -20,7 +20,7 @@ def case():
     f, x = torch.randn(2, 4, 7).double(), torch.randn(2, 4, 3, 7).double()
     mask = torch.arange(7) < torch.tensor(LENGTHS)[:, None]
     mask[GAP] = False
-    return f, x, Tokens(mask)
+    return f, x, MaskedRows(mask)
 
 
 def convolve(product, q, k, length):
@@ -38,7 +38,11 @@ def rows_of(tokens, *tensors):
     """Row by row: its length, and the tensors with tokens first, (n, c) or (n, c, 3), where tokens
     that are not valid hold 0."""
     for row, length in enumerate(LENGTHS):
-        yield row, length, [tokens.keep(t)[row, ..., :length].movedim(-1, 0) for t in tensors]
+        yield (
+            row,
+            length,
+            [tokens.zero_invalid(t)[row, ..., :length].movedim(-1, 0) for t in tensors],
+        )
 
 
 @pytest.mark.parametrize("chiral, salient", [(False, 0), (True, 3)])
@@ -78,7 +82,7 @@ def test_standardised_scalars_have_mean_0_and_rms_1_and_constant_ones_are_0():
     f, _, tokens = case()
     f[:, 0] = 0.3
     s = tokens.standardise(f.masked_fill(~tokens.mask.unsqueeze(1), torch.nan))
-    assert torch.equal(s, tokens.keep(s)) and s[:, 0].abs().max() < 1e-9
+    assert torch.equal(s, tokens.zero_invalid(s)) and s[:, 0].abs().max() < 1e-9
     for row in range(len(LENGTHS)):
         there = f[row, 1:][:, tokens.mask[row]]
         expected = (there - there.mean(1, True)) / there.std(1, correction=0, keepdim=True)

@@ -12,7 +12,7 @@ from data_pipeline.errors import ConfigError, RunError
 from scaling.execution import Execution
 from scaling.models import MODELS
 from scaling.ops import offload
-from scaling.ops.tiles import Tiled, kept_per_token, use
+from scaling.ops.tiles import Tiled, kept_per_token, set_execution
 from tests.small_models import small_batch, small_model
 
 LENGTHS = [150, 97]
@@ -27,7 +27,7 @@ EXECUTIONS = {
 
 def outputs_and_gradients(name: str, execution: Execution) -> dict[str, Tensor]:
     model, batch = small_model(name), small_batch(LENGTHS)
-    use(model, execution)
+    set_execution(model, execution)
     found = {}
     fields = ("points", "vectors", "scalars")
     leaves = {field: getattr(batch, field).requires_grad_() for field in fields}
@@ -56,7 +56,7 @@ def test_frozen_parts_run_in_tiles(trained):
     gradients = []
     for tile_bytes in (1, 1 << 40):
         model = small_model("se3_hyena")
-        use(model, Execution(tile_bytes=tile_bytes))
+        set_execution(model, Execution(tile_bytes=tile_bytes))
         for key, p in model.named_parameters():
             p.requires_grad_(trained in key)
         out = model(small_batch(LENGTHS))
@@ -132,7 +132,7 @@ def test_little_is_kept_and_all_of_it_is_offloaded(monkeypatch):
     for how in ("none", "tiles", "operators"):
         execution = EXECUTIONS.get(how, Execution(tile_bytes=1 << 40))
         model, batch = small_model("se3_hyena", operators=3), small_batch([1000])
-        use(model, execution)
+        set_execution(model, execution)
         found: dict[int, Tensor] = {}
 
         def pack(x: Tensor, found: dict[int, Tensor] = found) -> Tensor:
@@ -144,7 +144,7 @@ def test_little_is_kept_and_all_of_it_is_offloaded(monkeypatch):
     assert kept["tiles"] < kept["none"] / 8
     # scalars and vectors of 4 channels for each operator and the read-out; the input at the door
     assert kept["operators"] < 4 * 16 + 30
-    use(model, EXECUTIONS["file"])
+    set_execution(model, EXECUTIONS["file"])
     gc.collect()  # what earlier tests have left open
     before = len(os.listdir("/dev/fd"))
     out = model(batch)
@@ -162,7 +162,7 @@ def test_a_full_disk_is_an_error_and_so_is_none(monkeypatch, tmp_path):
 
     monkeypatch.setattr("os.posix_fallocate", full)
     model = small_model("se3_hyena")
-    use(model, Execution(offload="file"))
+    set_execution(model, Execution(offload="file"))
     with pytest.raises(RunError, match=r"execution\.offload=file cannot write .* No space left"):
         model(small_batch([20]))
     monkeypatch.setenv("TMPDIR", str(tmp_path / "gone"))
@@ -182,7 +182,7 @@ def test_where_the_compiler_fails_parts_run_without_it_and_say_so(monkeypatch):
     monkeypatch.setattr(torch, "compile", no_compiler)
     model, batch = small_model("se3_hyena"), small_batch([20])
     expected = model(batch)
-    use(model, Execution(compile=True))
+    set_execution(model, Execution(compile=True))
     with pytest.warns(UserWarning, match=r"cannot do .* here \(no C\+\+ compiler\)"):
         found = model(batch)
     assert torch.equal(found.scalars.nan_to_num(), expected.scalars.nan_to_num())

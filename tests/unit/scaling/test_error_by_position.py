@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from scaling.parallel.shard import SequenceShard
-from scaling.train.depth import PARTS, ErrorByDepth
+from scaling.train.error_by_position import PARTS, ErrorByPosition
 
 UNIT = 0.5
 
@@ -17,9 +17,9 @@ def weighted_errors():
     return error * weight, weight
 
 
-def by_depth(group):
+def error_by_position(group):
     """Rows arrive as one micro-batch of two and one of three."""
-    depth = ErrorByDepth(37, group=group)
+    depth = ErrorByPosition(37, group=group)
     shard = None if group is None else SequenceShard(37, group)
     for rows in (slice(2), slice(2, None)):
         error, weight = (t[rows] for t in weighted_errors())
@@ -33,7 +33,7 @@ def by_depth(group):
 def check(group):
     """Loss: sum of errors over sum of weights. Standard error: over rows, of that ratio."""
     error, weight = weighted_errors()
-    found = by_depth(group)
+    found = error_by_position(group)
     assert [(part["from"], part["to"]) for part in found] == [
         (37 * p // PARTS, 37 * (p + 1) // PARTS) for p in range(7)
     ]
@@ -56,9 +56,9 @@ def test_also_sharded(distributed):
 
 
 def test_a_single_sequence_has_no_standard_error():
-    depth = ErrorByDepth(16)
+    depth = ErrorByPosition(16)
     depth.add(torch.ones(1, 16), torch.full((1, 16), 2.0), SequenceShard(16))
     assert depth.parts(1.0) == [
         {"from": 2 * p, "to": 2 * p + 2, "loss": 0.5, "standard_error": None} for p in range(PARTS)
     ]
-    assert ErrorByDepth(16).parts(1.0) == []
+    assert ErrorByPosition(16).parts(1.0) == []

@@ -17,7 +17,7 @@ from scaling.runs.rows import Row
 PARTS = 8
 
 
-class ErrorByDepth:
+class ErrorByPosition:
     """Gathers weighted errors of tokens in equal parts of [0, length).
 
     Args:
@@ -41,7 +41,7 @@ class ErrorByDepth:
         part = torch.bucketize(shard.index, torch.tensor(self._bounds[1:-1]), right=True)
         both = torch.stack([error, weight]).double()
         own = both.new_zeros(*both.shape[:2], PARTS).index_add_(2, part.to(both.device), both)
-        e, w = all_reduce_sum(own, shard.group, "by_depth").cpu()
+        e, w = all_reduce_sum(own, shard.group, "error_by_position").cpu()
         self._sums += torch.stack([(w > 0).double(), e, w, e * e, e * w, w * w]).sum(1) / shard.size
 
     def parts(self, unit: float) -> list[Row]:
