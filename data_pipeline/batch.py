@@ -11,13 +11,18 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from data_pipeline.errors import ShapeError
+
 
 @dataclass
 class GeometricBatch:
     """Rows of 3D geometric sequences, whole or one rank's tokens of them.
 
     Rotations act on points and vectors, translations on points alone. Fields left out become
-    empty channels, consecutive places, no padding and one body a row.
+    empty channels, consecutive places, no padding and one unbroken body a row.
+
+    Raises:
+        ShapeError: lengths or bodies are not of as many rows, or bodies do not fill their row.
     """
 
     points: Float[Tensor, "b 3 n"]
@@ -31,7 +36,12 @@ class GeometricBatch:
     mask: Bool[Tensor, "b n"] = None  # pyright: ignore[reportAssignmentType]
     """True where the token exists and was observed."""
     segment: Int[Tensor, "b n"] = None  # pyright: ignore[reportAssignmentType]
-    """Body that the token belongs to."""
+    """Unbroken stretch that the token belongs to: a break inside a chain begins another."""
+    lengths: tuple[int, ...] | None = None
+    """Tokens of each whole row, not of the shard, kept on the host. None: the mask tells."""
+    bodies: tuple[tuple[int, ...], ...] | None = None
+    """For each whole row the lengths of its bodies, in order, kept on the host; bodies do not see
+    each other. None: one body a row."""
 
     def __post_init__(self) -> None:
         rows, _, tokens = self.points.shape
@@ -46,10 +56,21 @@ class GeometricBatch:
             self.mask = torch.ones(rows, tokens, dtype=torch.bool, device=self.points.device)
         if self.segment is None:
             self.segment = torch.zeros_like(self.index)
+        if self.bodies is not None and self.lengths is None:
+            self.lengths = tuple(map(sum, self.bodies))
+        if self.lengths is not None and len(self.lengths) != rows:
+            raise ShapeError(f"lengths={self.lengths} of {rows} rows: give one for each row")
+        if self.bodies is not None and self.lengths != tuple(map(sum, self.bodies)):
+            raise ShapeError(
+                f"bodies={self.bodies} must add up to lengths={self.lengths}, row by row"
+            )
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "GeometricBatch":
-        """The batch with `function` applied to every field; tokens stay last."""
-        return GeometricBatch(**{f.name: function(getattr(self, f.name)) for f in fields(self)})
+        """The batch with `function` applied to every tensor; tokens stay last, the host's values
+        stay as they are."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors = {name: function(x) for name, x in values.items() if isinstance(x, Tensor)}
+        return GeometricBatch(**(values | tensors))
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "GeometricBatch":
         """Moved to `device`; floating-point fields also to `dtype`."""

@@ -124,7 +124,14 @@ def redistribute_batch(
         [x.long().unsqueeze(1) for x in (batch.index, batch.mask, batch.segment)], source, target
     )
     return GeometricBatch(
-        points, vectors, scalars, index.squeeze(1), mask.squeeze(1).bool(), segment.squeeze(1)
+        points,
+        vectors,
+        scalars,
+        index.squeeze(1),
+        mask.squeeze(1).bool(),
+        segment.squeeze(1),
+        batch.lengths,
+        batch.bodies,
     )
 
 
