@@ -9,6 +9,24 @@ class ConfigError(LongfoldError):
     """A configuration value, or a combination of them, cannot work."""
 
 
+class OptionError(ConfigError):
+    """An option has a value that cannot be: `key`, `value`, and the `rule` that it breaks.
+
+    Who defines an option does not know where a user writes it: launch says so with `within`.
+    """
+
+    def __init__(self, key: str, value: object, rule: str, section: str = "") -> None:
+        self.key, self.value, self.rule, self.section = key, value, rule, section
+        super().__init__(f"{section}.{key}={value}: {rule}".removeprefix("."))
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return OptionError, (self.key, self.value, self.rule, self.section)
+
+    def within(self, section: str) -> "OptionError":
+        """The same, of the option as it is written in that section of a configuration."""
+        return OptionError(self.key, self.value, self.rule, section)
+
+
 class ShapeError(LongfoldError):
     """Tensors disagree; the text shows their shapes."""
 

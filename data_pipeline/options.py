@@ -1,0 +1,37 @@
+"""The one place where an option's value is checked: against the bounds at its field.
+
+    steps: Annotated[int, Ge(1)] = 600
+
+A dataclass of options calls `check_options(self)` when it is made; launch reads the same bounds
+when it composes a configuration. What depends on several options raises OptionError itself.
+"""
+
+import dataclasses
+from functools import cache
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from data_pipeline.errors import OptionError
+
+
+def check_options(options: Any) -> None:
+    """Raises OptionError for the first field of a dataclass whose value its annotation forbids."""
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        try:
+            _adapters(type(options))[field.name].validate_python(value)
+        except ValidationError as error:
+            raise OptionError(field.name, value, rule_of(error)) from None
+
+
+def rule_of(error: ValidationError) -> str:
+    """What was wanted, as the end of a line: `must be greater than or equal to 1`."""
+    text = error.errors()[0]["msg"].replace("Input should", "must")
+    return text[:1].lower() + text[1:]
+
+
+@cache
+def _adapters(options: type) -> dict[str, TypeAdapter]:
+    hints = get_type_hints(options, include_extras=True)
+    return {field.name: TypeAdapter(hints[field.name]) for field in dataclasses.fields(options)}
