@@ -1,5 +1,7 @@
 # make train     install into .venv, build the data store, train (ARGS="key=value ..." overrides)
-# make test      the whole test suite (ARGS="tests/unit -k name" passes on to pytest)
+# make test      every test that this machine can run, and by name those it cannot
+#                (ARGS="tests/unit -k name" passes on to pytest; ARGS="-m slow" runs the slow ones)
+# make test-fast the tests of formulas and files alone, a minute or so
 # make lint      ruff, pyright and codespell alone
 # make sweep     measure tokens/s, bytes and memory over lengths and ranks
 # make bench     measure beside rivals (ARGS="bench=..." which; see --help)
@@ -22,7 +24,7 @@ ACCELERATE_CONFIG ?= configs/accelerate/cpu_deepspeed_zero1.yaml
 ON_CPU := $(if $(findstring cpu,$(ACCELERATE_CONFIG)),DS_ACCELERATOR=cpu)
 THREADS ?= $(shell n=$$(( $$(nproc) / $(NPROC) )); echo $$(( n > 1 ? n : 1 )))
 
-.PHONY: help install train sweep bench test lint clean FORCE
+.PHONY: help install train sweep bench test test-fast lint clean FORCE
 .DEFAULT_GOAL := help
 
 help:
@@ -48,7 +50,10 @@ bench: install
 
 test: $(VENV)/installed-dev
 	@$(BIN)/python -m launch.ranks.extension
-	$(BIN)/python -m pytest --jaxtyping-packages=scaling,data_pipeline,beartype.beartype $(ARGS)
+	$(BIN)/python -m pytest $(ARGS)
+
+test-fast: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m "unit and not slow" -q $(ARGS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check

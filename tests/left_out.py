@@ -1,0 +1,54 @@
+"""Which tests this machine can run, and by name those that it cannot.
+
+Every test is marked by its folder: unit, equivariance, distributed, integration. Further marks name
+what a test needs: `gpu`, `slurm` (a running SLURM), `browser` (Chromium), `root`. `slow` tests run
+only where they are asked for: make test ARGS="-m slow".
+"""
+
+import os
+import shutil
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import torch
+
+TESTS = Path(__file__).parent
+SLOW = "slow: make test ARGS='-m slow' runs it"
+_left_out: defaultdict[str, list[str]] = defaultdict(list)
+
+
+def missing() -> dict[str, str]:
+    """Mark -> why this machine cannot run tests that have it."""
+    reasons = {
+        "gpu": None if torch.cuda.is_available() else "PyTorch sees no GPU",
+        "slurm": None if shutil.which("sinfo") else "SLURM is not installed",
+        "browser": None if shutil.which("chromium") else "Chromium is not installed",
+        "root": None if os.geteuid() == 0 else "it needs root",
+    }
+    return {mark: reason for mark, reason in reasons.items() if reason}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    reasons = missing()
+    if "slow" not in config.getoption("markexpr"):
+        reasons["slow"] = SLOW
+    runs = []
+    for item in items:
+        item.add_marker(item.path.relative_to(TESTS).parts[0])
+        why = [reason for mark, reason in reasons.items() if item.get_closest_marker(mark)]
+        if why:
+            _left_out[why[0]].append(item.nodeid)
+        else:
+            runs.append(item)
+    items[:] = runs
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not _left_out:
+        return
+    terminalreporter.section(f"{sum(map(len, _left_out.values()))} tests left out")
+    for reason, names in _left_out.items():
+        terminalreporter.line(f"{reason}:")
+        for name in names:
+            terminalreporter.line(f"    {name}")
