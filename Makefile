@@ -2,7 +2,7 @@
 # make test      every test that this machine can run, and by name those it cannot
 #                (ARGS="tests/unit -k name" passes on to pytest; ARGS="-m slow" runs the slow ones)
 # make test-fast the tests of formulas and files alone, a minute or so
-# make lint      ruff, pyright and codespell alone
+# make lint      what is checked before a commit, over all files
 # make sweep     measure tokens/s, bytes and memory over lengths and ranks
 # make bench     measure beside rivals (ARGS="bench=..." which; see --help)
 # make clean     remove .venv and build outputs; runs/ and stores/ stay
@@ -56,10 +56,7 @@ test-fast: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m "unit and not slow" -q $(ARGS)
 
 lint: $(VENV)/installed-dev
-	$(BIN)/ruff check
-	$(BIN)/ruff format --check
-	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/codespell
+	$(BIN)/pre-commit run --all-files
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

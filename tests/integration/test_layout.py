@@ -1,14 +1,17 @@
 """The house: who imports whom, what is declared, how large things are, and the linters."""
 
 import ast
+import shlex
 import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
 from importlib.metadata import packages_distributions
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("launch", "scaling", "data_pipeline")
@@ -174,16 +177,18 @@ def test_only_packages_have_init_files():
         assert (ROOT / package / "py.typed").is_file()
 
 
-LINTERS = {
-    "ruff check": ["--no-cache"],
-    "ruff format --check": ["--no-cache"],
-    "pyright": ["--pythonpath", sys.executable],
-    "codespell_lib": [],
-}
+HOOKS = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+"""What is checked before every commit, and here: one list."""
 
 
-@pytest.mark.parametrize("tool", LINTERS)
-def test_linters_are_content(tool: str):
-    command = [sys.executable, "-m", *tool.split(), *LINTERS[tool]]
+@pytest.mark.parametrize("hook", HOOKS, ids=lambda hook: hook["id"])
+def test_what_is_checked_before_a_commit_holds(hook: dict[str, Any]):
+    """Over all files, with the programs of this environment."""
+    programs = f"{Path(sys.executable).parent}/"
+    command = [word.replace(".venv/bin/", programs) for word in shlex.split(hook["entry"])]
+    if hook.get("pass_filenames", True):
+        listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+        kinds = (".py",) if "python" in hook.get("types_or", ["python"]) else ("",)
+        command += [name for name in listed.stdout.splitlines() if name.endswith(kinds)]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert ended.returncode == 0, ended.stdout + ended.stderr
