@@ -4,8 +4,8 @@ import sys
 from importlib import import_module
 
 from data_pipeline.errors import ConfigError
-from launch.config.compose import suggest
-from launch.ranks.environment import run_command
+from launch.config.check import suggest
+from launch.ranks.exit import run_command
 
 COMMANDS = {
     "train": "train a model on a task (under any launcher: -m launch.train)",

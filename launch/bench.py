@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_pipeline.errors import ConfigError, RunError
-from launch.config.compose import check_choice, check_folder_name, command_line, options_of, to_yaml
+from launch.config.check import check_choice, check_folder_name, options_of
+from launch.config.compose import command_line, to_yaml
 from launch.measure import measure
 from scaling.execution import Execution
 
@@ -119,6 +120,6 @@ def _write(folder: Path, rows: list[dict[str, Any]], summary: str) -> None:
 
 
 if __name__ == "__main__":
-    from launch.ranks.environment import run_command
+    from launch.ranks.exit import run_command
 
     sys.exit(run_command(main, sys.argv[1:]))

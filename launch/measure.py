@@ -15,13 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import ConfigError
-from launch.ranks.environment import (
-    choose_device,
-    discover,
-    process_group,
-    run_command,
-    share_cores,
-)
+from launch.ranks.discovery import discover
+from launch.ranks.exit import run_command
+from launch.ranks.group import choose_device, process_group, share_cores
 
 
 def _train_step(case: dict[str, Any], device: Any) -> dict[str, Any]:

@@ -8,8 +8,11 @@ import sys
 from dataclasses import dataclass
 
 from data_pipeline.errors import ConfigError
-from launch.config.compose import Config, command_line, mesh_sizes, options_of
-from launch.ranks.environment import discover, process_group
+from launch.config.check import options_of
+from launch.config.compose import command_line
+from launch.config.settings import Config, mesh_sizes
+from launch.ranks.discovery import discover
+from launch.ranks.group import process_group
 from launch.train import check_names
 
 
@@ -115,6 +118,6 @@ def load_what_a_rank_loads(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    from launch.ranks.environment import run_command
+    from launch.ranks.exit import run_command
 
     sys.exit(run_command(main, sys.argv[1:]))

@@ -9,7 +9,8 @@ from data_pipeline.chains import describe
 from data_pipeline.errors import ConfigError
 from data_pipeline.prepare import SOURCES, make_source
 from data_pipeline.store.build import ensure, verify
-from launch.config.compose import check_choice, command_line, options_of
+from launch.config.check import check_choice, options_of
+from launch.config.compose import command_line
 
 
 @dataclass

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_pipeline.errors import ConfigError, RunError
-from launch.config.compose import check_choice, check_folder_name, command_line, to_yaml
+from launch.config.check import check_choice, check_folder_name
+from launch.config.compose import command_line, to_yaml
 from launch.measure import measure
 from scaling.execution import Execution
 
@@ -198,6 +199,6 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    from launch.ranks.environment import run_command
+    from launch.ranks.exit import run_command
 
     sys.exit(run_command(main, sys.argv[1:]))

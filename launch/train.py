@@ -13,14 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_pipeline.errors import ConfigError
-from launch.config.compose import Config, check_choice, command_line, mesh_sizes, options_of
-from launch.ranks.environment import (
-    choose_device,
-    discover,
-    process_group,
-    run_command,
-    share_cores,
-)
+from launch.config.check import check_choice, options_of
+from launch.config.compose import command_line
+from launch.config.settings import Config, mesh_sizes
+from launch.ranks.discovery import discover
+from launch.ranks.exit import run_command
+from launch.ranks.group import choose_device, process_group, share_cores
 
 if TYPE_CHECKING:
     import torch

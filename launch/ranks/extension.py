@@ -173,6 +173,6 @@ def main(_arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    from launch.ranks.environment import run_command
+    from launch.ranks.exit import run_command
 
     sys.exit(run_command(main, sys.argv[1:]))

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from data_pipeline.tasks.registry import build_task
-from launch.config.compose import Config, compose, options_of
+from launch.config.check import options_of
+from launch.config.compose import compose
+from launch.config.settings import Config
 from scaling.models import build
 from tests.processes import run
 

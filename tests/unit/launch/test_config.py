@@ -8,17 +8,9 @@ import pytest
 import yaml
 
 from data_pipeline.errors import ConfigError
-from launch.config.compose import (
-    Config,
-    ParallelSettings,
-    check_choice,
-    command_line,
-    compose,
-    config_folder,
-    mesh_sizes,
-    options_of,
-    to_yaml,
-)
+from launch.config.check import check_choice, options_of
+from launch.config.compose import command_line, compose, config_folder, to_yaml
+from launch.config.settings import Config, ParallelSettings, mesh_sizes
 from launch.train import check_names
 from launch.train import main as train_command
 from scaling.models import MODELS

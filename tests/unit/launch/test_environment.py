@@ -10,17 +10,13 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import ConfigError
-from launch.config.compose import Config, compose
+from launch.config.compose import compose
+from launch.config.settings import Config
 from launch.ranks import extension
-from launch.ranks.environment import (
-    Ranks,
-    choose_device,
-    discover,
-    first_host,
-    run_command,
-    share_cores,
-    tasks_per_node,
-)
+from launch.ranks.discovery import Ranks, discover
+from launch.ranks.exit import run_command
+from launch.ranks.group import choose_device, share_cores
+from launch.ranks.slurm import first_host, tasks_per_node
 from launch.train import follow_accelerate
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
@@ -207,7 +203,8 @@ def test_a_process_that_waits_alone_gives_up_with_one_line(tmp_path: Path):
     environ = os.environ | {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
                             "MASTER_PORT": str(port), "LOCAL_RANK": "0"}  # fmt: skip
     script = (
-        "import sys, torch; from launch.ranks.environment import *\n"
+        "import sys, torch; from launch.ranks.discovery import discover\n"
+        "from launch.ranks.exit import run_command; from launch.ranks.group import *\n"
         "def main(a):\n"
         "    with process_group(discover(), torch.device('cpu'), 2.0): pass\n"
         "sys.exit(run_command(main, []))"
