@@ -51,7 +51,7 @@ class RankPool:
         while len(results) < POOL:
             ready = wait(set(self.pipes) - {self.pipes[r] for r in results}, deadline - monotonic())
             error = "" if ready else f"no answer from ranks {set(range(POOL)) - set(results)}"
-            for pipe in ready:
+            for pipe in (pipe for pipe in self.pipes if pipe in ready):
                 rank = self.pipes.index(pipe)
                 results[rank], said = pipe.recv()
                 error = error or (said and f"rank {rank}: {said}")
