@@ -8,11 +8,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from scaling.parallel.clock import clock
+from scaling.parallel.telemetry import innermost_range
 
 KEPT, TILE = "kept activations", "tile workspace"
 PURPOSES = {"transforms": "FFT workspace and spectra", "comm": "exchange buffers"}
-"""Of what is made inside these parts of the clock. All else is kept where it has every token, and
+"""Of what is made inside these timed ranges. All else is kept where it has every token, and
 part of a tile where it has not: tokens are the last axis."""
 
 
@@ -48,7 +48,7 @@ class LiveTensors(TorchDispatchMode):
         if size == 0 or key in self._known:
             return
         whole = x.ndim > 0 and x.shape[-1] % self._tokens == 0
-        purpose = PURPOSES.get(clock.now or "", KEPT if whole else TILE)
+        purpose = PURPOSES.get(innermost_range() or "", KEPT if whole else TILE)
         self._known.add(key)
         self._held[purpose] += size
 

@@ -23,8 +23,8 @@ from scaling.cost.live import TILE, LiveTensors
 from scaling.execution import Execution
 from scaling.observe.memory import resident_bytes, return_large_blocks, trim_heap
 from scaling.ops.tiles import most_kept_per_token, set_execution
-from scaling.parallel.clock import clock
 from scaling.parallel.shard import SequenceShard
+from scaling.parallel.telemetry import measuring
 
 MOST_TOKENS = 1 << 15
 """Tokens of the rank that runs here; fewer make tiles too coarse to scale."""
@@ -117,10 +117,8 @@ def _activations(job: Job) -> dict[str, int]:
     set_execution(job.model, cut)
     with _world((length - 1) % job.sp, job.sp):  # the rank of the last token knows the length
         shard = SequenceShard(length)
-        clock.start(torch.device("cpu"))
-        with LiveTensors(shard.n_local) as live:
+        with measuring(), LiveTensors(shard.n_local) as live:
             _step(job, shard)
-        clock.stop()
     return {purpose: round(size * n / few) for purpose, size in live.peak.items()}
 
 

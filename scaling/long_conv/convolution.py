@@ -19,7 +19,7 @@ from scaling.long_conv.form import ROLES, Role, TrilinearForm
 from scaling.long_conv.products import multiply
 from scaling.long_conv.rows import RowGroup, WholeRows
 from scaling.long_conv.transform import Spectra, Streams, Transform
-from scaling.parallel.clock import clock
+from scaling.parallel.telemetry import timed
 
 IN_FLIGHT = 2
 """Chunks of channels under way at once."""
@@ -227,7 +227,7 @@ class _LongConv(torch.autograd.Function):
         return tuple(results[role])
 
     @staticmethod
-    @clock.part("transforms")
+    @timed("transforms")
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         convolution, others, again = ctx.convolution, _others(ctx.role), torch.is_grad_enabled()
         if ctx.keeps and again:  # only with create_graph=True

@@ -35,8 +35,8 @@ from scaling.long_conv.operands import (
 )
 from scaling.long_conv.rows import bodies, whole_rows
 from scaling.long_conv.transform import Transform
-from scaling.parallel.clock import clock
 from scaling.parallel.shard import SequenceShard
+from scaling.parallel.telemetry import timed
 
 WORKSPACE_BYTES = 1 << 30
 """What the buffers of the channels under way may take, per rank; see `scalar_long_conv`."""
@@ -131,7 +131,7 @@ def geometric_long_conv(
     return _convolve(q, k, terms, call)
 
 
-@clock.part("transforms")
+@timed("transforms")
 def _convolve(
     q: Operand, k: Operand, terms: Sequence[str] | None, call: Call
 ) -> tuple[Tensor, ...]:

@@ -28,13 +28,12 @@ times, unless a row has no others.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from time import perf_counter
 
 import torch
 
 from scaling.observe.memory import peak_bytes
-from scaling.parallel.clock import clock
-from scaling.parallel.collectives import global_maxima, global_sums, traffic
+from scaling.parallel.collectives import global_maxima, global_sums
+from scaling.parallel.telemetry import is_traced, measuring
 from scaling.runs.rows import Row
 
 WARMUP_STEPS = 2
@@ -46,42 +45,32 @@ TIME_SHARES = ("projection_s", "transforms_s", "comm_s", "optimizer_s", "data_wa
 
 @dataclass
 class StepMeter:
-    """Times of the steps since the last row, on this rank."""
+    """Times and exchanges of the steps since the last row, on this rank."""
 
     device: torch.device
-    steps_seen: int = 0
+    tokens: int = 0
+    """Valid tokens of the step under way, over all ranks."""
+    _steps_seen: int = 0
     _steps: list[Row] = field(default_factory=list)
-    _parts: Row = field(default_factory=dict)
-    _began: float = 0.0
-
-    def start(self) -> None:
-        """A step begins; its data is waited for inside."""
-        traffic.reset()
-        self._parts = dict.fromkeys((*LARGEST, *TIME_SHARES), 0.0)
-        self._began = self._now()
-        clock.start(self.device)
 
     @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Adds the time inside to `name`_s of this step."""
-        began = self._now()
-        with clock.range(name):
+    def step(self) -> Iterator[None]:
+        """Around a step, which sets `tokens`; its data is waited for inside."""
+        with measuring(self.device) as measured:
             yield
-        self._parts[f"{name}_s"] += self._now() - began
-
-    def finish(self, tokens: int, data_wait_s: float) -> None:
-        """The step is over."""
-        step = self._parts | {f"{part}_s": s for part, s in clock.stop().items() if part}
+        shares = {f"{name}_s": seconds for name, seconds in measured.innermost().items() if name}
+        step = {name: shares.get(name, 0.0) for name in TIME_SHARES}
+        step["other_s"] = measured.total_s - sum(step.values())
         step |= {
-            "step_s": self._now() - self._began,
-            "data_wait_s": data_wait_s,
-            "comm_bytes": sum(count.bytes for count in traffic.snapshot().values()),
-            "tokens": tokens,
-            "warm": self.steps_seen >= WARMUP_STEPS and not clock.tracing,
+            "step_s": measured.total_s,
+            "forward_s": measured.within("forward"),
+            "backward_s": measured.within("backward"),
+            "comm_bytes": measured.sent_bytes,
+            "tokens": self.tokens,
+            "warm": self._steps_seen >= WARMUP_STEPS and not is_traced(),
         }
-        step["other_s"] = step["step_s"] - sum(step[name] for name in TIME_SHARES)
         self._steps.append(step)
-        self.steps_seen += 1
+        self._steps_seen += 1
 
     def row(self) -> Row:
         """Tokens of the last step; rates and times since the last row. Collective."""
@@ -103,8 +92,3 @@ class StepMeter:
             **{name: value / ranks for name, value in zip(TIME_SHARES, split, strict=True)},
             "peak_bytes": int(peak),
         }
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # kernels run on after their launch
-        return perf_counter()

@@ -1,7 +1,7 @@
 """A trace of a few training steps, for a viewer: what ran when, on every rank.
 
 Our own ranges in it are longfold.data_wait, .forward, .backward, .optimizer and, inside of these,
-the parts of parallel/clock.py.
+.projection, .transforms and .comm: see parallel/telemetry.py.
 """
 
 import os
@@ -10,13 +10,11 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 
-import torch
 import torch.distributed as dist
-from torch.profiler import ProfilerActivity, profile, schedule
+from torch.profiler import profile, schedule
 
 from data_pipeline.errors import RunError
 from scaling.observe.metrics import WARMUP_STEPS
-from scaling.parallel.clock import clock
 
 
 class StepProfiler:
@@ -26,49 +24,39 @@ class StepProfiler:
     count and the same steps.
     """
 
-    def __init__(
-        self, folder: Path, count: int, device: torch.device, say: Callable[[str], None]
-    ) -> None:
-        self._folder, self._count, self._device, self._say = folder, count, device, say
+    def __init__(self, folder: Path, count: int, say: Callable[[str], None]) -> None:
+        self._folder, self._count, self._say = folder, count, say
         self._steps: list[int] = []
         """Of this process, so far."""
-        self._profile: profile | None = None
         self._written = False
+        self._profile: profile | None = None
+        if count:
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else ranks note their start and stop
+            self._profile = profile(
+                schedule=schedule(wait=WARMUP_STEPS - 1, warmup=1, active=count, repeat=1),
+                on_trace_ready=self._write,
+                record_shapes=True,
+            )
 
     def __enter__(self) -> "StepProfiler":
+        if self._profile is not None:
+            self._profile.start()
         return self
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
         """Around the step of that number."""
         self._steps.append(number)
-        if self._count and len(self._steps) == WARMUP_STEPS:
-            self._start()
         yield
         if self._profile is not None:
-            self._profile.step()
+            self._profile.step()  # writes after the last of them
             if len(self._steps) == WARMUP_STEPS + self._count:
                 self._stop()
                 if dist.is_initialized():
                     dist.barrier()  # else the next step would wait for who writes longest
 
-    def _start(self) -> None:
-        activities = [ProfilerActivity.CPU]
-        if self._device.type == "cuda":
-            activities.append(ProfilerActivity.CUDA)
-        self._profile = profile(
-            activities=activities,
-            schedule=schedule(wait=0, warmup=1, active=self._count, repeat=1),
-            on_trace_ready=self._write,
-            record_shapes=True,
-        )
-        clock.tracing = True
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else every rank notes its start and stop
-        self._profile.start()
-
     def _stop(self) -> None:
         running, self._profile = self._profile, None
-        clock.tracing = False
         if running is not None:
             running.stop()  # writes what has been traced
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from scaling.execution import Execution
-from scaling.parallel.clock import clock
+from scaling.parallel.telemetry import timed, timed_both_ways
 
 PROBE = 32
 """Tokens on which is measured what a part keeps."""
@@ -72,13 +72,13 @@ class Tiled(nn.Module):
             tensors: (..., n), or (..., 1) for what all tokens share.
         """
         tokens = max(x.shape[-1] for x in tensors)
-        with clock.part("projection"):
+        with timed("projection"):
             tile = self._tile(part, tensors, tokens)
             if self.execution.compile:
                 part = self._compiled.setdefault(part.__name__, compiled(part))
             if tile < tokens:
                 return _again(part, self.parameters(), tensors, tile)
-            return cast(Results, clock.both_ways("projection", part, *tensors))
+            return cast(Results, timed_both_ways("projection", part, *tensors))
 
     def recompute(self, part: Part[Results], *tensors: Tensor) -> Results:
         """part(*tensors), keeping nothing but its inputs; any part, run as one piece."""
@@ -184,7 +184,7 @@ class _Again(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        with nullcontext() if ctx.tile is None else clock.part("projection"):
+        with nullcontext() if ctx.tile is None else timed("projection"):
             return None, None, None, *_Again._gradients(ctx, grads)
 
     @staticmethod

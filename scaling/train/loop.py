@@ -18,10 +18,10 @@ from scaling.engine.loss import engine_loss
 from scaling.observe.metrics import StepMeter
 from scaling.observe.profile import StepProfiler
 from scaling.observe.progress import Summary
-from scaling.parallel.clock import clock
 from scaling.parallel.collectives import global_sums
 from scaling.parallel.first_rank import first_rank_says
 from scaling.parallel.mesh import Mesh
+from scaling.parallel.telemetry import timed
 from scaling.runs.rows import Row
 from scaling.train.evaluate import Evaluation
 from scaling.train.objective import Objective
@@ -61,7 +61,7 @@ def fit(
         trainer = build_trainer(model, task, mesh, train, optim, engine, device)
         evaluation = Evaluation(trainer.engine, trainer.objective, task, train, device)
         checkpoints = Checkpoints(run.checkpoints, train.keep)
-        profiler = StepProfiler(run.path / "profile", train.profile_steps, device, report.say)
+        profiler = StepProfiler(run.path / "profile", train.profile_steps, report.say)
         with closing(trainer.stream) as stream, profiler:
             step = checkpoints.load(trainer.engine, stream)
             report.start(step)
@@ -70,7 +70,7 @@ def fit(
             stopped = False
             while step < train.steps and not stopped:
                 step += 1
-                with profiler.step(step):
+                with profiler.step(step), trainer.meter.step():
                     row, stopped = trainer.step(step, stop.asked())
                 last = step == train.steps
                 if last or step % train.log_every == 0:
@@ -99,8 +99,7 @@ class Trainer:
 
     def step(self, step: int, stop: bool) -> tuple[Row, bool]:
         """One optimiser step, which is the row's; and whether any rank wants to stop after it."""
-        self.meter.start()
-        with clock.range("data_wait"):
+        with timed("data_wait"):
             window = next(self.stream)
         samples = [self._place(micro_batch) for micro_batch in window]
         weight, tokens, stops = global_sums(
@@ -112,19 +111,19 @@ class Trainer:
         total = 0.0
         for number, (micro_batch, sample) in enumerate(zip(window, samples, strict=True)):
             with self.engine.accumulate(last=number == len(window) - 1):
-                with self.meter.part("forward"):
+                with timed("forward"):
                     local_sum, *_ = self.engine(sample, micro_batch.length)
                     (micro_sum,) = global_sums(local_sum.detach(), device=self.device)
                     total += micro_sum
                 self._check_finite(step, "loss", total)
-                with self.meter.part("backward"):
+                with timed("backward"):
                     loss = engine_loss(local_sum, weight * self.task.unit, self.engine.world)
                     self.engine.backward(loss)
         rate = learning_rate(step, self.train.steps, self.optim)
-        with self.meter.part("optimizer"):
+        with timed("optimizer"):
             norm = self.engine.step(rate)
         self._check_finite(step, "gradient norm", norm)
-        self.meter.finish(round(tokens), self.stream.data_wait_s)
+        self.meter.tokens = round(tokens)
         loss = total / weight / self.task.unit
         row = {"step": step, "split": "train", "loss": loss, "grad_norm": norm, "lr": rate}
         return row, stops > 0

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from data_pipeline.errors import ConfigError
 from scaling.long_conv import transform
 from scaling.long_conv.operators import geometric_long_conv, scalar_long_conv, vector_long_conv
-from scaling.parallel.collectives import traffic
 from scaling.parallel.shard import SequenceShard, redistribute, redistribute_batch
+from scaling.parallel.telemetry import measuring
 from tests.small_models import small_batch
 
 WORLDS = (1, 2, 3, 4, 5, 8)
@@ -167,11 +167,11 @@ def count_exchanges(group, options):
     shard = SequenceShard(dist.get_world_size(group) * 4096, group)
     qs, ks = torch.randn(2, 2, shard.n_local, requires_grad=True)
     q, k = torch.randn(2, 2, 3, shard.n_local, requires_grad=True)
-    traffic.reset()
-    results = geometric_long_conv((qs, q), (ks, k), shard, **options)
-    forward = traffic.snapshot()["long_conv"]
-    sum(u.sum() for u in results).backward()
-    return forward, traffic.snapshot()["long_conv"]
+    with measuring() as both:
+        with measuring() as forward:
+            results = geometric_long_conv((qs, q), (ks, k), shard, **options)
+        sum(u.sum() for u in results).backward()
+    return forward.exchanges["long_conv"], both.exchanges["long_conv"]
 
 
 @pytest.mark.parametrize("world", [2, 4, 8])

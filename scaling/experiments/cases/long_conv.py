@@ -13,8 +13,9 @@ from scaling.experiments.timing import medians
 from scaling.long_conv.form import fast_length
 from scaling.observe.memory import peak_bytes, reset_peak
 from scaling.ops import geometric_long_conv, vector_long_conv
-from scaling.parallel.collectives import Group, global_maxima, traffic
+from scaling.parallel.collectives import Group, global_maxima
 from scaling.parallel.shard import SequenceShard
+from scaling.parallel.telemetry import measuring
 
 GOALS = {
     "vector, forward: speed-up over the listing": (">=", 4.5),
@@ -196,10 +197,10 @@ class _Bench:
                 case = f"{name}: time / per channel of 8"
                 rows.append(self.row(case, value, ratio=value / (times["ours"] / 8)))
         times, steps, ranks = self.compare(train), 3, self.shard.size
-        traffic.reset()
-        for _ in range(steps):
-            train()
-        count = traffic.snapshot()["long_conv"]
+        with measuring(self.device) as measured:
+            for _ in range(steps):
+                train()
+        count = measured.exchanges["long_conv"]
         (exposed,) = global_maxima(count.seconds / steps, group=self.group, device=self.device)
         formula = 18 * self.channels * self.shard.length // ranks * 4 * (ranks - 1) / ranks
         share = exposed / times["ours"]

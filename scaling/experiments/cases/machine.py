@@ -20,9 +20,8 @@ from scaling.experiments.family import Bench, Part, Row, check_positive, row
 from scaling.experiments.timing import medians, now
 from scaling.models import build
 from scaling.observe.metrics import WARMUP_STEPS
-from scaling.parallel.clock import Part as ClockPart
-from scaling.parallel.clock import clock
 from scaling.parallel.collectives import Group, group_size
+from scaling.parallel.telemetry import measuring
 
 Measured = Literal["peaks", "exchange", "step"]
 Call = Callable[[], object]
@@ -38,7 +37,7 @@ SQUARE = 1024
 MESSAGE = 1 << 24
 """Numbers that the exchange's bandwidth is measured with."""
 LEAST_STEPS = 3
-PARTS: dict[str, ClockPart | None] = {
+PARTS: dict[str, str | None] = {
     "projection": "projection",
     "transforms": "transforms",
     "other": None,
@@ -148,9 +147,9 @@ def _steps(case: MachineCase, group: Group, device: torch.device) -> list[Row]:
                 step()
             splits, began = [], now(device)
             while len(splits) < LEAST_STEPS or now(device) - began < case.seconds:
-                clock.start(device)
-                step()
-                splits.append(clock.stop())
+                with measuring(device) as measured:
+                    step()
+                splits.append(measured.innermost())
             for title, part in PARTS.items():
                 seconds = fmean(split.get(part, 0.0) for split in splits)
                 rows.append(row(f"{name}: {title}", 1, length, seconds))

@@ -19,8 +19,9 @@ from scaling.experiments.timing import medians, now
 from scaling.models import build
 from scaling.observe.memory import peak_bytes, reset_peak
 from scaling.ops.tiles import set_execution
-from scaling.parallel.collectives import Group, global_maxima, traffic
+from scaling.parallel.collectives import Group, global_maxima
 from scaling.parallel.shard import SequenceShard, redistribute_batch
+from scaling.parallel.telemetry import measuring
 
 Side = Literal["ours", "straightforward"]
 SIDES: Sequence[Side] = get_args(Side)
@@ -98,16 +99,16 @@ def measure_step(case: StepCase, group: Group, device: torch.device) -> StepCost
     base = reset_peak(device)
     seconds, waits = [], []
     for _ in range(case.warmup_steps + case.steps):
-        traffic.reset()
         began = now(device)
-        step()
+        with measuring(device) as measured:
+            step()
         seconds.append(now(device) - began)
-        waits.append(sum(count.seconds for count in traffic.snapshot().values()))
-    counts = traffic.snapshot().items()  # every step exchanges the same
+        waits.append(sum(count.seconds for count in measured.exchanges.values()))
+    counts = measured.exchanges.items()  # every step exchanges the same
     step_s, comm_s, sent, exchanges, peak, base = global_maxima(
         statistics.median(seconds[case.warmup_steps :]),
         statistics.median(waits[case.warmup_steps :]),
-        sum(count.bytes for _, count in counts),
+        measured.sent_bytes,
         sum(count.calls for name, count in counts if name not in REDUCTIONS),
         peak_bytes(device),
         base,

@@ -19,10 +19,8 @@ from scaling.observe.metrics import StepMeter
 from scaling.observe.profile import StepProfiler
 from scaling.observe.progress import Progress, summarise
 from scaling.observe.sinks import TensorBoardSink
-from scaling.ops import scalar_long_conv
-from scaling.parallel.clock import clock
-from scaling.parallel.collectives import traffic
 from scaling.parallel.mesh import Mesh
+from scaling.parallel.telemetry import exchanging, is_traced, timed
 from scaling.runs.rows import MetricsFile
 from scaling.train.evaluate import Evaluation, random_rotation
 from scaling.train.objective import Objective
@@ -72,23 +70,23 @@ def test_tensorboard_shows_each_row_once(tmp_path):
 def test_first_steps_are_left_out_of_the_rates(monkeypatch):
     """Steps of 5, 3, 1 and 1 seconds: the first two warm up."""
     now = 0.0
-    for module in ("observe.metrics", "parallel.clock"):
-        monkeypatch.setattr(f"scaling.{module}.perf_counter", lambda: now)
+    monkeypatch.setattr("scaling.parallel.telemetry.perf_counter", lambda: now)
     meter = StepMeter(CPU)
     for number, seconds in enumerate((5, 3, 1, 1)):
-        meter.start()
-        with meter.part("forward"):
-            now += seconds / 2
-        traffic.record("test", sent=100 * number, seconds=0.25)
-        with meter.part("forward"), clock.part("transforms"):  # of the second micro-batch
-            now += seconds / 16
-            with clock.part("comm"), clock.part("comm"):
+        with meter.step():
+            with timed("data_wait"):
+                now += seconds / 16
+            with timed("forward"):
+                now += seconds / 2
+            with timed("forward"), timed("transforms"):  # of the second micro-batch
+                now += seconds / 16
+                with timed("comm"), exchanging("test", 100 * number):
+                    now += seconds / 8
+                now += seconds / 16
+            with timed("optimizer"):
                 now += seconds / 8
             now += seconds / 16
-        with meter.part("optimizer"):
-            now += seconds / 8
-        now += seconds / 8
-        meter.finish(tokens=10 + number, data_wait_s=seconds / 16)
+            meter.tokens = 10 + number
         if number == 0:
             row = meter.row()
             assert (row["step_s"], row["tokens_per_s"]) == (5, 2)  # there is nothing better
@@ -100,72 +98,18 @@ def test_first_steps_are_left_out_of_the_rates(monkeypatch):
     assert row["peak_bytes"] > 0
 
 
-def test_each_moment_counts_for_the_innermost_part(monkeypatch):
-    """Also in a backward, after an error inside, and with nobody measuring; moments are counted."""
-    moments = iter(range(100))
-    monkeypatch.setattr("scaling.parallel.clock.perf_counter", lambda: next(moments))
-    q = torch.randn(2, 8, requires_grad=True)
-    with clock.part("comm"):
-        scalar_long_conv(q, q)  # nobody measures
-    clock.start(CPU)
-    u = scalar_long_conv(q, q)
-    assert clock.stop() == {None: 2, "transforms": 1}
-    clock.start(CPU)
-    with pytest.raises(RuntimeError), clock.part("projection"):
-        u.backward(torch.ones(1))
-    with clock.part("projection"):
-        u.sum().backward()
-    assert clock.stop() == {None: 3, "projection": 3, "transforms": 1}
-
-
-class Seen(torch.autograd.Function):
-    """Notes the part that its gradient passes in."""
-
-    @staticmethod
-    def forward(ctx, x, seen):
-        ctx.seen = seen
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        ctx.seen.append(clock.now)
-        return grad, None
-
-
-def test_the_backward_of_a_function_belongs_to_its_part():
-    """And nothing before or behind it; inputs that have no gradient get none."""
-    before, inside, behind = [], [], []
-    x, given = torch.ones(3, requires_grad=True), torch.ones(3)
-
-    def part(x, given):
-        assert not given.requires_grad
-        y = Seen.apply(x * given, inside)
-        return y, given + 1, 2 * y
-
-    clock.start(CPU)
-    first, untrained, second = clock.both_ways("projection", part, Seen.apply(x, before), given)
-    assert not untrained.requires_grad
-    (Seen.apply(first, behind) + second).sum().backward()
-    with torch.no_grad():
-        clock.both_ways("projection", part, x, given)
-    clock.both_ways("projection", part, given, given)[0].sum()
-    assert (before, inside, behind) == ([None], ["projection"], [None])
-    assert clock.now is None and torch.equal(x.grad, torch.full((3,), 3.0))
-    assert set(clock.stop()) == {None, "projection"}
-
-
 @pytest.mark.parametrize(("steps", "traced"), [(2, None), (3, "3-3"), (9, "3-4")])
 def test_traces_hold_the_steps_after_the_warm_up_or_say_that_there_are_none(
     tmp_path, steps, traced
 ):
     said = []
-    with StepProfiler(tmp_path / "profile", 2, CPU, said.append) as profiler:
+    with StepProfiler(tmp_path / "profile", 2, said.append) as profiler:
         for step in range(1, steps + 1):
-            with profiler.step(step), clock.range(f"step{step}"):
+            with profiler.step(step), timed(f"step{step}"):
                 torch.ones(1)
-            assert clock.tracing == (2 <= step < 4)
+                assert is_traced() == (2 < step < 5)
     (line,) = said
-    assert not clock.tracing
+    assert not is_traced()
     if traced is None:
         assert "profile_steps=2 traced nothing: this process took 2 steps" in line
         return
@@ -180,12 +124,12 @@ def test_a_trace_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "profile").touch()
     with (
         pytest.raises(RunError, match="cannot write the trace"),
-        StepProfiler(tmp_path / "profile", 1, CPU, print) as profiler,
+        StepProfiler(tmp_path / "profile", 1, print) as profiler,
     ):
         for step in range(1, 4):
             with profiler.step(step):
                 torch.ones(1)
-    assert not clock.tracing
+    assert not is_traced()
 
 
 def test_peak_memory_is_seen_and_forgotten():

@@ -1,0 +1,202 @@
+"""What a stretch of work takes: its time by nested ranges, and what this rank exchanges in it.
+
+    with measuring(device) as step:
+        with timed("forward"):                  or on a function: @timed("transforms")
+            ...
+    step.total_s, step.within("forward"), step.innermost()["comm"], step.exchanges["long_conv"]
+
+Ranges of a training step:
+
+    data_wait  forward  backward  optimizer
+        projection   pointwise modules, their recomputation and their backward
+        transforms   the long convolutions, forward and backward, except for
+        comm         waiting in the sequence's exchanges
+
+A measurement sees what its own thread does while it is entered, also in one that is entered inside,
+and the backward passes that the thread starts, whichever thread runs them. Autograd knows nothing
+of ranges: a backward enters its own, as an autograd.Function can, and `timed_both_ways` has it done
+for a function of tensors.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import pairwise
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._autograd import _profiler_enabled
+from torch.profiler import record_function
+
+_ACTIVE = "longfold.measurements"
+
+
+@dataclass
+class ExchangeCount:
+    """What one operator has exchanged."""
+
+    calls: int = 0
+    bytes: int = 0
+    """Sent to other ranks by this one."""
+    seconds: float = 0.0
+    """Time in which this rank waited for them (host time; with NCCL only the launch)."""
+
+
+class Measurement:
+    """Times and exchanges of this rank; see `measuring`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.exchanges: defaultdict[str, ExchangeCount] = defaultdict(ExchangeCount)
+        """By operator."""
+        self.total_s = 0.0
+        self._seconds: dict[tuple[str, ...], float] = defaultdict(float)
+        """By the ranges entered, from the outside in."""
+        self._on_cuda = device.type == "cuda"
+        self._inside: list[str] = []
+        self._marks: list[tuple[tuple[str, ...], Any]] = []
+        """Moments, and the ranges that one is in from then on."""
+
+    def within(self, name: str) -> float:
+        """Seconds in ranges of that name, whatever was entered inside."""
+        return sum((s for path, s in self._seconds.items() if name in path), 0.0)
+
+    def innermost(self) -> dict[str | None, float]:
+        """Seconds by the innermost range; None: outside of all. They add up to total_s."""
+        seconds: dict[str | None, float] = defaultdict(float)
+        for path, some in self._seconds.items():
+            seconds[path[-1] if path else None] += some
+        return seconds
+
+    @property
+    def sent_bytes(self) -> int:
+        """Sent to other ranks by this one."""
+        return sum(each.bytes for each in self.exchanges.values())
+
+    def _enter(self, name: str) -> None:
+        self._inside.append(name)
+        self._mark()
+
+    def _leave(self) -> None:
+        self._inside.pop()
+        self._mark()
+
+    def _mark(self) -> None:
+        if self._on_cuda:
+            now = torch.cuda.Event(enable_timing=True)
+            now.record()
+        else:
+            now = perf_counter()
+        self._marks.append((tuple(self._inside), now))
+
+    def _close(self) -> None:
+        self._mark()
+        if self._on_cuda:
+            self._marks[-1][1].synchronize()
+        for (path, began), (_, ended) in pairwise(self._marks):
+            self._seconds[path] += (
+                began.elapsed_time(ended) / 1e3 if self._on_cuda else ended - began
+            )
+        self.total_s = sum(self._seconds.values(), 0.0)
+        self._marks = []
+
+
+@contextmanager
+def measuring(device: torch.device | str = "cpu") -> Iterator[Measurement]:
+    """Measures what happens inside; its numbers are there on leaving.
+
+    On CUDA a range lasts from where its first kernel can begin to the end of its last: events on
+    the current stream, read at the end, so that nothing is synchronised inside.
+    """
+    measurement, outer = Measurement(torch.device(device)), _active()
+    _activate((*outer, measurement))
+    measurement._mark()
+    try:
+        yield measurement
+    finally:
+        _activate(outer)
+    measurement._close()
+
+
+@contextmanager
+def timed(name: str) -> Iterator[None]:
+    """What happens inside belongs to the range of that name, in measurements and in traces."""
+    measurements = _active()
+    for measurement in measurements:
+        measurement._enter(name)
+    try:
+        with record_function(f"longfold.{name}") if is_traced() else nullcontext():
+            yield
+    finally:
+        for measurement in measurements:
+            measurement._leave()
+
+
+def timed_both_ways(
+    name: str, run: Callable[..., tuple[Tensor, ...]], *tensors: Tensor
+) -> tuple[Tensor, ...]:
+    """run(*tensors) in the range, and so its backward: from the gradients of all its results to
+    those of all its tensors. Where none of these has one, nothing tells when it is over."""
+    with timed(name):
+        if not _active() or not any(x.requires_grad for x in tensors):
+            return run(*tensors)
+        backward = ExitStack()
+        results = run(*_with_border(backward.close, tensors))
+        return _with_border(lambda: backward.enter_context(timed(name)), results)
+
+
+@contextmanager
+def exchanging(operator: str, sent: int) -> Iterator[None]:
+    """Counts one exchange of `sent` bytes, and the time inside as waiting for it."""
+    began = perf_counter()
+    with timed("comm"):
+        yield
+    for measurement in _active():
+        count = measurement.exchanges[operator]
+        count.calls += 1
+        count.bytes += sent
+        count.seconds += perf_counter() - began
+
+
+def innermost_range() -> str | None:
+    """The range entered last, in this thread's measurement; None: outside of all, or no such."""
+    inside = [measurement._inside for measurement in _active()][-1:]
+    return inside[0][-1] if inside and inside[0] else None
+
+
+def is_traced() -> bool:
+    """Whether a profiler writes down what this thread does."""
+    return _profiler_enabled()
+
+
+def _active() -> tuple[Measurement, ...]:
+    """This thread's measurements, the outermost first. Torch takes its thread-local values along to
+    the threads of a backward pass, unlike Python's."""
+    return torch._C._get_obj_in_tls(_ACTIVE) if torch._C._is_key_in_tls(_ACTIVE) else ()
+
+
+def _activate(measurements: tuple[Measurement, ...]) -> None:
+    if measurements:
+        torch._C._stash_obj_in_tls(_ACTIVE, measurements)
+    else:  # what is left there would be freed without Python's lock when the thread ends
+        torch._C._remove_obj_from_tls(_ACTIVE)
+
+
+def _with_border(crossed: Callable[[], object], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The same tensors; `crossed` is called where their gradients pass."""
+    trained = iter(_Border.apply(crossed, *(x for x in tensors if x.requires_grad)))
+    return tuple(next(trained) if x.requires_grad else x for x in tensors)
+
+
+class _Border(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, crossed: Callable[[], object], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.crossed = crossed
+        return tuple(x.view_as(x) for x in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.crossed()
+        return None, *grads
