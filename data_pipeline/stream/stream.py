@@ -24,7 +24,9 @@ class Stream:
     """Endless optimiser steps for one rank: lists of micro-batches to accumulate.
 
     A micro-batch holds this rank's tokens of its rows, padded to the longest of them, and on the
-    host the lengths and bodies of the whole rows. The batch of a step is `batch_size` consecutive samples of the order, so it depends on neither
+    host the lengths and bodies of the whole rows.
+
+    The batch of a step is `batch_size` consecutive samples of the order, so it depends on neither
     dp, sp nor micro_batch_size. An epoch's end may lie inside a batch; every sample comes once an
     epoch (of its store, in a mixture). One thread prepares steps ahead; only steps handed out move
     the cursor.

@@ -26,9 +26,10 @@ class Mesh:
         dp_rank, sp_rank = divmod(self.rank, sp)
         self.slot = DataSlot(dp_rank, dp, sp_rank, sp)
         self.sequence_group: Group = None
-        if self.world > 1:  # every rank makes all groups, in the same order
-            rows = [dist.new_group(list(range(d * sp, (d + 1) * sp))) for d in range(dp)]
-            self.sequence_group = rows[dp_rank]
+        for first in range(0, self.world, sp) if self.world > 1 else ():
+            group = dist.new_group(list(range(first, first + sp)))  # every rank makes all of them
+            if isinstance(group, dist.ProcessGroup):
+                self.sequence_group = group
 
 
 def check_sizes(dp: int, sp: int, world: int) -> None:
