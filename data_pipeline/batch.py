@@ -4,8 +4,8 @@ Axes: b rows (samples), v vector channels, s scalar channels, n local tokens.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -65,12 +65,15 @@ class GeometricBatch:
                 f"bodies={self.bodies} must add up to lengths={self.lengths}, row by row"
             )
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that hold a value for each token."""
+        return {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
+
     def map(self, function: Callable[[Tensor], Tensor]) -> "GeometricBatch":
         """The batch with `function` applied to every tensor; tokens stay last, the host's values
         stay as they are."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        tensors = {name: function(x) for name, x in values.items() if isinstance(x, Tensor)}
-        return GeometricBatch(**(values | tensors))
+        return self.replace(**{name: function(x) for name, x in self.tensors.items()})
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "GeometricBatch":
         """Moved to `device`; floating-point fields also to `dtype`."""
@@ -85,24 +88,49 @@ class Sample:
     """Inputs, targets and loss weights of one micro-batch.
 
     Per token (denoising): target (b, 3, n), weight (b, n). Per sequence (recall): target (b, 3),
-    weight (b,), read out by a masked mean over all tokens. Weight 0 means "does not count".
+    weight (b,), read out by the mean over a row's valid tokens, or over those that are marked.
+    Weight 0 means "does not count".
     """
 
     inputs: GeometricBatch
     target: Float[Tensor, "b 3 n"] | Float[Tensor, "b 3"]
     weight: Float[Tensor, "b n"] | Float[Tensor, " b"]
+    answer: Literal["points", "vectors"] = "points"
+    """What targets are compared with: the moved points, or the first channel of the vectors."""
+    marked: Bool[Tensor, "b n"] | None = None
+    """Tokens at which a target per sequence is read out; None: all valid ones."""
 
     @property
     def per_token(self) -> bool:
         return self.target.ndim == 3
 
+    @property
+    def token_tensors(self) -> dict[str, Tensor]:
+        """What the sample says of each token, besides the inputs."""
+        own = {"target": self.target, "weight": self.weight} if self.per_token else {}
+        return own if self.marked is None else own | {"marked": self.marked}
+
+    @property
+    def length(self) -> int:
+        """Tokens that whole rows are padded to: those of the longest, and at least one."""
+        return max(*self._lengths, 1)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all whole rows together, without padding."""
+        return sum(self._lengths)
+
+    @property
+    def _lengths(self) -> tuple[int, ...]:
+        if self.inputs.lengths is None:
+            raise ShapeError("nothing says how long the sample's rows are: give inputs lengths=")
+        return self.inputs.lengths
+
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Sample":
         """Moved to `device`; floating-point fields also to `dtype`."""
-        return Sample(
-            self.inputs.to(device, dtype),
-            _move(self.target, device, dtype),
-            _move(self.weight, device, dtype),
-        )
+        own = {"target": self.target, "weight": self.weight} | self.token_tensors
+        moved = {name: _move(x, device, dtype) for name, x in own.items()}
+        return replace(self, inputs=self.inputs.to(device, dtype), **moved)
 
 
 def _move(x: Tensor, device: torch.device | str, dtype: torch.dtype | None) -> Tensor:

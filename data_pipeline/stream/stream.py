@@ -7,33 +7,24 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 from data_pipeline.batch import Sample
 from data_pipeline.counter_rng import evaluation_key, hash64
-from data_pipeline.errors import ConfigError, RunError
+from data_pipeline.errors import ConfigError, OptionError, RunError
 from data_pipeline.stream.order import Order
+from data_pipeline.stream.slot import WHOLE, DataSlot
 from data_pipeline.tasks.protocol import Task
 
 AHEAD = 2
 """Optimiser steps prepared while the model works."""
 
 
-@dataclass
-class MicroBatch:
-    """What one rank holds at once."""
-
-    sample: Sample
-    """Tokens [N r // P, N (r + 1) // P) of the rows padded to N, for sequence rank r of P."""
-    length: int
-    """N: tokens of the longest row."""
-    tokens: int
-    """Tokens of all rows before padding, of all sequence ranks together."""
-
-
 class Stream:
     """Endless optimiser steps for one rank: lists of micro-batches to accumulate.
+
+    A micro-batch holds this rank's tokens of its rows, padded to the longest of them, and on the
+    host the lengths and bodies of the whole rows.
 
     The batch of a step is `batch_size` consecutive samples of the order, so it depends on neither
     dp, sp nor micro_batch_size. An epoch's end may lie inside a batch; every sample comes once an
@@ -43,6 +34,7 @@ class Stream:
     Args:
         bucket_steps: steps whose samples are sorted by length and dealt out anew, so that a batch
             holds like lengths; 1: none.
+        slot: which rows and tokens are this rank's.
 
     Raises:
         ConfigError: batch_size cannot be shared evenly, the split is empty, or its longest item
@@ -58,13 +50,10 @@ class Stream:
         micro_batch_size: int,
         seed: int,
         max_length: int,
-        dp_rank: int = 0,
-        dp_size: int = 1,
-        sp_rank: int = 0,
-        sp_size: int = 1,
         bucket_steps: int = 1,
+        slot: DataSlot = WHOLE,
     ):
-        check_batches(batch_size, micro_batch_size, dp_size)
+        check_batches(batch_size, micro_batch_size, slot.dp)
         check_lengths(task, split, max_length)
         self.data_wait_s = 0.0
         """Seconds that the last step was waited for."""
@@ -77,16 +66,14 @@ class Stream:
             lambda item: task.length(split, item),
         )
         self._batch_size, self._micro = batch_size, micro_batch_size
-        self._first_rows = range(dp_rank * micro_batch_size, batch_size, dp_size * micro_batch_size)
-        self._sp = (sp_rank, sp_size)
-        self._cursor = 0
-        self._ahead: deque[Future[list[MicroBatch]]] = deque()
+        self._slot, self._cursor = slot, 0
+        self._ahead: deque[Future[list[Sample]]] = deque()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="stream")
 
     def __iter__(self) -> "Stream":
         return self
 
-    def __next__(self) -> list[MicroBatch]:
+    def __next__(self) -> list[Sample]:
         began = time.perf_counter()
         self._prepare()
         try:
@@ -137,18 +124,17 @@ class Stream:
             step.cancel()
         self._ahead.clear()
 
-    def _step(self, cursor: int) -> list[MicroBatch]:
+    def _step(self, cursor: int) -> list[Sample]:
         samples = [
             (item, hash64("sample", self._seed, place))
             for item, place in self._order.samples(cursor, cursor + self._batch_size)
         ]
         # A step's sum knows no order; rows of like length together need little padding.
         samples.sort(key=lambda sample: -self._task.length(self._split, sample[0]))
-        return [self._micro_batch(samples[row : row + self._micro]) for row in self._first_rows]
-
-    def _micro_batch(self, samples: Sequence[tuple[int, int]]) -> MicroBatch:
-        items, keys = zip(*samples, strict=True)
-        return _micro_batch(self._task, self._split, items, keys, *self._sp)
+        return [
+            _micro_batch(self._task, self._split, samples[row : row + self._micro], self._slot)
+            for row in self._slot.rows(self._batch_size, self._micro)
+        ]
 
 
 def evaluation_batches(
@@ -157,11 +143,8 @@ def evaluation_batches(
     *,
     micro_batch_size: int,
     max_length: int,
-    dp_rank: int = 0,
-    dp_size: int = 1,
-    sp_rank: int = 0,
-    sp_size: int = 1,
-) -> Iterator[MicroBatch]:
+    slot: DataSlot = WHOLE,
+) -> Iterator[Sample]:
     """Every sample of a split once, the longest first, with keys of its own for ever.
 
     Rows that the last micro-batches lack are empty, so that every data-parallel rank gets the
@@ -171,29 +154,20 @@ def evaluation_batches(
         ConfigError: the split is empty or its longest item exceeds max_length (names it).
     """
     check_lengths(task, split, max_length)
-    size, together = task.size(split), dp_size * micro_batch_size
     # Rows of like length together need little padding.
-    order = sorted(range(size), key=lambda item: -task.length(split, item))
-    for start in range(dp_rank * micro_batch_size, -(-size // together) * together, together):
-        found: list[int | None] = [*order[start : start + micro_batch_size]]
-        items = found + [None] * (micro_batch_size - len(found))
-        keys = [0 if item is None else evaluation_key(split, item) for item in items]
-        yield _micro_batch(task, split, items, keys, sp_rank, sp_size)
+    order = sorted(range(task.size(split)), key=lambda item: -task.length(split, item))
+    samples: list[tuple[int | None, int]] = [(i, evaluation_key(split, i)) for i in order]
+    samples += [(None, 0)] * (-len(samples) % (slot.dp * micro_batch_size))
+    for row in slot.rows(len(samples), micro_batch_size):
+        yield _micro_batch(task, split, samples[row : row + micro_batch_size], slot)
 
 
 def _micro_batch(
-    task: Task,
-    split: str,
-    items: Sequence[int | None],
-    keys: Sequence[int],
-    sp_rank: int,
-    sp_size: int,
-) -> MicroBatch:
-    lengths = [task.length(split, item) for item in items if item is not None]
-    # Rows that are all empty still give every sequence rank a token to work on.
-    length = max(lengths, default=sp_size)
-    start, stop = length * sp_rank // sp_size, length * (sp_rank + 1) // sp_size
-    return MicroBatch(task.sample(split, items, keys, start, stop), length, sum(lengths))
+    task: Task, split: str, samples: Sequence[tuple[int | None, int]], slot: DataSlot
+) -> Sample:
+    items, keys = zip(*samples, strict=True)
+    length = max(task.length(split, item) if item is not None else 1 for item in items)
+    return task.sample(split, items, keys, *slot.tokens(length))
 
 
 def check_lengths(task: Task, split: str, max_length: int) -> None:
@@ -215,22 +189,24 @@ def check_lengths(task: Task, split: str, max_length: int) -> None:
     item = task.longest(split)
     length = task.length(split, item)
     if length > max_length:
-        raise ConfigError(
-            f"{task.describe(split, item)} has {length} tokens, more than "
-            f"train.max_length={max_length}; raise it to {length} or leave the sample out"
+        raise OptionError(
+            "max_length",
+            max_length,
+            f"{task.describe(split, item)} has {length} tokens; raise it to {length}, or leave the "
+            "sample out",
         )
 
 
-def check_batches(batch_size: int, micro_batch_size: int, dp_size: int) -> None:
-    """Raises ConfigError unless a batch is the same number of micro-batches on every rank."""
-    together = max(dp_size * micro_batch_size, 1)
+def check_batches(batch_size: int, micro_batch_size: int, dp: int) -> None:
+    """Raises OptionError unless a batch is the same number of micro-batches on every rank."""
+    together = max(dp * micro_batch_size, 1)
     if batch_size >= 1 and micro_batch_size >= 1 and batch_size % together == 0:
         return
-    near = sorted(
-        {max(batch_size // together, 1) * together, (batch_size // together + 1) * together}
-    )
-    raise ConfigError(
-        f"train.batch_size={batch_size} is not a multiple of dp({dp_size}) * "
-        f"train.micro_batch_size({micro_batch_size}); try train.batch_size="
-        f"{' or '.join(map(str, near))}"
+    less = max(batch_size // together, 1) * together
+    more = (batch_size // together + 1) * together
+    raise OptionError(
+        "batch_size",
+        batch_size,
+        f"must be a multiple of dp({dp}) * micro_batch_size({micro_batch_size}); try "
+        f"{' or '.join(map(str, sorted({less, more})))}",
     )

@@ -9,16 +9,18 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import Lock
+from typing import Annotated
 
 import numpy as np
-import torch
+from annotated_types import Ge, Gt, Le
 from jaxtyping import Float64
 
-from data_pipeline.batch import GeometricBatch, Sample
+from data_pipeline.batch import Sample
 from data_pipeline.counter_rng import hash64, normals, uniforms
-from data_pipeline.errors import ConfigError
+from data_pipeline.errors import OptionError
 from data_pipeline.tasks.features import EDGES, edges
 from data_pipeline.tasks.procedural import ProceduralTask
+from data_pipeline.tasks.window import Window
 
 SPEED = 0.5
 STRONGEST = 100.0
@@ -40,19 +42,19 @@ class NBody(ProceduralTask):
     nothing and is another in every training sample. No units; losses are mean squared errors.
     """
 
-    particles: int = 5
+    particles: Annotated[int, Ge(2), Le(MOST)] = 5
     strength: float = 1.0
     """Of the force between charges; 0: none."""
-    spring: float = 0.0
+    spring: Annotated[float, Ge(0)] = 0.0
     """Spring constant between neighbours in the sequence; 0: none."""
-    steps: int = 1000
+    steps: Annotated[int, Ge(1)] = 1000
     """From the input to the target."""
-    start: int = 0
+    start: Annotated[int, Ge(0)] = 0
     """Steps before the input. 3100 with 1000 steps is EGNN's task, frame 30 to 40."""
-    dt: float = 1e-3
-    train_size: int = 3000
+    dt: Annotated[float, Gt(0), Le(0.1)] = 1e-3
+    train_size: Annotated[int, Ge(1)] = 3000
     """Systems of an epoch, as of EGNN."""
-    held_out_size: int = 2000
+    held_out_size: Annotated[int, Ge(1)] = 2000
     """Systems of validation and of test."""
     seed: int = 0
     """Of the systems; not of the training."""
@@ -62,20 +64,12 @@ class NBody(ProceduralTask):
     unit = 1.0
 
     def __post_init__(self) -> None:
-        self._settle(particles=2, steps=1, start=0)
-        most = MOST_CHARGED if self.strength else MOST
-        if self.particles > most:
-            raise ConfigError(
-                f"task.particles={self.particles} must be {most} or less"
-                + (" with charges (task.strength=0 has none)" if self.strength else "")
-            )
-        if not (self.strength or self.spring) or self.spring < 0:
-            raise ConfigError(
-                f"task.spring={self.spring} and task.strength={self.strength}: one must not be 0, "
-                "and springs do not push"
-            )
-        if not 0 < self.dt <= 0.1:  # NaN is not
-            raise ConfigError(f"task.dt={self.dt} must be in (0, 0.1]")
+        self._settle()
+        if self.strength and self.particles > MOST_CHARGED:
+            rule = f"must be {MOST_CHARGED} or less with charges (strength=0 has none)"
+            raise OptionError("particles", self.particles, rule)
+        if not (self.strength or self.spring):
+            raise OptionError("spring", self.spring, "this and strength must not both be 0")
         self.scalars = 1 + EDGES * bool(self.spring)
         self._paths: OrderedDict[tuple[str, int], np.ndarray] = OrderedDict()
         self._lock = Lock()
@@ -87,32 +81,21 @@ class NBody(ProceduralTask):
         self, split: str, items: Sequence[int | None], keys: Sequence[int], start: int, stop: int
     ) -> Sample:
         """See Task. Keys order the particles of a gas in training and do nothing else."""
-        n = stop - start
-        rows = np.zeros((len(items), 10, n), np.float32)
-        found = iter(self._systems(split, [item for item in items if item is not None]))
+        window = Window(self, split, items, start, stop)
+        rows = window.zeros(10)
+        systems = iter(self._systems(split, [item for item in items if item is not None]))
         for row, (item, key) in enumerate(zip(items, keys, strict=True)):
             if item is not None:
-                system = next(found)
+                system = next(systems)
                 if split == "train" and not self.spring:
                     shuffle = uniforms(hash64("order", key), 0, self.particles)[:, 0]
                     system = system[:, np.argsort(shuffle, kind="stable")]
                 rows[row, :, : max(self.particles - start, 0)] = system[:, start:stop]
-        index = np.arange(start, stop)
-        exists = np.array([item is not None for item in items])
-        mask = exists[:, None] & (index < self.particles)
-        scalars = rows[:, 9:]
-        if self.spring:
-            ends = edges(index[None], np.where(exists, self.particles, 0)[:, None])
-            scalars = np.concatenate([scalars, ends], 1)
-        inputs = GeometricBatch(
-            points=torch.from_numpy(rows[:, :3].copy()),
-            vectors=torch.from_numpy(rows[:, None, 3:6].copy()),
-            scalars=torch.from_numpy(scalars.copy()),
-            index=torch.from_numpy(np.tile(index, (len(items), 1))),
-            mask=torch.from_numpy(mask),
+        points, velocities, target, charge = np.split(rows, [3, 6, 9], axis=1)
+        scalars = [charge, edges(window.index, window.ends)] if self.spring else [charge]
+        return window.sample(
+            target, points=points, vectors=velocities[:, None], scalars=np.concatenate(scalars, 1)
         )
-        weight = torch.from_numpy(mask.astype(np.float32))
-        return Sample(inputs, torch.from_numpy(rows[:, 6:9].copy()), weight)
 
     def baselines(self, split: str) -> dict[str, float]:
         """Mean squared error per coordinate if nothing moved, and of motion straight on; of

@@ -8,15 +8,17 @@ sequence away, decides.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
-import torch
+from annotated_types import Ge, Le
 from jaxtyping import Float32, Float64, Int64
 
-from data_pipeline.batch import GeometricBatch, Sample
+from data_pipeline.batch import Sample
 from data_pipeline.counter_rng import hash64, normals, rotations, uniforms
-from data_pipeline.errors import ConfigError
+from data_pipeline.errors import OptionError
 from data_pipeline.tasks.procedural import ProceduralTask
+from data_pipeline.tasks.window import Window
 
 MOST_KEYS = 6
 """Both ways along three axes."""
@@ -45,15 +47,15 @@ class Needles(ProceduralTask):
 
     tokens: int = 1 << 14
     """Length of every sequence."""
-    pairs: int = 1 << 10
+    pairs: Annotated[int, Ge(1)] = 1 << 10
     """Each lies at random in its own one of as many equal parts of the sequence."""
-    keys: int = 3
+    keys: Annotated[int, Ge(1), Le(MOST_KEYS)] = 3
     """Different keys; each pair has any of them. The fourth to the sixth oppose the others."""
-    noise: float = 1.0
+    noise: Annotated[float, Ge(0)] = 1.0
     """Length of the vectors of tokens that are in no pair."""
-    train_size: int = 1 << 20
+    train_size: Annotated[int, Ge(1)] = 1 << 20
     """Sequences of an epoch."""
-    held_out_size: int = 8
+    held_out_size: Annotated[int, Ge(1)] = 8
     """Sequences of validation and of test."""
     seed: int = 0
     """Of the sequences; not of the training."""
@@ -63,14 +65,10 @@ class Needles(ProceduralTask):
     scalars = 3
 
     def __post_init__(self) -> None:
-        self._settle(pairs=1, keys=1, noise=0)
-        if self.keys > MOST_KEYS:
-            raise ConfigError(f"task.keys={self.keys} must be {MOST_KEYS} or less")
-        if self.tokens < 1 + 2 * self.pairs:
-            raise ConfigError(
-                f"task.tokens={self.tokens} cannot hold a question and task.pairs={self.pairs} "
-                f"pairs; use {1 + 2 * self.pairs} tokens or more"
-            )
+        self._settle()
+        if self.tokens < (least := 1 + 2 * self.pairs):
+            rule = f"a question and pairs={self.pairs} need {least} or more"
+            raise OptionError("tokens", self.tokens, rule)
         self.unit = 7 / 9 / self.keys
         """Mean square of a target's coordinate: the third of E m² for m in U[1, 2], if asked."""
 
@@ -81,30 +79,14 @@ class Needles(ProceduralTask):
         self, split: str, items: Sequence[int | None], keys: Sequence[int], start: int, stop: int
     ) -> Sample:
         """See Task. Keys do nothing."""
-        rows, n = len(items), stop - start
-        vectors, target = np.zeros((2, rows, 3, n), np.float32)
-        marks = np.zeros((rows, self.scalars, n), np.float32)
+        window = Window(self, split, items, start, stop)
+        vectors, marks, target = (window.zeros(3) for _ in range(3))
         end = max(min(stop, self.tokens), start)
         for row, item in enumerate(items):
             if item is not None:
-                self._write(
-                    hash64(self.seed, split, item),
-                    start,
-                    end,
-                    vectors[row],
-                    marks[row],
-                    target[row],
-                )
-        index = np.arange(start, stop)
-        exists = np.array([item is not None for item in items])
-        inputs = GeometricBatch(
-            points=torch.zeros(rows, 3, n),
-            vectors=torch.from_numpy(vectors).unsqueeze(1),
-            scalars=torch.from_numpy(marks),
-            index=torch.from_numpy(np.tile(index, (rows, 1))),
-            mask=torch.from_numpy(exists[:, None] & (index < self.tokens)),
-        )
-        return Sample(inputs, torch.from_numpy(target), inputs.scalars[:, 2].clone())
+                own = hash64(self.seed, split, item)
+                self._write(own, start, end, vectors[row], marks[row], target[row])
+        return window.sample(target, marks[:, 2], vectors=vectors[:, None], scalars=marks)
 
     def baselines(self, split: str) -> dict[str, float]:
         """Mean squared error per coordinate, over the unit, of answering zero and of the best

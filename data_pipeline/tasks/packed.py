@@ -1,12 +1,14 @@
 """Which chains make an item, one or many, and where each of its tokens comes from."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from itertools import chain, pairwise
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Shaped
 
 from data_pipeline.counter_rng import hash64, raw64
-from data_pipeline.errors import ConfigError
+from data_pipeline.errors import OptionError
 from data_pipeline.store.mixture import StoreMixture
 from data_pipeline.store.reader import before
 
@@ -34,8 +36,18 @@ class Pieces:
     @property
     def places(self) -> Int[np.ndarray, " tokens"]:
         """Of every token in its chain."""
-        tokens = self.tokens
-        return np.arange(tokens.sum()) + np.repeat(self.starts - before(tokens), tokens)
+        return np.arange(self.tokens.sum()) + self.per_token(self.starts - before(self.tokens))
+
+    def per_token(self, x: Shaped[np.ndarray, "pieces ..."]) -> Shaped[np.ndarray, "tokens ..."]:
+        """What is said of each piece, said of each of its tokens."""
+        return np.repeat(x, self.tokens, axis=0)
+
+
+def join(pieces: Sequence[Pieces]) -> Pieces:
+    """Pieces of several slices, one after another."""
+    none = np.zeros(0, np.int64)
+    names = [field.name for field in fields(Pieces)]
+    return Pieces(*(np.concatenate([none, *(getattr(p, n) for p in pieces)]) for n in names))
 
 
 class PackedBodies:
@@ -48,7 +60,7 @@ class PackedBodies:
     times.
 
     Raises:
-        ConfigError: a chain exceeds packed_length (named), or the copies are more than MOST_COPIES.
+        OptionError: a chain exceeds packed_length (named), or the copies are more than MOST_COPIES.
     """
 
     def __init__(
@@ -59,51 +71,48 @@ class PackedBodies:
         packed_length: int | None,
         copies: int = 1,
     ):
-        self._stores, self._atoms, self._packed = stores, atoms, packed_length is not None
+        self._stores, self._packed_length = stores, packed_length
         longest = int(np.argmax(stores.lengths))
         tokens = int(stores.lengths[longest]) * atoms
         if packed_length is not None and tokens > packed_length:
-            raise ConfigError(
-                f"the longest chain, {stores.name(longest)}, has {tokens} tokens, more than "
-                f"task.packed_length={packed_length}; raise it to {tokens} or more"
+            raise OptionError(
+                "packed_length",
+                packed_length,
+                f"the longest chain, {stores.name(longest)}, has {tokens} tokens; raise it to "
+                f"{tokens} or more",
             )
         parts = stores.chains(split)
         if copies > 1 and (chains := sum(map(len, parts))) * copies > MOST_COPIES:
-            raise ConfigError(
-                f"task.packed_copies={copies} of {chains} {split} chains are more than "
-                f"{MOST_COPIES}; use at most {max(MOST_COPIES // chains, 1)}"
+            raise OptionError(
+                "packed_copies",
+                copies,
+                f"of {chains} {split} chains are more than {MOST_COPIES}; use at most "
+                f"{max(MOST_COPIES // chains, 1)}",
             )
         parts = [np.tile(part, copies) for part in parts]
         self._chains = np.concatenate(parts)
         self._lengths = stores.lengths[self._chains] * atoms
-        firsts, sizes, base = [], [], 0
-        for part in parts:
-            mine = self._firsts(base, base + len(part), packed_length)
-            firsts += mine
-            sizes.append(len(mine))
-            base += len(part)
-        self.sizes = sizes
+        bounds = np.cumsum([0, *map(len, parts)]).tolist()
+        firsts = [self._first_chains(*part) for part in pairwise(bounds)]
+        self.sizes = [len(part) for part in firsts]
         """Items of each store."""
-        self._firsts_of_items = np.array([*firsts, base])
-        ends = np.concatenate([[0], np.cumsum(self._lengths)])
-        self.lengths = np.diff(ends[self._firsts_of_items])
+        self._firsts = np.array([*chain.from_iterable(firsts), bounds[-1]])
+        self.lengths = np.diff(np.concatenate([[0], np.cumsum(self._lengths)])[self._firsts])
         """Tokens of each item."""
 
     def describe(self, item: int) -> str:
-        first, stop = self._firsts_of_items[item : item + 2]
+        first, stop = self._firsts[item : item + 2]
         name = self._stores.name(int(self._chains[first]))
-        more = f" and {stop - first - 1} more, packed" if self._packed else ""
+        more = f" and {stop - first - 1} more, packed" if self._packed_length is not None else ""
         return f"chain {name}{more}"
+
+    def bodies(self, item: int, key: int) -> tuple[int, ...]:
+        """Tokens of each chain of an item, in order."""
+        return tuple(self._in_order(item, key)[1].tolist())
 
     def pieces(self, item: int, key: int, start: int, stop: int) -> Pieces:
         """Tokens [start, stop) of an item, 0 <= start < stop <= its length."""
-        span = slice(*self._firsts_of_items[item : item + 2])
-        chains, lengths = self._chains[span], self._lengths[span]
-        if self._packed:
-            begin, end = self._stores.pages(chains)
-            random = raw64(hash64("pack", key), len(chains))
-            order = np.lexsort((random, end > begin, begin))
-            chains, lengths = chains[order], lengths[order]
+        chains, lengths = self._in_order(item, key)
         ends = np.cumsum(lengths)
         starts = ends - lengths
         body = np.arange(
@@ -117,15 +126,25 @@ class PackedBodies:
             lengths[body],
         )
 
-    def _firsts(self, base: int, stop: int, packed_length: int | None) -> list[int]:
+    def _in_order(self, item: int, key: int) -> tuple[np.ndarray, np.ndarray]:
+        """Chains of an item, and their tokens."""
+        span = slice(*self._firsts[item : item + 2])
+        chains, lengths = self._chains[span], self._lengths[span]
+        if self._packed_length is None:
+            return chains, lengths
+        begin, end = self._stores.pages(chains)
+        random = raw64(hash64("pack", key), len(chains))
+        order = np.lexsort((random, end > begin, begin))
+        return chains[order], lengths[order]
+
+    def _first_chains(self, base: int, stop: int) -> list[int]:
         """Place of the first chain of each item among chains [base, stop)."""
-        if packed_length is None:
+        if self._packed_length is None:
             return [*range(base, stop)]
         ends = np.cumsum(self._lengths[base:stop])
-        firsts, first = [], base
+        firsts, first, full = [], base, 0
         while first < stop:
             firsts.append(first)
-            before = ends[first - base - 1] if first > base else 0
-            last = base + int(np.searchsorted(ends, before + packed_length, side="right"))
-            first = last
+            first = base + int(np.searchsorted(ends, full + self._packed_length, side="right"))
+            full = int(ends[first - base - 1])
         return firsts

@@ -3,9 +3,11 @@
 import hashlib
 import json
 from dataclasses import asdict
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
-from data_pipeline.errors import ConfigError
+import numpy as np
+
+from data_pipeline.options import check_options
 
 
 class ProceduralTask:
@@ -15,18 +17,27 @@ class ProceduralTask:
     train_size: int
     held_out_size: int
     digest: str
+    came_later: ClassVar[dict[str, Any]] = {}
+    """Options that earlier versions had not, and what those did: with it, their runs go on."""
 
-    def _settle(self, **least: int) -> None:
-        """Checks options against the least that each may be; then their digest.
+    def _settle(self) -> None:
+        """Checks the options; then their digest.
 
         Raises:
-            ConfigError: one is less, or no number.
+            OptionError: one breaks the bounds at its field.
         """
-        for option, low in (least | {"train_size": 1, "held_out_size": 1}).items():
-            if not getattr(self, option) >= low:  # NaN is not
-                raise ConfigError(f"task.{option}={getattr(self, option)} must be {low} or more")
-        options = [self.name, asdict(cast(Any, self))]
-        self.digest = hashlib.sha256(json.dumps(options).encode()).hexdigest()
+        check_options(self)
+        text = json.dumps([self.name, self.options()])
+        self.digest = hashlib.sha256(text.encode()).hexdigest()
+
+    def options(self) -> dict[str, Any]:
+        """What the samples follow from."""
+        options = asdict(cast(Any, self))
+        return {k: v for k, v in options.items() if (k, v) not in self.came_later.items()}
+
+    def read_out(self, scalars: np.ndarray) -> dict[str, Any]:
+        """What answers, and at which tokens, if not the points at all of them."""
+        return {}
 
     def size(self, split: str) -> int:
         return self.train_size if split == "train" else self.held_out_size

@@ -7,17 +7,17 @@ paper also calls them rotated keys, but a rotation could not change the magnitud
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
-import torch
-from jaxtyping import Float64
+from annotated_types import Ge, Le
+from jaxtyping import Float32, Float64
 
-from data_pipeline.batch import GeometricBatch, Sample
+from data_pipeline.batch import Sample
 from data_pipeline.counter_rng import evaluation_key, hash64, normals, rotations, uniforms
-from data_pipeline.errors import ConfigError
 from data_pipeline.tasks.features import EDGES, edges
 from data_pipeline.tasks.procedural import ProceduralTask
+from data_pipeline.tasks.window import Window
 
 MOST_PAIRS = 1 << 20
 """Every sequence makes the whole vocabulary: here, 50 MB."""
@@ -32,29 +32,29 @@ class Recall(ProceduralTask):
     value, one per sequence. Where the length is even, a token of noise goes first.
     """
 
-    tokens: int = 32
-    """Length of every sequence."""
-    pairs: int = 4
+    tokens: Annotated[int, Ge(3)] = 32
+    """Length of every sequence: of key, value and query at least."""
+    pairs: Annotated[int, Ge(1), Le(MOST_PAIRS)] = 4
     """V: pairs in the vocabulary, and the largest magnitude."""
     vocabulary: Literal["random", "fixed"] = "random"
     """A fresh one in each sequence; or one for all, turned at random in training."""
-    train_size: int = 1 << 20
+    train_size: Annotated[int, Ge(1)] = 1 << 20
     """Sequences of an epoch; the paper has 2600."""
-    held_out_size: int = 200
+    held_out_size: Annotated[int, Ge(1)] = 200
     """Sequences of validation and of test, as in the paper."""
     seed: int = 0
     """Of the sequences; not of the training."""
+    readout: Literal["mean", "marked"] = "mean"
+    """Of the answer: from all tokens, which suits convolutions that bring the query to the values;
+    or from the query, which suits attention that brings the values to the query."""
 
     name = "recall"
     vectors = 1
     scalars = EDGES + 1
+    came_later: ClassVar = {"readout": "mean"}
 
     def __post_init__(self) -> None:
-        self._settle(tokens=3, pairs=1)  # key, value, query
-        if self.pairs > MOST_PAIRS:
-            raise ConfigError(f"task.pairs={self.pairs} must be {MOST_PAIRS} or less")
-        if self.vocabulary not in ("random", "fixed"):
-            raise ConfigError(f"task.vocabulary={self.vocabulary} must be random or fixed")
+        self._settle()
         self.unit = (self.pairs**2 + self.pairs + 1) / 9
         """Mean square of a target's coordinate: the third of E m² for m in U[1, V]."""
         self._front = 1 - self.tokens % 2
@@ -67,29 +67,21 @@ class Recall(ProceduralTask):
         self, split: str, items: Sequence[int | None], keys: Sequence[int], start: int, stop: int
     ) -> Sample:
         """See Task. Keys turn a fixed vocabulary in training and do nothing else."""
-        rows, n = len(items), stop - start
-        vectors = np.zeros((rows, 1, 3, n), np.float32)
-        target = np.zeros((rows, 3), np.float32)
+        window = Window(self, split, items, start, stop)
+        vectors, target = window.zeros(1, 3), np.zeros((len(items), 3), np.float32)
         for row, (item, key) in enumerate(zip(items, keys, strict=True)):
             if item is not None:
                 tokens, target[row] = self._sequence(split, item, key, start, stop)
                 vectors[row, 0, :, : len(tokens)] = tokens.T
-        index = np.arange(start, stop)
-        exists = np.array([item is not None for item in items])
-        mask = exists[:, None] & (index < self.tokens)
-        scalars = np.zeros((rows, self.scalars, n), np.float32)
-        scalars[:, :-1] = edges(index[None], np.where(exists, self.tokens, 0)[:, None])
-        scalars[:, 0] *= (index >= self._front) * (1 - 2 * self._front)  # keys are even from here
-        scalars[:, -1] = mask & (index == self.tokens - 1)
-        inputs = GeometricBatch(
-            points=torch.zeros(rows, 3, n),
-            vectors=torch.from_numpy(vectors),
-            scalars=torch.from_numpy(scalars),
-            index=torch.from_numpy(np.tile(index, (rows, 1))),
-            mask=torch.from_numpy(mask),
-        )
-        weight = torch.from_numpy(exists.astype(np.float32))
-        return Sample(inputs, torch.from_numpy(target), weight)
+        query = window.mask & (window.index == self.tokens - 1)
+        scalars = np.concatenate([edges(window.index, window.ends), query[:, None]], 1)
+        # Keys are even from the front on.
+        scalars[:, 0] *= (window.index >= self._front) * (1 - 2 * self._front)
+        return window.sample(target, vectors=vectors, scalars=scalars, **self.read_out(scalars))
+
+    def read_out(self, scalars: Float32[np.ndarray, "b s n"]) -> dict[str, Any]:
+        query = scalars[:, -1] > 0
+        return {"answer": "vectors", "marked": query if self.readout == "marked" else None}
 
     def baselines(self, split: str) -> dict[str, float]:
         """Mean squared error per coordinate, over the unit, of answering zero and of answering the

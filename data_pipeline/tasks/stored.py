@@ -3,20 +3,21 @@
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from data_pipeline.batch import GeometricBatch, Sample
+from data_pipeline.batch import Sample
 from data_pipeline.chains import Chain, Notes
 from data_pipeline.counter_rng import evaluation_key
-from data_pipeline.errors import ConfigError
+from data_pipeline.errors import OptionError
 from data_pipeline.store.clusters import SPLITS
 from data_pipeline.store.reader import Store
 from data_pipeline.tasks.nbody import NBody
 from data_pipeline.tasks.recall import Recall
+from data_pipeline.tasks.window import Window
 
 PROCEDURAL = {"recall": Recall, "nbody": NBody}
 _TOGETHER = 64
@@ -33,7 +34,7 @@ class ProceduralSource:
 
     def identity(self) -> dict[str, Any]:
         """The task and its options; there are no files."""
-        return {"kind": self.task.name, "files": {}, "task": asdict(self.task)}
+        return {"kind": self.task.name, "files": {}, "task": self.task.options()}
 
     def chains(self, notes: Notes) -> Iterator[Chain]:
         """Samples with `vectors`, `scalars` and `target`, one for a sequence in all its rows."""
@@ -84,10 +85,8 @@ class Materialised:
         self._store = Store(self.store)
         source = self._store.manifest["source"]
         if source["kind"] not in PROCEDURAL:
-            raise ConfigError(
-                f"task.store={self.store} holds {source['kind']}, not samples of "
-                f"{' or '.join(PROCEDURAL)}; choose task=denoising for it"
-            )
+            rule = f"holds {source['kind']}, not samples of {' or '.join(PROCEDURAL)}"
+            raise OptionError("store", self.store, f"{rule}; choose task=denoising for it")
         self._made = PROCEDURAL[source["kind"]](**source["task"])
         self._chains = {split: self._store.chains(split) for split in SPLITS}
         self.vectors, self.scalars = self._made.vectors, self._made.scalars
@@ -118,37 +117,19 @@ class Materialised:
         self, split: str, items: Sequence[int | None], keys: Sequence[int], start: int, stop: int
     ) -> Sample:
         """See Task. Keys do nothing."""
-        n, per_token = stop - start, isinstance(self._made, NBody)
-        widths = {"points": 1, "vectors": self.vectors, "target": 1}
-        rows: dict[str, np.ndarray] = {
-            name: np.zeros((len(items), n, w, 3), np.float32) for name, w in widths.items()
-        }
-        rows["scalars"] = np.zeros((len(items), n, self.scalars), np.float32)
-        mask = np.zeros((len(items), n), bool)
+        window, made = Window(self, split, items, start, stop), self._made
+        arrays = {"xyz": window.zeros(1, 3), "vectors": window.zeros(self.vectors, 3)}
+        arrays |= {"scalars": window.zeros(self.scalars), "target": window.zeros(3)}
         answer = np.zeros((len(items), 3), np.float32)
         for row, item in enumerate(items):
             if item is None:
                 continue
-            chain, end = int(self._chains[split][item]), min(stop, self.length(split, item))
-            mask[row, : max(end - start, 0)] = True
+            chain, end = int(self._chains[split][item]), min(stop, window.lengths[row])
             answer[row] = self._store.read("target", chain, 0, 1)[0]
-            if end > start:
-                for name, array in rows.items():
-                    stored = "xyz" if name == "points" else name
-                    values = self._store.read(stored, chain, start, end)
-                    array[row, : end - start] = values.reshape(array[row, : end - start].shape)
-        inputs = GeometricBatch(
-            points=_tokens_last(rows["points"])[:, 0],
-            vectors=_tokens_last(rows["vectors"]),
-            scalars=_tokens_last(rows["scalars"]),
-            index=torch.arange(start, stop).repeat(len(items), 1),
-            mask=torch.from_numpy(mask),
-        )
-        if per_token:
-            return Sample(inputs, _tokens_last(rows["target"])[:, 0], inputs.mask.float())
-        exists = torch.tensor([float(item is not None) for item in items])
-        return Sample(inputs, torch.from_numpy(answer), exists)
-
-
-def _tokens_last(x: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(x, 1, -1)))
+            for name, array in arrays.items() if end > start else ():
+                values = self._store.read(name, chain, start, end)
+                array[row, ..., : end - start] = np.moveaxis(values, 0, -1)
+        xyz, target = arrays.pop("xyz"), arrays.pop("target")
+        target = target if isinstance(made, NBody) else answer
+        read_out = made.read_out(arrays["scalars"])
+        return window.sample(target, points=xyz[:, 0], **arrays, **read_out)

@@ -1,8 +1,9 @@
-"""Ranks arranged as data parallel × sequence parallel, with groups named by what they are for."""
+"""Ranks arranged as data parallel × sequence parallel, with a group for those that share a row."""
 
 import torch.distributed as dist
 
 from data_pipeline.errors import ConfigError
+from data_pipeline.stream.slot import DataSlot
 from scaling.parallel.collectives import Group, group_rank, group_size
 
 
@@ -12,8 +13,8 @@ class Mesh:
     Collective: every rank of the world builds the same mesh at the same time.
 
     Attributes:
+        slot: which part of the data is this rank's.
         sequence_group: the ranks that share this rank's sequences.
-        data_group: the ranks that hold the same tokens' places of other sequences.
 
     Raises:
         ConfigError: dp · sp is not the number of ranks.
@@ -22,15 +23,13 @@ class Mesh:
     def __init__(self, dp: int, sp: int) -> None:
         self.world, self.rank = group_size(None), group_rank(None)
         check_sizes(dp, sp, self.world)
-        self.dp, self.sp = dp, sp
-        self.dp_rank, self.sp_rank = divmod(self.rank, sp)
+        dp_rank, sp_rank = divmod(self.rank, sp)
+        self.slot = DataSlot(dp_rank, dp, sp_rank, sp)
         self.sequence_group: Group = None
-        self.data_group: Group = None
-        if self.world > 1:
-            rows = [list(range(d * sp, (d + 1) * sp)) for d in range(dp)]
-            columns = [list(range(s, self.world, sp)) for s in range(sp)]
-            self.sequence_group = _own_group(rows, self.rank)
-            self.data_group = _own_group(columns, self.rank)
+        for first in range(0, self.world, sp) if self.world > 1 else ():
+            group = dist.new_group(list(range(first, first + sp)))  # every rank makes all of them
+            if isinstance(group, dist.ProcessGroup):
+                self.sequence_group = group
 
 
 def check_sizes(dp: int, sp: int, world: int) -> None:
@@ -40,14 +39,6 @@ def check_sizes(dp: int, sp: int, world: int) -> None:
             f"dp({dp}) * sp({sp}) = {dp * sp}, but the world has {world} rank"
             f"{'s' * (world != 1)}; {_ways_out(dp, sp, world)}"
         )
-
-
-def _own_group(partition: list[list[int]], rank: int) -> dist.ProcessGroup:
-    """The group that holds this rank; every rank makes all groups, in the same order."""
-    groups = {tuple(ranks): dist.new_group(ranks) for ranks in partition}
-    own = next(group for ranks, group in groups.items() if rank in ranks)
-    assert isinstance(own, dist.ProcessGroup)
-    return own
 
 
 def _ways_out(dp: int, sp: int, world: int) -> str:

@@ -1,13 +1,17 @@
 """Which tokens of a sequence belong to which rank, and how they change hands."""
 
-from functools import cached_property
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import lru_cache
+from math import prod
 from typing import Literal, get_args
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
-from data_pipeline.batch import GeometricBatch
+from data_pipeline.batch import GeometricBatch, Sample
 from data_pipeline.errors import ConfigError, ShapeError
 from scaling.parallel.collectives import Group, all_gather, all_to_all, group_rank, group_size
 
@@ -46,23 +50,28 @@ class SequenceShard:
     def __repr__(self) -> str:
         return f"SequenceShard({self.length}, rank {self.rank} of {self.size}, {self.layout})"
 
-    @cached_property
-    def index(self) -> Tensor:
-        """Global numbers of this rank's tokens, ascending: (n_local,), on the CPU."""
-        return self._tokens(self.rank)
+    @property
+    def index(self) -> Int[Tensor, " n"]:
+        """Global numbers of this rank's tokens, ascending, on the CPU."""
+        return self.index_on("cpu")
+
+    def index_on(self, device: torch.device | str) -> Int[Tensor, " n"]:
+        """`index` on another device, made there once; not to be written to."""
+        return _numbers(self._tokens(self.rank), torch.device(device))
 
     @property
     def n_local(self) -> int:
-        return len(self.index)
+        return len(self._tokens(self.rank))
 
-    def scatter(self, full: Tensor) -> Tensor:
-        """This rank's tokens of a tensor that all ranks hold: (..., N) -> (..., n_local)."""
+    def scatter(self, full: Shaped[Tensor, "*b N"]) -> Shaped[Tensor, "*b n"]:
+        """This rank's tokens of a tensor that all ranks hold."""
         if full.shape[-1] != self.length:
             raise ShapeError(f"{self} cannot take its part of {tuple(full.shape)}")
-        return full[..., self.index.to(full.device)]
+        tokens = self._tokens(self.rank)
+        return full[..., tokens.start : tokens.stop : tokens.step].clone()
 
-    def gather(self, local: Tensor) -> Tensor:
-        """The whole sequence on every rank: (..., n_local) -> (..., N).
+    def gather(self, local: Shaped[Tensor, "*b n"]) -> Shaped[Tensor, "*b N"]:
+        """The whole sequence on every rank.
 
         Differentiable as the stacked copies that it is: if every rank puts the same loss on the
         result, a token's gradient is the sum of all of them.
@@ -71,31 +80,25 @@ class SequenceShard:
             raise ShapeError(f"{self} holds {self.n_local} tokens, not {tuple(local.shape)}")
         if self.size == 1:
             return local
-        longest = -(-self.length // self.size)
-        padding = local.new_zeros(*local.shape[:-1], longest - self.n_local)
+        padding = local.new_zeros(*local.shape[:-1], -(-self.length // self.size) - self.n_local)
         shards = all_gather(torch.cat([local, padding], -1), self.group, "gather")
-        tokens = [self._tokens(rank) for rank in range(self.size)]
-        parts = [shards[rank][..., : len(tokens[rank])] for rank in range(self.size)]
-        places = torch.argsort(torch.cat(tokens)).to(local.device)
-        return torch.cat(parts, -1)[..., places]
-
-    def owner(self, tokens: Tensor) -> Tensor:
-        """The rank that holds each of the given global token numbers."""
         if self.layout == "cyclic":
-            return tokens % self.size
-        bounds = torch.tensor([self.length * (r + 1) // self.size for r in range(self.size)])
-        return torch.searchsorted(bounds, tokens, right=True)
+            return shards.movedim(0, -1).flatten(-2)[..., : self.length]
+        held = [shards[rank][..., : len(self._tokens(rank))] for rank in range(self.size)]
+        return torch.cat(held, -1)
 
-    def _tokens(self, rank: int) -> Tensor:
+    def _tokens(self, rank: int) -> range:
         if self.layout == "cyclic":
-            return torch.arange(min(rank, self.length), self.length, self.size)
-        return torch.arange(self.length * rank // self.size, self.length * (rank + 1) // self.size)
+            return range(min(rank, self.length), self.length, self.size)
+        return range(self.length * rank // self.size, self.length * (rank + 1) // self.size)
 
 
-def redistribute(x: Tensor, source: SequenceShard, target: SequenceShard) -> Tensor:
-    """The same sequence in another layout, by one all-to-all; differentiable.
+def redistribute(
+    x: Shaped[Tensor, "*b n"], source: SequenceShard, target: SequenceShard
+) -> Shaped[Tensor, "*b m"]:
+    """The same sequence in another layout, by one all-to-all; any dtype, differentiable.
 
-    x: (..., source.n_local) of any dtype -> (..., target.n_local).
+    The host waits for nothing: who gets how many tokens follows from the length alone.
 
     Raises:
         ShapeError: the shards are of different sequences or groups, or x is not source's.
@@ -106,45 +109,69 @@ def redistribute(x: Tensor, source: SequenceShard, target: SequenceShard) -> Ten
         raise ShapeError(f"{source} holds {source.n_local} tokens, not {tuple(x.shape)}")
     if source.layout == target.layout or source.size == 1:
         return x
-    send, send_counts = _by_rank(target.owner(source.index), source.size)
-    arrive, receive_counts = _by_rank(source.owner(target.index), source.size)
-    rows = x.movedim(-1, 0)[send.to(x.device)]
-    received = all_to_all(rows, send_counts, receive_counts, source.group, "redistribute")
-    return received[torch.argsort(arrive).to(x.device)].movedim(0, -1)
+    natural, cyclic = _counts(source.length, source.rank, source.size)
+    rows = x.movedim(-1, 0)
+    if target.layout == "cyclic":
+        rows = rows.index_select(0, _by_cyclic_rank(source, x.device))
+        received = all_to_all(rows, natural, cyclic, source.group, "redistribute")
+    else:
+        received = all_to_all(rows, cyclic, natural, source.group, "redistribute")
+        received = received.index_select(0, _by_cyclic_rank(target, x.device).argsort())
+    return received.movedim(0, -1)
 
 
 def redistribute_batch(
     batch: GeometricBatch, source: SequenceShard, target: SequenceShard
 ) -> GeometricBatch:
-    """Every field of a batch in another layout: one exchange for numbers, one for the rest."""
-    points, vectors, scalars = _together(
-        [batch.points, batch.vectors, batch.scalars], source, target
-    )
-    index, mask, segment = _together(
-        [x.long().unsqueeze(1) for x in (batch.index, batch.mask, batch.segment)], source, target
-    )
-    return GeometricBatch(
-        points,
-        vectors,
-        scalars,
-        index.squeeze(1),
-        mask.squeeze(1).bool(),
-        segment.squeeze(1),
-        batch.lengths,
-        batch.bodies,
-    )
+    """A batch in another layout: one exchange for floats, one for integers and booleans."""
+    return batch.replace(**_exchange(batch.tensors, source, target))
 
 
-def _together(tensors: list[Tensor], source: SequenceShard, target: SequenceShard) -> list[Tensor]:
-    """Redistributes tensors (b, ..., n) of one dtype as channels of one."""
-    channels = [x.flatten(1, -2) for x in tensors]
-    moved = redistribute(torch.cat(channels, 1), source, target)
-    parts = moved.split([x.shape[1] for x in channels], 1)
-    return [
-        part.reshape(*x.shape[:-1], target.n_local) for part, x in zip(parts, tensors, strict=True)
-    ]
+def redistribute_sample(sample: Sample, source: SequenceShard, target: SequenceShard) -> Sample:
+    """A sample in another layout; the targets and weights of tokens travel with the inputs."""
+    inputs = sample.inputs.tensors
+    moved = _exchange(inputs | sample.token_tensors, source, target)
+    batch = sample.inputs.replace(**{name: moved.pop(name) for name in inputs})
+    return replace(sample, inputs=batch, **moved)
 
 
-def _by_rank(owners: Tensor, size: int) -> tuple[Tensor, list[int]]:
-    """Places sorted by the rank that owns them, stable, and how many each rank owns."""
-    return torch.argsort(owners, stable=True), torch.bincount(owners, minlength=size).tolist()
+def _exchange(
+    tensors: Mapping[str, Shaped[Tensor, "b ... n"]], source: SequenceShard, target: SequenceShard
+) -> dict[str, Tensor]:
+    """Redistributes floats as channels of one tensor, and all the others as channels of another."""
+    moved = {}
+    for floating in (True, False):
+        mine = {name: x for name, x in tensors.items() if x.is_floating_point() == floating}
+        channels = [x.reshape(len(x), prod(x.shape[1:-1]), x.shape[-1]) for x in mine.values()]
+        together = redistribute(torch.cat(channels, 1), source, target)
+        each = together.split([x.shape[1] for x in channels], 1)
+        for (name, x), part in zip(mine.items(), each, strict=True):
+            moved[name] = part.reshape(*x.shape[:-1], target.n_local).to(x.dtype)
+    return moved
+
+
+@lru_cache(16)
+def _numbers(tokens: range, device: torch.device) -> Int[Tensor, " n"]:
+    return torch.arange(tokens.start, tokens.stop, tokens.step, device=device)
+
+
+@lru_cache(16)
+def _counts(length: int, rank: int, size: int) -> tuple[list[int], list[int]]:
+    """How many of a rank's contiguous tokens are cyclic ones of each rank, and the other way."""
+
+    def shared(contiguous: int, cyclic: int) -> int:
+        first, stop = (length * r // size for r in (contiguous, contiguous + 1))
+        return len(range(first + (cyclic - first) % size, stop, size))
+
+    ranks = range(size)
+    return [shared(rank, other) for other in ranks], [shared(other, rank) for other in ranks]
+
+
+def _by_cyclic_rank(contiguous: SequenceShard, device: torch.device) -> Int[Tensor, " n"]:
+    return _sorted_by_rank(contiguous._tokens(contiguous.rank), contiguous.size, device)
+
+
+@lru_cache(16)
+def _sorted_by_rank(tokens: range, size: int, device: torch.device) -> Int[Tensor, " n"]:
+    """Local places of contiguous tokens in the order of the cyclic ranks that they belong to."""
+    return (_numbers(tokens, device) % size).argsort(stable=True)

@@ -1,24 +1,27 @@
 """The training loop, and what one optimiser step is."""
 
 import math
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from jaxtyping import Float64
+from torch import Tensor, nn
 
 from data_pipeline.batch import Sample
-from data_pipeline.errors import ConfigError, RunError
-from data_pipeline.stream.stream import MicroBatch, Stream, check_lengths
+from data_pipeline.errors import RunError
+from data_pipeline.options import check_options
+from data_pipeline.stream.stream import Stream, check_lengths
 from data_pipeline.tasks.protocol import Task
 from scaling.checkpoint.checkpoint import Checkpoints
 from scaling.engine.base import Engine
 from scaling.engine.build import build_engine
-from scaling.engine.loss import engine_loss
+from scaling.engine.loss import check_weight, engine_loss
 from scaling.observe.metrics import StepMeter
 from scaling.observe.profile import StepProfiler
 from scaling.observe.progress import Summary
-from scaling.parallel.collectives import global_sums
+from scaling.parallel.collectives import sum_over_ranks
 from scaling.parallel.first_rank import first_rank_says
 from scaling.parallel.mesh import Mesh
 from scaling.parallel.telemetry import timed
@@ -59,7 +62,7 @@ def fit(
 
     with Reporter(run, task, train.steps) as report, StopRequest(run.stop_file) as stop:
         trainer = build_trainer(model, task, mesh, train, optim, engine, device)
-        evaluation = Evaluation(trainer.engine, trainer.objective, task, train, device)
+        evaluation = Evaluation(trainer.engine, trainer.objective, task, train)
         checkpoints = Checkpoints(run.checkpoints, train.keep)
         profiler = StepProfiler(run.path / "profile", train.profile_steps, report.say)
         with closing(trainer.stream) as stream, profiler:
@@ -94,43 +97,44 @@ class Trainer:
     task: Task
     train: TrainSettings
     optim: OptimSettings
-    device: torch.device
     meter: StepMeter
 
     def step(self, step: int, stop: bool) -> tuple[Row, bool]:
         """One optimiser step, which is the row's; and whether any rank wants to stop after it."""
         with timed("data_wait"):
             window = next(self.stream)
-        samples = [self._place(micro_batch) for micro_batch in window]
-        weight, tokens, stops = global_sums(
-            sum(self.objective.weight(sample).double().item() for sample in samples),
-            sum(micro_batch.tokens for micro_batch in window) / self.objective.mesh.sp,
-            stop,
-            device=self.device,
-        )
-        total = 0.0
-        for number, (micro_batch, sample) in enumerate(zip(window, samples, strict=True)):
-            with self.engine.accumulate(last=number == len(window) - 1):
-                with timed("forward"):
-                    local_sum, *_ = self.engine(sample, micro_batch.length)
-                    (micro_sum,) = global_sums(local_sum.detach(), device=self.device)
-                    total += micro_sum
-                self._check_finite(step, "loss", total)
-                with timed("backward"):
-                    loss = engine_loss(local_sum, weight * self.task.unit, self.engine.world)
-                    self.engine.backward(loss)
+        numbers = self.add_gradients(window, stop)
+        total, weight, tokens, stops = numbers.tolist()  # here the host waits for the device
+        check_weight(weight)
+        loss = total / weight / self.task.unit
+        self._check_finite(step, "loss", loss)
         rate = learning_rate(step, self.train.steps, self.optim)
         with timed("optimizer"):
             norm = self.engine.step(rate)
         self._check_finite(step, "gradient norm", norm)
         self.meter.tokens = round(tokens)
-        loss = total / weight / self.task.unit
         row = {"step": step, "split": "train", "loss": loss, "grad_norm": norm, "lr": rate}
         return row, stops > 0
 
-    def _place(self, micro_batch: MicroBatch) -> Sample:
-        dtype = torch.float64 if self.train.precision == "float64" else torch.float32
-        return micro_batch.sample.to(self.device, dtype)
+    def add_gradients(self, window: Sequence[Sample], stop: bool) -> Float64[Tensor, "4"]:
+        """Adds up the gradients of a step's micro-batches; nothing in it waits for the device.
+
+        Returns, over all ranks: the loss sum, its weight, the tokens, and who wants to stop.
+        """
+        objective, sp = self.objective, self.objective.mesh.slot.sp
+        own = sum(map(objective.weight, window)), sum(s.tokens for s in window) / sp, float(stop)
+        counts = torch.tensor(own, dtype=torch.float64, device=objective.device)
+        weight = sum_over_ranks(counts)[0] * self.task.unit
+        samples = [objective.place(sample) for sample in window]
+        total = counts.new_zeros(1)
+        for number, sample in enumerate(samples):
+            with self.engine.accumulate(last=number == len(window) - 1):
+                with timed("forward"):
+                    local_sum, *_ = self.engine(*objective.enter(sample))
+                    total += local_sum.detach()
+                with timed("backward"):
+                    self.engine.backward(engine_loss(local_sum, weight, self.engine.world))
+        return torch.cat([sum_over_ranks(total), counts])
 
     def _check_finite(self, step: int, what: str, value: float) -> None:
         if not math.isfinite(value):
@@ -151,11 +155,8 @@ def build_trainer(
     device: torch.device,
 ) -> Trainer:
     """Engine, stream and meter of one rank."""
-    if min(train.log_every, train.evaluate_every, train.save_every, train.keep) < 1:
-        raise ConfigError(
-            f"train.log_every={train.log_every}, evaluate_every={train.evaluate_every}, "
-            f"save_every={train.save_every} and keep={train.keep} must be 1 or more"
-        )
+    for settings in (train, optim, engine):
+        check_options(settings)
     check_lengths(task, "validation", train.max_length)  # now, not at the first evaluation
     stream = Stream(
         task,
@@ -165,22 +166,21 @@ def build_trainer(
         seed=train.seed,
         max_length=train.max_length,
         bucket_steps=train.bucket_steps or 1,
-        dp_rank=mesh.dp_rank,
-        dp_size=mesh.dp,
-        sp_rank=mesh.sp_rank,
-        sp_size=mesh.sp,
+        slot=mesh.slot,
     )
     dtype = torch.float64 if train.precision == "float64" else torch.float32
-    objective = Objective(model.to(device, dtype), mesh, bf16=train.precision == "bf16")
+    objective = Objective(
+        model.to(device, dtype), mesh, device, dtype, bf16=train.precision == "bf16"
+    )
     wrapped = build_engine(
         engine.name,
         objective,
         optimizer_maker(optim),
         gradient_clipping=optim.gradient_clipping,
         micro_batch_size=train.micro_batch_size,
-        accumulation=train.batch_size // (mesh.dp * train.micro_batch_size),
+        accumulation=train.batch_size // (mesh.slot.dp * train.micro_batch_size),
         precision=train.precision,
         zero_stage=engine.zero_stage,
         deepspeed=engine.deepspeed_config,
     )
-    return Trainer(wrapped, objective, stream, task, train, optim, device, StepMeter(device))
+    return Trainer(wrapped, objective, stream, task, train, optim, StepMeter(device))

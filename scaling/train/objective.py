@@ -1,9 +1,12 @@
 """From one rank's slice of a micro-batch to its part of the loss.
 
-The slice arrives as it was read, contiguous; it becomes cyclic at the model's door and stays so:
-what is summed over tokens does not ask for their order. The result is a sum over what this rank
-counts; dividing it by the weight of all ranks is the loss's business (engine/loss.py).
+The slice arrives as it was read, contiguous; at the door it comes into the layout that the model
+works in, once for all, and stays so: what is summed over tokens does not ask for their order. The
+result is a sum over what this rank counts; dividing it by the weight of all ranks is the loss's
+business (engine/loss.py).
 """
+
+from contextlib import nullcontext
 
 import torch
 from jaxtyping import Float
@@ -12,69 +15,75 @@ from torch import Tensor, nn
 from data_pipeline.batch import GeometricBatch, Sample
 from scaling.ops.masked_rows import MaskedRows
 from scaling.parallel.mesh import Mesh
-from scaling.parallel.shard import SequenceShard, redistribute, redistribute_batch
+from scaling.parallel.shard import SequenceShard, redistribute_sample
 
 
 class Objective(nn.Module):
-    """A model and its read-out.
+    """A model and the squared error of its answers per coordinate, weight · |answer - target|² / 3.
 
-    Per-token targets are compared with the moved points, targets of a sequence with the mean of
-    the first vector channel over all valid tokens; both as squared error per coordinate:
-    sum of weight · |answer - target|² / 3.
+    A sample says what answers: the moved points or the first vector channel, at every token or in
+    the mean over the valid (or marked) tokens of a row.
+
+    Args:
+        device, dtype: where samples go, and as which floats; None leaves them as they are.
+        bf16: run the model under autocast.
     """
 
-    def __init__(self, model: nn.Module, mesh: Mesh, bf16: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        mesh: Mesh,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        bf16: bool = False,
+    ) -> None:
         super().__init__()
         self.model = model
         self.mesh = mesh
-        self.bf16 = bf16
+        self.device, self.dtype, self.bf16 = device, dtype, bf16
+
+    def weight(self, sample: Sample) -> float:
+        """What this rank's part of a sample weighs in the loss; summed over ranks, each weight
+        counts once. For samples that are still on the host."""
+        total = sample.weight.sum(dtype=torch.float64).item()
+        return total if sample.per_token else total / self.mesh.slot.sp
+
+    def place(self, sample: Sample) -> Sample:
+        """A sample on the device."""
+        return sample.to(self.device, self.dtype)
+
+    def enter(self, sample: Sample) -> tuple[Sample, SequenceShard]:
+        """The door: this rank's contiguous tokens become those that the model works on, inputs,
+        targets and weights together; and which these are. The host does not wait."""
+        group, layout = self.mesh.sequence_group, getattr(self.model, "layout", "cyclic")
+        natural = SequenceShard(sample.length, group, "contiguous")
+        shard = SequenceShard(sample.length, group, layout)
+        return redistribute_sample(sample, natural, shard), shard
 
     def forward(
-        self, sample: Sample, length: int
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, "b 3 n"], Float[Tensor, "b v 3 n"]]:
-        """This rank's loss sum, and the moved points and vectors of its cyclic tokens.
+        self, sample: Sample, shard: SequenceShard
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, " b *n"], GeometricBatch]:
+        """This rank's loss sum, the terms that it consists of, and the moved batch.
 
         Args:
-            sample: this rank's contiguous tokens.
-            length: tokens of the rows, all sequence ranks together.
+            sample, shard: as `enter` gives them.
         """
-        inputs, shard = self.enter(sample.inputs, length)
-        with torch.autocast(inputs.points.device.type, torch.bfloat16, enabled=self.bf16):
-            moved = self.model(inputs, shard)
-        return self._read_out(moved, sample, shard), moved.points, moved.vectors
+        device = sample.inputs.points.device.type
+        with torch.autocast(device, torch.bfloat16) if self.bf16 else nullcontext():
+            moved = self.model(sample.inputs, shard)
+        errors = self._errors(moved, sample, shard)
+        return errors.sum(), errors, moved
 
-    def enter(self, inputs: GeometricBatch, length: int) -> tuple[GeometricBatch, SequenceShard]:
-        """The inputs in the layout that models work in, and that layout."""
-        contiguous = SequenceShard(length, self.mesh.sequence_group, "contiguous")
-        cyclic = SequenceShard(length, self.mesh.sequence_group, "cyclic")
-        return redistribute_batch(inputs, contiguous, cyclic), cyclic
-
-    def weight(self, sample: Sample) -> Float[Tensor, ""]:
-        """What this rank's part of the loss weighs; summed over ranks, each weight counts once."""
-        return sample.weight.sum() if sample.per_token else sample.weight.sum() / self.mesh.sp
-
-    def _read_out(self, moved: GeometricBatch, sample: Sample, shard: SequenceShard) -> Tensor:
+    def _errors(
+        self, moved: GeometricBatch, sample: Sample, shard: SequenceShard
+    ) -> Float[Tensor, " b *n"]:
+        answer = moved.points if sample.answer == "points" else moved.vectors[:, 0]
+        weight = sample.weight
         if not sample.per_token:
+            marked = moved.mask if sample.marked is None else moved.mask & sample.marked
+            answer = MaskedRows(marked, shard).mean(answer)
             # Every sequence rank holds the same mean: each counts its share of it.
-            answer = MaskedRows(moved.mask, shard).mean(moved.vectors[:, 0])
-            error = (answer - sample.target).square().sum(1) / 3
-            return (sample.weight * error).sum() / self.mesh.sp
-        error, _ = self.token_errors(moved.points, sample, shard)
-        return error.sum()
-
-    def token_errors(
-        self, points: Float[Tensor, "b 3 n"], sample: Sample, shard: SequenceShard
-    ) -> tuple[Float[Tensor, "b n"], Float[Tensor, "b n"]]:
-        """weight · |answer - target|² / 3 and the weight of this rank's cyclic tokens.
-
-        Args:
-            points: answers of the cyclic tokens.
-            sample: this rank's contiguous tokens; its targets are per token.
-            shard: the cyclic one.
-        """
-        contiguous = SequenceShard(shard.length, shard.group, "contiguous")
-        target = redistribute(sample.target, contiguous, shard)
-        weight = redistribute(sample.weight, contiguous, shard)
+            weight = weight / self.mesh.slot.sp
         # Where nothing counts the target means nothing: it may not reach the gradient either.
-        difference = (points - target).masked_fill((weight == 0).unsqueeze(1), 0)
-        return weight * difference.square().sum(1) / 3, weight
+        difference = (answer - sample.target).masked_fill((weight == 0).unsqueeze(1), 0)
+        return weight * difference.square().sum(1) / 3

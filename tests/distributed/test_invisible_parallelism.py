@@ -59,11 +59,11 @@ def one_process(name: str, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def on_a_mesh(mesh: Mesh, name: str, engine_name: str, stage: int, dtype: torch.dtype):
-    sample, length = whole_sample(dtype), max(LENGTHS)
-    shard = SequenceShard(length, mesh.sequence_group, "contiguous")
-    rows = slice(mesh.dp_rank, None, mesh.dp)
+    sample = whole_sample(dtype)
+    shard = SequenceShard(max(LENGTHS), mesh.sequence_group, "contiguous")
+    rows = slice(mesh.slot.dp_rank, None, mesh.slot.dp)
     part = Sample(
-        sample.inputs.map(lambda x: shard.scatter(x[rows])),
+        sample.inputs.replace(lengths=tuple(LENGTHS[rows])).map(lambda x: shard.scatter(x[rows])),
         shard.scatter(sample.target[rows]),
         shard.scatter(sample.weight[rows]),
     )
@@ -73,16 +73,16 @@ def on_a_mesh(mesh: Mesh, name: str, engine_name: str, stage: int, dtype: torch.
         objective,
         lambda parameters: torch.optim.SGD(parameters, lr=RATE),
         gradient_clipping=0.0,
-        micro_batch_size=len(LENGTHS) // mesh.dp,
+        micro_batch_size=len(LENGTHS) // mesh.slot.dp,
         accumulation=1,
         precision="float64" if dtype == torch.float64 else "float32",
         zero_stage=stage,
         environment={},
     )
     for _ in range(STEPS):
-        (weight,) = global_sums(objective.weight(part).item())
+        (weight,) = global_sums(objective.weight(part))
         with engine.accumulate(last=True):
-            local_sum, *_ = engine(part, length)
+            local_sum, *_ = engine(*objective.enter(part))
             engine.backward(engine_loss(local_sum, weight, engine.world))
         engine.step(RATE)
     return {key.removeprefix("model."): value for key, value in engine.state()[0].items()}
@@ -107,7 +107,7 @@ def every_mesh(rank: int, world: int, folder: Path) -> None:
                 values = on_a_mesh(mesh, name, engine_name, stage, dtype)
                 if rank == 0:
                     error = relative(values, expected)
-                    print(mesh.dp, mesh.sp, name, engine_name, stage, error, flush=True)
+                    print(mesh.slot, name, engine_name, stage, error, flush=True)
                     assert error <= tolerance
     dist.barrier()
     dist.destroy_process_group()

@@ -36,7 +36,7 @@ class Largest(TorchDispatchMode):
 
 def largest_tensor(group: Any, sp: int) -> int:
     """Of loading, forward, backward, optimiser and evaluation."""
-    task, device = Needles(TOKENS, pairs=64, held_out_size=1), torch.device("cpu")
+    task = Needles(TOKENS, pairs=64, held_out_size=1)
     model = build("se3_hyena", 1, 3, channels=4, hidden=4, gate_hidden=4, operators=2)
     objective = Objective(model, mesh := Mesh(1, sp))
     engine = build_engine(
@@ -51,13 +51,12 @@ def largest_tensor(group: Any, sp: int) -> int:
     settings = TrainSettings(micro_batch_size=1)
     with Largest() as seen:
         (batch,) = evaluation_batches(
-            task, "validation", micro_batch_size=1, max_length=TOKENS, sp_rank=mesh.sp_rank,
-            sp_size=sp,
+            task, "validation", micro_batch_size=1, max_length=TOKENS, slot=mesh.slot,
         )  # fmt: skip
-        local_sum, *_ = engine(batch.sample, batch.length)
+        local_sum, *_ = engine(*objective.enter(batch))
         engine.backward(engine_loss(local_sum, 64, engine.world))
         engine.step(1e-3)
-        Evaluation(engine, objective, task, settings, device).row(1)
+        Evaluation(engine, objective, task, settings).row(1)
     return seen.bytes
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,12 +43,13 @@ def test_an_answer_hears_the_question_half_a_sequence_away():
     """By gradients; they are zero once the convolutions' results are left out."""
     config = compose("train", SHORT, Config)
     task = build_task(config.task["name"], **options_of(config.task))
-    model = build("se3_hyena", task.vectors, task.scalars, **options_of(config.model))
+    model: Any = build("se3_hyena", task.vectors, task.scalars, **options_of(config.model))
     inputs = task.sample("train", [0], [0], 0, TOKENS).inputs
     reached = {}
     for name in ("with", "without"):
         inputs.vectors = inputs.vectors.detach().requires_grad_()
         model(inputs).points[0, :, TOKENS // 2].sum().backward()
+        assert inputs.vectors.grad is not None
         reached[name] = inputs.vectors.grad.square().sum((0, 1, 2)).sqrt()
         for operator in model.operators:
             torch.nn.init.zeros_(operator.w)

@@ -94,12 +94,12 @@ def test_baselines_and_the_unit():
 
 def test_options_are_checked():
     for options, message in (
-        ({"pairs": 0}, "task.pairs=0 must be 1 or more"),
-        ({"keys": 7}, "task.keys=7 must be 6 or less"),
-        ({"noise": -1.0}, "task.noise=-1.0 must be 0 or more"),
-        ({"noise": float("nan")}, "task.noise=nan must be 0 or more"),
-        ({"held_out_size": 0}, "task.held_out_size=0 must be 1 or more"),
-        ({"tokens": 8, "pairs": 4}, "task.tokens=8 cannot hold .*pairs=4 pairs; use 9 tokens or"),
+        ({"pairs": 0}, "pairs=0: must be .* 1$"),
+        ({"keys": 7}, "keys=7: must be .* 6$"),
+        ({"noise": -1.0}, "noise=-1.0: must be .* 0$"),
+        ({"noise": float("nan")}, "noise=nan: must be .* 0$"),
+        ({"held_out_size": 0}, "held_out_size=0: must be .* 1$"),
+        ({"tokens": 8, "pairs": 4}, "tokens=8: a question and pairs=4 need 9 or more"),
     ):
         with pytest.raises(ConfigError, match=f"^{message}"):
             build_task("needles", **options)

@@ -4,6 +4,7 @@ from collections import Counter
 from concurrent.futures import Future
 from copy import copy
 from functools import cache
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -15,10 +16,21 @@ from hypothesis import strategies as st
 from data_pipeline.batch import GeometricBatch, Sample
 from data_pipeline.errors import RunError
 from data_pipeline.stream.order import Order
+from data_pipeline.stream.slot import DataSlot
 from data_pipeline.stream.stream import Stream
 from data_pipeline.tasks.recall import Recall
 
 KEY = (3, "train", "digest")
+
+
+class Given(Sample):
+    """Remembers what was asked for."""
+
+    given: tuple[list[int], list[int], tuple[int, int]]
+
+
+def length_of(item: int) -> int:
+    return item * 37 % 11 + 9
 
 
 class Trivial:
@@ -36,7 +48,7 @@ class Trivial:
         return self._parts
 
     def length(self, split, item):
-        return item * 37 % 11 + 9
+        return length_of(item)
 
     def longest(self, split):
         return max(range(self.size(split)), key=lambda item: self.length(split, item))
@@ -53,7 +65,7 @@ class Trivial:
         return {}
 
 
-EMPTY = Sample(GeometricBatch(torch.zeros(1, 3, 1)), torch.zeros(1, 3), torch.zeros(1))
+EMPTY = Given(GeometricBatch(torch.zeros(1, 3, 1)), torch.zeros(1, 3), torch.zeros(1))
 MESHES = [(1, 1, 1), (1, 2, 4), (2, 1, 2), (2, 2, 1), (1, 3, 2), (4, 1, 1)]
 """dp, sp, micro-batch."""
 
@@ -87,7 +99,7 @@ def order_of(parts: tuple[tuple[int, int], ...], bucket: int) -> Order:
     """One for all ranks and histories, for under the checks of types it is slow."""
     task = Trivial(*parts)
     order = Order(parts, KEY, BATCH, bucket, lambda item: task.length("train", item))
-    options = {"batch_size": BATCH, "micro_batch_size": 1, "seed": KEY[0], "max_length": 99}
+    options: Any = {"batch_size": BATCH, "micro_batch_size": 1, "seed": KEY[0], "max_length": 99}
     own = Stream(task, "train", bucket_steps=bucket, **options)._order
     assert own.samples(0, 50) == order.samples(0, 50)
     order.samples = cache(order.samples)
@@ -127,7 +139,7 @@ def run(task, order, bucket, mesh, kept, lost, state):
     streams = {
         (d, s): Stream(
             task, "train", batch_size=BATCH, micro_batch_size=micro, seed=KEY[0], max_length=99,
-            dp_rank=d, dp_size=dp, sp_rank=s, sp_size=sp, bucket_steps=bucket,
+            slot=DataSlot(d, dp, s, sp), bucket_steps=bucket,
         )
         for d in range(dp) for s in range(sp)
     }  # fmt: skip
@@ -154,11 +166,11 @@ def joined(steps, dp, sp) -> list[tuple[int, int]]:
     for number in range(len(steps[0, 0])):
         for d in range(dp):
             parts = [steps[d, s][number] for s in range(sp)]
-            items, keys, _ = parts[0].sample.given
-            assert all(part.sample.given[:2] == (items, keys) for part in parts)
-            cuts = [part.sample.given[2] for part in parts]
+            items, keys, _ = parts[0].given
+            assert all(part.given[:2] == (items, keys) for part in parts)
+            cuts = [part.given[2] for part in parts]
             assert [a for a, _ in cuts] == [0, *(b for _, b in cuts[:-1])]
-            assert cuts[-1][1] == parts[0].length
+            assert cuts[-1][1] == max(map(length_of, items))
             rows += zip(items, keys, strict=True)
     return rows
 
@@ -234,7 +246,7 @@ def test_states_lead_back_and_those_of_buckets_know_their_batches():
     state, expected = used.state_dict(), next(first)
     next(used)  # what is prepared ahead is of another place
     used.load_state_dict(state)
-    assert torch.equal(next(used)[0].sample.target, expected[0].sample.target)
+    assert torch.equal(next(used)[0].target, expected[0].target)
     stream(4, 1).load_state_dict(stream(2, 1).state_dict())
     for one, other in (((2, 2), (2, 3)), ((2, 2), (4, 2)), ((2, 1), (2, 2)), ((2, 2), (2, 1))):
         with pytest.raises(RunError, match="data bucket is"):

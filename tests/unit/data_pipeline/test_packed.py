@@ -1,8 +1,8 @@
 """Packed samples: every chain once, whole, in its own place; slices read what they hold."""
 
 from collections import Counter
-from dataclasses import fields
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,9 +60,41 @@ def paths(tmp_path_factory):
 
 
 def join(parts: list[Sample]) -> dict[str, torch.Tensor]:
-    found = {f.name: [getattr(p.inputs, f.name) for p in parts] for f in fields(parts[0].inputs)}
+    found = {name: [p.inputs.tensors[name] for p in parts] for name in parts[0].inputs.tensors}
     found |= {"target": [p.target for p in parts], "weight": [p.weight for p in parts]}
     return {name: torch.cat(tensors, -1) for name, tensors in found.items()}
+
+
+def bodies_of(sample: Sample) -> torch.Tensor:
+    """The number of each token's body in the only row, which its length ends."""
+    assert sample.inputs.bodies is not None
+    (lengths,) = sample.inputs.bodies
+    assert sample.inputs.lengths == (sum(lengths),) == (sample.length,) == (sample.tokens,)
+    return torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+
+
+def test_a_sample_says_its_bodies_of_whole_rows_or_is_one(paths):
+    """The same on every rank; together, nothing but that and the digest differs."""
+    apart, together = (
+        Denoising(paths["plain"], neighbours=2, packed_length=1500, bodies=bodies)
+        for bodies in ("apart", "together")
+    )
+    items, keys = [1, None], [7, 0]
+    length = apart.length("train", 1)
+    whole, half, one = (
+        task.sample("train", items, keys, start, length).inputs
+        for task, start in ((apart, 0), (apart, length // 2), (together, 0))
+    )
+    assert whole.bodies is not None and whole.bodies == half.bodies
+    assert sum(whole.bodies[0]) == length and whole.bodies[1] == () and len(whole.bodies[0]) > 5
+    assert whole.lengths == half.lengths == one.lengths == (length, 0) and one.bodies is None
+    for name, x in whole.tensors.items():
+        assert torch.equal(x, one.tensors[name])
+    assert apart.digest != together.digest
+    alone = Denoising(paths["plain"]).sample("train", [0, 1], [0, 0], 0, 400).inputs
+    assert alone.bodies is None and alone.lengths == tuple(
+        alone.index.where(alone.mask, 0).amax(1) + 1
+    )
 
 
 @pytest.mark.parametrize("name", ["plain", "extra"])
@@ -100,14 +132,16 @@ def test_every_chain_comes_as_often_as_asked_and_is_what_it_is_alone(paths, pack
             assert length <= packed_length
             assert item == packed.size(split) - 1 or length > packed_length - 180
             sample = packed.sample(split, [item], [item + 5], 0, length)
-            segment = sample.inputs.segment[0]
+            segment, body = sample.inputs.segment[0], bodies_of(sample)
             assert (segment.diff() >= 0).all() and segment[0] == 0
-            for body in range(int(segment[-1]) + 1):
-                here = segment == body
+            for number in range(int(body[-1]) + 1):
+                here = body == number
                 own, single = chains[sample.inputs.scalars[0, :21, here].numpy().tobytes()]
                 seen[split, own] += 1
                 inputs, expected = sample.inputs, single.inputs
                 assert torch.equal(inputs.index[0, here], expected.index[0])
+                breaks = inputs.segment[0, here].diff()
+                assert torch.equal(breaks, expected.segment[0].diff()) and breaks.max() == 1
                 assert torch.equal(inputs.mask[0, here], expected.mask[0])
                 assert torch.equal(inputs.scalars[0][:, here], expected.scalars[0])
                 valid = expected.mask[0]
@@ -125,8 +159,8 @@ def test_copies_of_a_chain_have_noise_and_motion_of_their_own(paths):
     assert [halves.length("test", item) for item in range(halves.size("test"))] == [once, once]
     task = Denoising(paths["plain"], neighbours=1, packed_length=10**6, packed_copies=2)
     sample = task.sample("test", [0], [4], 0, task.length("test", 0))
-    segment, residue = sample.inputs.segment[0], sample.inputs.scalars[0, :21]
-    bodies = [segment == body for body in range(int(segment[-1]) + 1)]
+    body, residue = bodies_of(sample), sample.inputs.scalars[0, :21]
+    bodies = [body == number for number in range(int(body[-1]) + 1)]
     first = bodies[0]
     (other,) = (
         body
@@ -247,16 +281,19 @@ def test_a_rank_reads_its_own_part(paths, tmp_path, monkeypatch, name):
 def test_chains_too_long_and_bad_mixtures_are_named(paths):
     """One line: the value and the way out."""
     longest = max(Store(paths["plain"]).lengths) * 3
-    with pytest.raises(ConfigError, match=r"c\d+, has \d+ tokens, .*packed_length=100; raise"):
+    with pytest.raises(ConfigError, match=r"c\d+, has \d+ tokens; raise"):
         Denoising(paths["plain"], packed_length=100)
     assert Denoising(paths["plain"], packed_length=int(longest)).size("train") > 40
     for weights in ([1], [1, 0], [1, 2, 3]):
-        with pytest.raises(ConfigError, match="must be 2 numbers of 1 or more"):
+        with pytest.raises(
+            ConfigError, match=r"weights=.* (2 numbers of 1 or more|greater than or equal to 1)"
+        ):
             Denoising([paths["plain"], paths["second"]], weights=weights)
+    options: dict[str, Any]
     for options in ({"packed_copies": 0, "packed_length": 10**4}, {"packed_copies": 2}):
-        with pytest.raises(ConfigError, match=r"task.packed_copies=\d must be 1 or more, and 1"):
+        with pytest.raises(ConfigError, match=r"packed_copies=\d: must be"):
             Denoising(paths["plain"], **options)
-    with pytest.raises(ConfigError, match=r"packed_copies=1000000000 of \d+ train .* at most \d+"):
+    with pytest.raises(ConfigError, match=r"packed_copies=1000000000: of \d+ train .* at most \d+"):
         Denoising(paths["plain"], packed_length=10**4, packed_copies=10**9)
     with pytest.raises(ConfigError, match="names no store"):
         Denoising([])

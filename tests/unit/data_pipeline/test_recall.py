@@ -91,14 +91,14 @@ def test_baselines_and_the_unit():
 def test_options_are_checked():
     """Names and values that cannot be are one-line errors."""
     for option, value, limit in (
-        ("tokens", 2, "3 or more"),
-        ("pairs", 0, "1 or more"),
-        ("pairs", 1 << 21, "1048576 or less"),
-        ("train_size", -1, "1 or more"),
-        ("train_size", 0, "1 or more"),
-        ("held_out_size", 0, "1 or more"),
+        ("tokens", 2, "greater than or equal to 3"),
+        ("pairs", 0, "greater than or equal to 1"),
+        ("pairs", 1 << 21, "less than or equal to 1048576"),
+        ("train_size", -1, "greater than or equal to 1"),
+        ("train_size", 0, "greater than or equal to 1"),
+        ("held_out_size", 0, "greater than or equal to 1"),
     ):
-        with pytest.raises(ConfigError, match=rf"^task\.{option}={value} must be {limit}$"):
+        with pytest.raises(ConfigError, match=rf"^{option}={value}: must be {limit}$"):
             build_task("recall", **{option: value})
     with pytest.raises((ConfigError, TypeCheckError), match="sometimes"):
         build_task("recall", vocabulary="sometimes")

@@ -5,10 +5,12 @@ from collections import Counter
 import pytest
 import torch
 
+from data_pipeline.batch import Sample
 from data_pipeline.counter_rng import permuted
 from data_pipeline.errors import ConfigError, RunError
 from data_pipeline.prepare import ensure_bundled
-from data_pipeline.stream.stream import MicroBatch, Stream, check_lengths, evaluation_batches
+from data_pipeline.stream.slot import DataSlot
+from data_pipeline.stream.stream import Stream, check_lengths, evaluation_batches
 from data_pipeline.tasks.denoising import Denoising
 from data_pipeline.tasks.recall import Recall
 
@@ -23,22 +25,22 @@ def denoising(tmp_path_factory):
     return Denoising(str(path), neighbours=2)
 
 
-def rows_of(step_of_rank: dict[tuple[int, int], list[MicroBatch]], dp: int, sp: int) -> list[dict]:
+def rows_of(step_of_rank: dict[tuple[int, int], list[Sample]], dp: int, sp: int) -> list[dict]:
     """The samples of a global step in order, slices joined and padding removed."""
     rows = []
     for accumulated in range(len(step_of_rank[0, 0])):
         for d in range(dp):
             parts = [step_of_rank[d, s][accumulated] for s in range(sp)]
             assert len({(p.length, p.tokens) for p in parts}) == 1
-            points = torch.cat([p.sample.inputs.points for p in parts], -1)
-            vectors = torch.cat([p.sample.inputs.vectors for p in parts], -1)
-            mask = torch.cat([p.sample.inputs.mask for p in parts], -1)
+            points = torch.cat([p.inputs.points for p in parts], -1)
+            vectors = torch.cat([p.inputs.vectors for p in parts], -1)
+            mask = torch.cat([p.inputs.mask for p in parts], -1)
             assert points.shape[-1] == parts[0].length == mask.sum(1).max()
             for row in range(len(points)):
                 valid = mask[row]
                 rows.append({"x": points[row, :, valid], "v": vectors[row, ..., valid]})
-                if not parts[0].sample.per_token:
-                    rows[-1]["target"] = parts[0].sample.target[row]
+                if not parts[0].per_token:
+                    rows[-1]["target"] = parts[0].target[row]
     return rows
 
 
@@ -47,7 +49,7 @@ def steps(task, dp, sp, micro, state=None, count=1, batch=8, seed=3):
     streams = {
         (d, s): Stream(
             task, "train", batch_size=batch, micro_batch_size=micro, seed=seed, max_length=4096,
-            dp_rank=d, dp_size=dp, sp_rank=s, sp_size=sp,
+            slot=DataSlot(d, dp, s, sp),
         )
         for d in range(dp) for s in range(sp)
     }  # fmt: skip
@@ -113,7 +115,7 @@ def test_noise_is_new_each_epoch(denoising):
             stream.load_state_dict(last | {"cursor": place})
             (batch,) = next(stream)
             if batch.length == first[0][0]["x"].shape[-1]:
-                x = batch.sample.inputs.points[0]
+                x = batch.inputs.points[0]
                 assert not torch.equal(x, first[0][0]["x"])
         stream.close()
 
@@ -141,7 +143,7 @@ def test_evaluation_gives_every_sample_once(denoising):
             (d, s): list(
                 evaluation_batches(
                     denoising, "validation", micro_batch_size=micro, max_length=4096,
-                    dp_rank=d, dp_size=dp, sp_rank=s, sp_size=sp,
+                    slot=DataSlot(d, dp, s, sp),
                 )
             )
             for d in range(dp) for s in range(sp)
@@ -151,20 +153,19 @@ def test_evaluation_gives_every_sample_once(denoising):
         tokens = sum(b.tokens for (_, s), found in ranks.items() if s == 0 for b in found)
         assert tokens == sum(lengths)
         rows = [
-            torch.cat([p.sample.inputs.points[row] for p in parts], -1)
+            torch.cat([p.inputs.points[row] for p in parts], -1)
             for d in range(dp)
             for parts in zip(*(ranks[d, s] for s in range(sp)), strict=True)
             for row in range(micro)
         ]
         masks = [
-            torch.cat([p.sample.inputs.mask[row] for p in parts], -1)
+            torch.cat([p.inputs.mask[row] for p in parts], -1)
             for d in range(dp)
             for parts in zip(*(ranks[d, s] for s in range(sp)), strict=True)
             for row in range(micro)
         ]
         for found in ranks.values():
             assert [b.length for b in found] == sorted((b.length for b in found), reverse=True)
-        assert all(len(p.sample.inputs.mask[0]) > 0 for found in ranks.values() for p in found)
         whole = sorted(
             (x[:, m].numpy().tobytes() for x, m in zip(rows, masks, strict=True) if m.any())
         )
@@ -174,17 +175,25 @@ def test_evaluation_gives_every_sample_once(denoising):
 
 def test_bad_sizes_and_long_items_are_named(denoising):
     """Batches that cannot be shared name what can; a long chain is named, never cut."""
-    with pytest.raises(ConfigError, match=r"batch_size=10 .*dp\(2\).*try .*=8 or 12"):
-        Stream(TASK, "train", batch_size=10, micro_batch_size=2, seed=0, max_length=9, dp_size=2)
+    with pytest.raises(ConfigError, match=r"batch_size=10: .*dp\(2\).*try 8 or 12"):
+        Stream(
+            TASK,
+            "train",
+            batch_size=10,
+            micro_batch_size=2,
+            seed=0,
+            max_length=9,
+            slot=DataSlot(0, 2),
+        )
     for make in (
         lambda: Stream(
             denoising, "train", batch_size=1, micro_batch_size=1, seed=0, max_length=1000
         ),
         lambda: next(evaluation_batches(denoising, "train", micro_batch_size=1, max_length=1000)),
     ):
-        with pytest.raises(ConfigError, match=r"chain \S+/\S+ has 1611 tokens.*max_length=1000"):
+        with pytest.raises(ConfigError, match=r"max_length=1000: chain \S+/\S+ has 1611 tokens"):
             make()
-    with pytest.raises(ConfigError, match=r"sequence 0 of validation has 9 .*max_length=8"):
+    with pytest.raises(ConfigError, match=r"max_length=8: sequence 0 of validation has 9 "):
         check_lengths(TASK, "validation", 8)
     check_lengths(TASK, "validation", 9)
 
@@ -208,10 +217,10 @@ def test_errors_of_the_thread_arrive_and_do_not_shift_the_order():
     class Failing(Recall):
         fail = True
 
-        def sample(self, *arguments):
+        def sample(self, split, items, keys, start, stop):
             if self.fail:
                 raise RuntimeError("disk")
-            return super().sample(*arguments)
+            return super().sample(split, items, keys, start, stop)
 
     task = Failing(tokens=9, train_size=24)
     stream = Stream(task, "train", batch_size=2, micro_batch_size=2, seed=0, max_length=9)
@@ -222,7 +231,7 @@ def test_errors_of_the_thread_arrive_and_do_not_shift_the_order():
     assert stream.state_dict()["cursor"] == 2 and stream.data_wait_s > 0
     stream.close()
     other = Stream(task, "train", batch_size=2, micro_batch_size=2, seed=0, max_length=9)
-    assert torch.equal(next(other)[0].sample.target, batch.sample.target)
+    assert torch.equal(next(other)[0].target, batch.target)
     other.close()
 
 

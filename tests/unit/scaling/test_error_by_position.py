@@ -1,4 +1,4 @@
-"""Error by depth against plain loops over sequences."""
+"""Error by position against plain loops over sequences."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def error_by_position(group):
             depth.add(error, weight, SequenceShard(37))
         else:
             depth.add(shard.scatter(error), shard.scatter(weight), shard)
-    return depth.parts(UNIT)
+    return depth.rows(UNIT)
 
 
 def check(group):
@@ -58,7 +58,7 @@ def test_also_sharded(distributed):
 def test_a_single_sequence_has_no_standard_error():
     depth = ErrorByPosition(16)
     depth.add(torch.ones(1, 16), torch.full((1, 16), 2.0), SequenceShard(16))
-    assert depth.parts(1.0) == [
+    assert depth.rows(1.0) == [
         {"from": 2 * p, "to": 2 * p + 2, "loss": 0.5, "standard_error": None} for p in range(PARTS)
     ]
-    assert ErrorByPosition(16).parts(1.0) == []
+    assert ErrorByPosition(16).rows(1.0) == []

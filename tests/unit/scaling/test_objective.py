@@ -30,7 +30,7 @@ def padded(rows: int, tokens: int) -> GeometricBatch:
     vectors = torch.randn(rows, 2, 3, tokens, generator=random, dtype=torch.float64)
     mask = torch.ones(rows, tokens, dtype=torch.bool)
     mask[1, -2:] = mask[1, 1] = False
-    return GeometricBatch(points, vectors, mask=mask)
+    return GeometricBatch(points, vectors, mask=mask, lengths=(tokens, tokens - 2))
 
 
 def test_loss_per_token_is_the_plain_loop_and_its_gradient_is_finite():
@@ -41,7 +41,8 @@ def test_loss_per_token_is_the_plain_loop_and_its_gradient_is_finite():
     target.masked_fill_((weight == 0).unsqueeze(1), torch.nan)
     objective = Objective(model, Mesh(1, 1))
     sample = Sample(inputs, target, weight)
-    loss, *_ = objective(sample, 7)
+    loss, errors, _ = objective(*objective.enter(sample))
+    assert errors.shape == (2, 7)
     (gradient,) = torch.autograd.grad(loss, model.far)
     wanted, slope = 0.0, 0.0
     for row in range(2):
@@ -53,20 +54,41 @@ def test_loss_per_token_is_the_plain_loop_and_its_gradient_is_finite():
                 slope += weight[row, token].item() * 2 * (miss @ along).item() / 3
     assert loss.item() == pytest.approx(wanted, rel=1e-13)
     assert gradient.item() == pytest.approx(slope, rel=1e-13)
-    assert objective.weight(sample).item() == weight.sum().item()
+    assert objective.weight(sample) == weight.sum().item()
 
 
-def test_loss_per_sequence_reads_the_mean_over_tokens_that_are_there():
+def loss_of(model: Shift, sample: Sample) -> torch.Tensor:
+    objective = Objective(model, Mesh(1, 1))
+    loss, *_ = objective(*objective.enter(sample))
+    return loss
+
+
+def test_loss_per_sequence_reads_the_mean_over_all_or_marked_tokens_that_are_there():
     inputs, model = padded(2, 7), Shift()
+    moved = model(inputs)
     target, weight = torch.randn(2, 3, dtype=torch.float64), torch.tensor([0.5, 3.0]).double()
-    loss, *_ = Objective(model, Mesh(1, 1))(Sample(inputs, target, weight), 7)
-    wanted = 0.0
-    for row in range(2):
-        there = [0.7 * inputs.vectors[row, 0, :, token] for token in range(7)
-                 if inputs.mask[row, token]]  # fmt: skip
-        miss = sum(there) / len(there) - target[row]
-        wanted += weight[row].item() * (miss @ miss).item() / 3
-    assert loss.item() == pytest.approx(wanted, rel=1e-13)
+    marked = torch.arange(7).expand(2, 7) % 3 == 1  # tokens 1 and 4; row 1 has 4 alone
+    for marks in (None, marked):
+        for sample, x in (
+            (Sample(inputs, target, weight, "vectors", marks), 0.7 * inputs.vectors[:, 0]),
+            (Sample(inputs, target, weight, "points", marks), moved.points),
+        ):
+            loss = loss_of(model, sample)
+            read = inputs.mask if marks is None else inputs.mask & marks
+            wanted = 0.0
+            for row in range(2):
+                there = [x[row, :, token] for token in range(7) if read[row, token]]
+                miss = sum(there) / len(there) - target[row]
+                wanted += weight[row].item() * (miss @ miss).item() / 3
+            assert loss.item() == pytest.approx(wanted, rel=1e-13)
+
+
+def test_targets_of_tokens_may_be_vectors():
+    inputs, model = padded(2, 7), Shift()
+    target, weight = torch.randn(2, 3, 7, dtype=torch.float64), inputs.mask.double()
+    loss = loss_of(model, Sample(inputs, target, weight, "vectors"))
+    miss = (0.7 * inputs.vectors[:, 0] - target).square().sum(1) / 3
+    assert loss.item() == pytest.approx((weight * miss).sum().item(), rel=1e-13)
 
 
 def test_the_average_over_ranks_of_their_losses_is_the_objective():
@@ -76,3 +98,5 @@ def test_the_average_over_ranks_of_their_losses_is_the_objective():
     for weight in (0.0, float("nan")):
         with pytest.raises(RunError, match="no mean loss"):
             engine_loss(sums[0], weight, 3)
+    on_device = engine_loss(sums[2], torch.tensor(22.0, dtype=torch.float64), 3)
+    assert on_device == losses[2]

@@ -46,10 +46,10 @@ def test_the_command_prints_parts_that_sum_up(capsys):
     [
         ("ranks=0", "ranks=0: must be at least 1"),
         ("parallel.sp=3", r"dp\(1\) \* sp\(3\) = 3"),
-        ("parallel.dp=2", r"train.batch_size=1 is not a multiple of dp\(2\)"),
+        ("parallel.dp=2", r"batch_size=1: must be a multiple of dp\(2\)"),
         ("device=cuda", "plan foresees ranks on CPUs"),
         ("train.precision=float64", "plan foresees float32 and bf16"),
-        ("task.tokens=9999999999", r"9999999999 tokens, more than train.max_length"),
+        ("task.tokens=9999999999", r"max_length=4194304: sequence 0 of train has 9999999999"),
         ("length=1", r"length=1: must lie in 2 .* 4194304 \(train.max_length\)"),
     ],
 )

@@ -1,0 +1,136 @@
+"""A step's micro-batches, forward and backward, ask the device for nothing: counted on one that
+has no values to give, as rank 3 of 8."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed import fake_pg
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from data_pipeline.prepare import ensure_bundled
+from data_pipeline.stream.slot import DataSlot
+from data_pipeline.stream.stream import Stream
+from data_pipeline.tasks.registry import build_task
+from scaling.engine.ddp import DistributedDataParallelEngine
+from scaling.observe.metrics import StepMeter
+from scaling.ops.masked_rows import MaskedRows
+from scaling.parallel.mesh import Mesh
+from scaling.train.loop import Trainer
+from scaling.train.objective import Objective
+from scaling.train.settings import OptimSettings, TrainSettings
+
+RANK, RANKS = 3, 8
+META = torch.device("meta")
+
+
+class Waits(TorchDispatchMode):
+    """What makes the host wait: a value asked for; inside a part, a copy to the device too, for
+    which it waits as long as the memory is not pinned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.inside = False
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        self.inside = True
+        yield
+        self.inside = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        given = [x.device.type for x in args if isinstance(x, torch.Tensor)]
+        if name == "_local_scalar_dense" and "meta" in given:
+            self.found.append(name)
+            return 1.0
+        result = func(*args, **kwargs or {})
+        made = result.device.type if isinstance(result, torch.Tensor) else "meta"
+        if name in ("_to_copy", "copy_") and self.inside and len({*given, made}) > 1:
+            self.found.append(f"{name} {given} -> {made}")
+        return result
+
+
+class Centred(torch.nn.Module):
+    """Centring, and the token before: what models do with whole rows.
+    `asks`: for what the host waits."""
+
+    def __init__(self, vectors: int, asks: str) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(max(vectors, 1)))
+        self.asks = asks
+
+    def forward(self, batch, shard=None):
+        rows = MaskedRows(batch.mask, shard)
+        vectors = torch.cat([batch.points.unsqueeze(1), batch.vectors], 1)
+        x, _ = rows.centre(vectors)
+        x = x + rows.previous(x)
+        if self.asks == "a value":
+            x = x * x.sum().item()
+        if self.asks == "a copy":
+            x = x[..., torch.arange(x.shape[-1]).to(x.device)]
+        return batch.replace(
+            points=batch.points + self.weight[0] * x[:, 0], vectors=self.weight[0] * x[:, 1:]
+        )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_of_many():
+    dist.Backend.register_backend(
+        "fakedev", fake_pg._create_fake_pg, extended_api=True, devices=["cpu", "meta"]
+    )
+    store = fake_pg.FakeStore()
+    dist.init_process_group("fakedev", store=store, rank=RANK, world_size=RANKS)
+    yield
+    dist.destroy_process_group()
+
+
+def waits(task: Any, rows: int, asks: str = "") -> list[str]:
+    """Of the micro-batches of one optimiser step."""
+    with torch.device(META):
+        model = Centred(task.vectors, asks)
+    mesh = Mesh(1, RANKS)
+    objective = Objective(model, mesh, META, torch.float32)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    alone = dist.new_group([RANK])
+    assert isinstance(alone, dist.ProcessGroup)
+    engine = DistributedDataParallelEngine(objective, optimizer, 0.0, alone)
+    seen = Waits()
+    meter = StepMeter(META)
+    meter.part = seen.part
+    stream: Any = Stream(
+        task, "train", batch_size=2 * rows, micro_batch_size=rows, seed=0, max_length=1 << 20,
+        slot=mesh.slot,
+    )  # fmt: skip
+    window = next(stream)
+    stream.close()
+    assert len(window) == 2 and mesh.slot == DataSlot(0, 1, RANK, RANKS)
+    trainer = Trainer(engine, objective, stream, task, TrainSettings(), OptimSettings(), meter)
+    with seen:
+        numbers = trainer.add_gradients(window, stop=False)
+    assert numbers.shape == (4,) and numbers.device == META
+    assert model.weight.grad is not None
+    return seen.found
+
+
+def bundled(tmp_path_factory, **options: Any) -> Any:
+    path = str(tmp_path_factory.getbasetemp() / "bundled")
+    ensure_bundled(path)
+    return build_task("denoising", store=path, **options)
+
+
+def test_padded_and_packed_micro_batches_wait_for_nothing(tmp_path_factory):
+    assert waits(bundled(tmp_path_factory), 3) == []
+    assert waits(bundled(tmp_path_factory, packed_length=8000), 1) == []
+    assert waits(build_task("recall", readout="marked"), 4) == []
+    assert waits(build_task("recall", tokens=5), 2) == []  # shorter than the ranks are many
+
+
+def test_one_value_asked_for_is_seen(tmp_path_factory):
+    task = bundled(tmp_path_factory)
+    assert waits(task, 3, asks="a value") == ["_local_scalar_dense"] * 2
+    assert waits(task, 3, asks="a copy") == ["_to_copy ['cpu'] -> meta"] * 2
