@@ -25,8 +25,8 @@ class DistributedDataParallelEngine(Engine):
             )
 
     def __call__(self, *arguments: Any) -> Any:
-        trains = self._ddp is not None and torch.is_grad_enabled()
-        return (self._ddp if trains else self.module)(*arguments)
+        trained = self._ddp if torch.is_grad_enabled() else None
+        return (trained or self.module)(*arguments)
 
     def accumulate(self, last: bool) -> AbstractContextManager[None]:
         return nullcontext() if self._ddp is None or last else self._ddp.no_sync()

@@ -50,7 +50,9 @@ def every_dtype(group: Any) -> dict[str, ExchangeCount]:
         shard = SequenceShard(64, group)
         qs, ks = torch.randn(2, 1, 2, shard.n_local, requires_grad=True)
         q, k = torch.randn(2, 1, 2, 3, shard.n_local, requires_grad=True)
-        sum(u.sum() for u in geometric_long_conv((qs, q), (ks, k), shard)).backward()
+        torch.stack(
+            [u.sum() for u in geometric_long_conv((qs, q), (ks, k), shard)]
+        ).sum().backward()
     return dict(measured.exchanges)
 
 
@@ -90,11 +92,12 @@ def test_threads_that_are_ranks_exchange_and_count_each_its_own():
 
 def on_threads(world: int = 4) -> None:
     """Rank 1 gets two rows of each, so it sends fewer bytes than the others."""
+    from torch._C._distributed_c10d import HashStore, _set_thread_isolation_mode
     from torch.testing._internal.distributed.multi_threaded_pg import _install_threaded_pg
 
     _install_threaded_pg()
-    torch._C._distributed_c10d._set_thread_isolation_mode(True)
-    store = dist.HashStore()
+    _set_thread_isolation_mode(True)
+    store = HashStore()
 
     def rank(number: int) -> dict[str, ExchangeCount]:
         dist.init_process_group("threaded", rank=number, world_size=world, store=store)

@@ -34,9 +34,12 @@ def outputs_and_gradients(name: str, execution: Execution) -> dict[str, Tensor]:
     out = model(batch)
     for field in fields:
         found[field] = getattr(out, field).nan_to_num()
-    sum(x.square().sum() for x in found.values()).backward()
-    found |= {f"gradient of {field}": leaf.grad for field, leaf in leaves.items()}
-    return found | {parameter: p.grad for parameter, p in model.named_parameters()}
+    torch.stack([x.square().sum() for x in found.values()]).sum().backward()
+    leaves |= dict(model.named_parameters())
+    for leaf, x in leaves.items():
+        assert x.grad is not None
+        found[f"gradient of {leaf}"] = x.grad
+    return found
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -91,6 +94,7 @@ def test_tiles_are_as_large_as_the_budget_allows():
     assert cube.lengths == [64, 32, *[112] * 8, 104]  # even tiles, at multiples of 64 bytes
     y.sum().backward()
     assert cube.lengths[11:] == [104] + [112] * 8  # the last comes first
+    assert x.grad is not None and shared.grad is not None and cube.scale.grad is not None
     assert torch.allclose(x.grad, 6 * x.detach() ** 2)
     assert torch.allclose(shared.grad, (x.detach() ** 3).sum().reshape(1, 1))
     assert torch.allclose(cube.scale.grad, 2 * (x.detach() ** 3).sum())
