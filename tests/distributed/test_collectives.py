@@ -50,9 +50,8 @@ def every_dtype(group: Any) -> dict[str, ExchangeCount]:
         shard = SequenceShard(64, group)
         qs, ks = torch.randn(2, 1, 2, shard.n_local, requires_grad=True)
         q, k = torch.randn(2, 1, 2, 3, shard.n_local, requires_grad=True)
-        torch.stack(
-            [u.sum() for u in geometric_long_conv((qs, q), (ks, k), shard)]
-        ).sum().backward()
+        results = geometric_long_conv((qs, q), (ks, k), shard)
+        torch.stack([u.sum() for u in results]).sum().backward()
     return dict(measured.exchanges)
 
 
