@@ -73,11 +73,7 @@ class Checkpoints:
     def save(self, step: int, engine: Engine, stream: Resumable, identity: dict[str, Any]) -> None:
         """Writes a checkpoint of all ranks. Collective; it is complete on return."""
         parameters, optimizer = engine.state()
-        buffers = {
-            name: value.cpu()
-            for name, value in engine.module.state_dict().items()
-            if name not in engine.parameters
-        }
+        buffers = {name: value.cpu() for name, value in _buffers(engine).items()}
         state = {
             "format": FORMAT,
             "step": step,
@@ -99,11 +95,9 @@ class Checkpoints:
         folder = self.folder / _name(step)
         state, model, optimizer = _read(folder)
         _check_names(folder, model, engine)
-        engine.load_state({name: model[name] for name in engine.parameters}, optimizer)
-        with torch.no_grad():
-            for name, buffer in engine.module.named_buffers():
-                if name in model:
-                    buffer.copy_(model[name])
+        engine.load_state(model, optimizer)
+        for name, buffer in _buffers(engine).items():
+            buffer.copy_(model[name])
         try:
             stream.load_state_dict(state["stream"])
             set_random_state(state["random"])
@@ -141,6 +135,12 @@ class Checkpoints:
     def _names(self) -> list[str]:
         found = self.folder.glob("step-" + 8 * "[0-9]")
         return sorted(path.name for path in found if path.is_dir())
+
+
+def _buffers(engine: Engine) -> dict[str, Tensor]:
+    """What the module saves besides its parameters."""
+    state = engine.module.state_dict()
+    return {name: x for name, x in state.items() if name not in engine.parameters}
 
 
 def random_state() -> dict[str, str]:
@@ -195,15 +195,9 @@ def _damaged(folder: Path, error: Exception) -> RunError:
 
 def _check_names(folder: Path, saved: dict[str, Tensor], engine: Engine) -> None:
     """Raises RunError if the checkpoint is of other tensors than the engine's module has."""
-    mine = engine.shapes | {
-        name: tuple(x.shape)
-        for name, x in engine.module.state_dict().items()
-        if name not in engine.shapes
-    }
+    mine = engine.shapes | {name: tuple(x.shape) for name, x in _buffers(engine).items()}
     theirs = {name: tuple(x.shape) for name, x in saved.items()}
-    wrong = sorted(
-        name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name)
-    )
+    wrong = sorted(n for n in mine.keys() | theirs.keys() if mine.get(n) != theirs.get(n))
     if wrong:
         raise RunError(
             f"{folder} holds another model: {wrong[0]} has the shape {theirs.get(wrong[0])} there "

@@ -60,7 +60,9 @@ def memory_by_part(job: Job) -> dict[str, int]:
     has done nothing else yet: its memory counts."""
     process, tile = _process(job)
     activations = _activations(job)
-    activations[TILE] = max(tile, activations.get(TILE, 0))
+    # What a tile leaves on the heap, beyond the tile itself, which is counted already.
+    holes = max(tile - job.execution.tile_budget("cpu"), 0)
+    activations[TILE] = holes + activations.get(TILE, 0)
     return {"process": process, **_states(job), "data": _data(job), **activations}
 
 

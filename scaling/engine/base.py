@@ -14,25 +14,29 @@ reads what any other wrote.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from scaling.parallel.collectives import Group, group_rank, group_size
+from scaling.parallel.collectives import Group, group_size
 
 OptimizerState = dict[str, dict[str, Tensor]]
 """Parameter name -> state name -> whole tensor (scalars, as Adam's step, have no axes)."""
 
 
 class Engine(ABC):
-    """Trains one module over all ranks of a group."""
+    """Trains one module over all ranks of a group; parameters and optimiser are whole on each,
+    where a subclass says nothing else."""
 
-    def __init__(self, module: nn.Module, clipping: float, group: Group) -> None:
+    def __init__(
+        self, module: nn.Module, optimizer: Optimizer, clipping: float, group: Group = None
+    ) -> None:
         self.module = module
+        self.optimizer = optimizer
         self.clipping = clipping
         self.group = group
         self.world = group_size(group)
@@ -45,7 +49,7 @@ class Engine(ABC):
         """The module's outputs; every parameter is there while it runs."""
 
     @abstractmethod
-    def accumulate(self, last: bool) -> Any:
+    def accumulate(self, last: bool) -> AbstractContextManager[None]:
         """Context of one micro-batch's forward and backward; gradients travel in the last one."""
 
     @abstractmethod
@@ -57,14 +61,27 @@ class Engine(ABC):
         """Clips, moves the parameters, forgets the gradients. Returns the global gradient norm
         before clipping; if that is not finite, nothing has moved."""
 
-    @abstractmethod
     def state(self) -> tuple[dict[str, Tensor], OptimizerState]:
         """Parameters and optimiser state, whole, on the CPU; meaningful on the group's first rank.
         Collective."""
+        optimizer = {
+            name: {key: on_cpu(value) for key, value in self.optimizer.state[parameter].items()}
+            for name, parameter in self.parameters.items()
+            if self.optimizer.state.get(parameter)
+        }
+        return {name: on_cpu(p) for name, p in self.parameters.items()}, optimizer
 
-    @abstractmethod
     def load_state(self, parameters: Mapping[str, Tensor], optimizer: OptimizerState) -> None:
         """Takes over what `state` gave, on every rank. Collective."""
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(parameters[name])
+        for name, state in optimizer.items():
+            device = self.parameters[name].device  # but Adam keeps its step on the CPU
+            self.optimizer.state[self.parameters[name]] = {
+                key: value.to(device if value.ndim else "cpu", copy=True)
+                for key, value in state.items()
+            }
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -76,51 +93,20 @@ class Engine(ABC):
         finally:
             self.module.train()
 
-    @property
-    def _first(self) -> bool:
-        return group_rank(self.group) == 0
+    def _clip_gradients(self, clipping: float) -> Tensor:
+        """Scales gradients to a global norm of at most `clipping` (0: leaves them); the norm
+        before."""
+        trained = [p for p in self.parameters.values() if p.requires_grad]
+        for parameter in trained:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return nn.utils.clip_grad_norm_(trained, clipping or float("inf"))
 
-
-def clip(parameters: Iterable[nn.Parameter], clipping: float) -> Tensor:
-    """Scales gradients to a global norm of at most `clipping` (0: leaves them); the norm before."""
-    trained = [p for p in parameters if p.requires_grad]
-    for parameter in trained:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    return nn.utils.clip_grad_norm_(trained, clipping or float("inf"))
-
-
-def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+    def _set_learning_rate(self, learning_rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
 
 
 def on_cpu(x: Tensor) -> Tensor:
     """A copy that later steps do not change."""
     return x.detach().to("cpu", copy=True)
-
-
-@torch.no_grad()
-def copy_parameters(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    for name, parameter in parameters.items():
-        parameter.copy_(values[name])
-
-
-def plain_state(parameters: Mapping[str, Tensor], optimizer: Optimizer) -> OptimizerState:
-    return {
-        name: {key: on_cpu(value) for key, value in optimizer.state[parameter].items()}
-        for name, parameter in parameters.items()
-        if optimizer.state.get(parameter)
-    }
-
-
-def load_plain_state(
-    parameters: Mapping[str, Tensor], optimizer: Optimizer, state: OptimizerState
-) -> None:
-    for name, entries in state.items():
-        parameter = parameters[name]
-        optimizer.state[parameter] = {
-            # Adam keeps its step on the CPU.
-            key: value.clone() if value.ndim == 0 else value.to(parameter.device, copy=True)
-            for key, value in entries.items()
-        }

@@ -50,7 +50,7 @@ def build_engine(
         raise ConfigError(f"unknown engine {name!r}; use 'ddp' or 'deepspeed'")
     if precision == "float64":
         raise ConfigError(
-            "engine.name = 'deepspeed' keeps float32 master weights, so train.precision = "
+            "engine.name = 'deepspeed' keeps float32 master weights, so precision = "
             "'float64' would be a lie; say engine=ddp"
         )
     if zero_stage not in (0, 1, 2, 3):

@@ -1,23 +1,13 @@
 """PyTorch's own data parallelism behind the engine's interface."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from scaling.engine.base import (
-    Engine,
-    OptimizerState,
-    clip,
-    copy_parameters,
-    load_plain_state,
-    on_cpu,
-    plain_state,
-    set_learning_rate,
-)
+from scaling.engine.base import Engine
 from scaling.parallel.collectives import Group
 
 
@@ -27,47 +17,30 @@ class DistributedDataParallelEngine(Engine):
     def __init__(
         self, module: nn.Module, optimizer: Optimizer, clipping: float, group: Group = None
     ) -> None:
-        super().__init__(module, clipping, group)
-        self.optimizer = optimizer
+        super().__init__(module, optimizer, clipping, group)
         self._ddp = None
         if self.world > 1:
             self._ddp = nn.parallel.DistributedDataParallel(
-                _TouchesAllParameters(module),
-                process_group=group,
-                gradient_as_bucket_view=True,
+                _TouchesAllParameters(module), process_group=group, gradient_as_bucket_view=True
             )
 
     def __call__(self, *arguments: Any) -> Any:
-        if self._ddp is None or not torch.is_grad_enabled():
-            return self.module(*arguments)
-        return self._ddp(*arguments)
+        trained = self._ddp if torch.is_grad_enabled() else None
+        return (trained or self.module)(*arguments)
 
-    @contextmanager
-    def accumulate(self, last: bool) -> Iterator[None]:
-        if self._ddp is None or last:
-            yield
-        else:
-            with self._ddp.no_sync():
-                yield
+    def accumulate(self, last: bool) -> AbstractContextManager[None]:
+        return nullcontext() if self._ddp is None or last else self._ddp.no_sync()
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
     def step(self, learning_rate: float) -> float:
-        norm = clip(self.parameters.values(), self.clipping)
+        norm = self._clip_gradients(self.clipping)
         if norm.isfinite():
-            set_learning_rate(self.optimizer, learning_rate)
+            self._set_learning_rate(learning_rate)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm.item()
-
-    def state(self) -> tuple[dict[str, Tensor], OptimizerState]:
-        parameters = {name: on_cpu(p) for name, p in self.parameters.items()}
-        return parameters, plain_state(self.parameters, self.optimizer)
-
-    def load_state(self, parameters: Mapping[str, Tensor], optimizer: OptimizerState) -> None:
-        copy_parameters(self.parameters, parameters)
-        load_plain_state(self.parameters, self.optimizer, optimizer)
 
 
 class _TouchesAllParameters(nn.Module):
@@ -79,11 +52,10 @@ class _TouchesAllParameters(nn.Module):
         self.module = module
 
     def forward(self, *arguments: Any) -> Any:
-        first, *others = (
-            outputs if isinstance(outputs := self.module(*arguments), tuple) else (outputs,)
-        )
-        first = _Touch.apply(first, *self.module.parameters())
-        return (first, *others) if isinstance(outputs, tuple) else first
+        outputs = self.module(*arguments)
+        if not isinstance(outputs, tuple):
+            return _Touch.apply(outputs, *self.module.parameters())
+        return _Touch.apply(outputs[0], *self.module.parameters()), *outputs[1:]
 
 
 class _Touch(torch.autograd.Function):

@@ -3,7 +3,7 @@
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from io import StringIO
 from typing import Any
 
@@ -13,16 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from data_pipeline.errors import ConfigError
-from scaling.engine.base import (
-    Engine,
-    OptimizerState,
-    clip,
-    copy_parameters,
-    load_plain_state,
-    on_cpu,
-    plain_state,
-    set_learning_rate,
-)
+from scaling.engine.base import Engine, OptimizerState, on_cpu
 from scaling.parallel.collectives import Group, group_rank
 
 
@@ -32,7 +23,7 @@ class DeepSpeedEngine(Engine):
     def __init__(
         self, module: nn.Module, optimizer: Optimizer, config: dict[str, Any], group: Group = None
     ) -> None:
-        super().__init__(module, config["gradient_clipping"], group)
+        super().__init__(module, optimizer, config["gradient_clipping"], group)
         if not dist.is_initialized() or self.world != dist.get_world_size():
             raise ConfigError(
                 "DeepSpeed needs torch.distributed and all of its ranks; start by torchrun, "
@@ -60,7 +51,7 @@ class DeepSpeedEngine(Engine):
             )[0]
         self._wrapped = self._deepspeed.optimizer
         # Under ZeRO the client optimizer lives on inside, over this rank's flat partitions.
-        self._inner: Optimizer = self._wrapped.optimizer if self.stage else self._wrapped
+        self.optimizer = self._wrapped.optimizer if self.stage else self._wrapped
 
     def __call__(self, *arguments: Any) -> Any:
         return self._deepspeed(*arguments)
@@ -76,62 +67,56 @@ class DeepSpeedEngine(Engine):
         self._deepspeed.backward(loss, scale_wrt_gas=False)
 
     def step(self, learning_rate: float) -> float:
-        set_learning_rate(self._inner, learning_rate)
+        self._set_learning_rate(learning_rate)
         if self.stage > 0:
             self._deepspeed.step()  # ZeRO skips the step by itself if the norm is not finite
             return float(self._deepspeed.get_global_grad_norm())
-        norm = clip(self.parameters.values(), 0.0)
+        norm = self._clip_gradients(0.0)  # DeepSpeed will
         if norm.isfinite():
             self._deepspeed.step()
         return norm.item()
 
     def state(self) -> tuple[dict[str, Tensor], OptimizerState]:
         if self.stage == 0:
-            parameters = {name: on_cpu(p) for name, p in self.parameters.items()}
-            return parameters, plain_state(self.parameters, self._inner)
+            return super().state()
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        kinds = next((state for state in self._inner.state.values() if state), {})
-        if not kinds:  # no step yet, or an optimiser without memory
-            return {name: self._whole(p) for name, p in self.parameters.items()}, {}
+        kinds = next((state for state in self.optimizer.state.values() if state), {})
+        # Without any: no step yet, or an optimiser without memory.
         scalars = {key: on_cpu(value) for key, value in kinds.items() if value.ndim == 0}
         parameters, optimizer = {}, {}
         for name, parameter in self.parameters.items():
             # Gathering is collective; only the first rank keeps what it gathered.
-            value, state = self._whole(parameter), {}
+            with self._gathered(parameter):
+                value = on_cpu(parameter)
+            state = {}
             for key in sorted(kinds.keys() - scalars.keys()) if parameter.requires_grad else ():
                 state[key] = safe_get_full_optimizer_state(parameter, key)
-            if self._first:
+            if group_rank(self.group) == 0:
                 parameters[name] = value
                 optimizer[name] = {key: on_cpu(x) for key, x in state.items()} | scalars
-        return parameters, optimizer
+        return parameters, optimizer if kinds else {}
 
     def load_state(self, parameters: Mapping[str, Tensor], optimizer: OptimizerState) -> None:
-        if self.stage < 3:
-            copy_parameters(self.parameters, parameters)
-        else:
-            self._scatter_parameters(parameters)
         if self.stage == 0:
-            load_plain_state(self.parameters, self._inner, optimizer)
+            super().load_state(parameters, optimizer)
             return
+        for name, parameter in self.parameters.items():
+            with self._gathered(parameter, modifier_rank=0), torch.no_grad():
+                parameter.copy_(parameters[name])
         self._wrapped.refresh_fp32_params()  # the optimiser's flat copy follows the parameters
         if optimizer:
             self._load_partitioned_state(optimizer)
 
-    def _whole(self, parameter: nn.Parameter) -> Tensor:
+    def _gathered(
+        self, parameter: nn.Parameter, modifier_rank: int | None = None
+    ) -> AbstractContextManager[Any]:
+        """Inside, the parameter is whole; what that rank writes into it stays. Collective."""
         if self.stage < 3:
-            return on_cpu(parameter)
+            return nullcontext()
         from deepspeed.runtime.zero import GatheredParameters
 
-        with GatheredParameters([parameter]):
-            return on_cpu(parameter)
-
-    def _scatter_parameters(self, parameters: Mapping[str, Tensor]) -> None:
-        from deepspeed.runtime.zero import GatheredParameters
-
-        for name, parameter in self.parameters.items():
-            with GatheredParameters([parameter], modifier_rank=0):
-                copy_parameters({name: parameter}, parameters)
+        return GatheredParameters([parameter], modifier_rank=modifier_rank)
 
     def _load_partitioned_state(self, optimizer: OptimizerState) -> None:
         """Builds the state that the first step would build, then fills it by parameter."""
@@ -143,7 +128,7 @@ class DeepSpeedEngine(Engine):
             else self._wrapped.single_partition_of_fp32_groups
         )
         for flat in flats:
-            self._inner.state[flat] = {
+            self.optimizer.state[flat] = {
                 key: torch.zeros_like(flat) if key in per_element else value.clone()
                 for key, value in sample.items()
             }

@@ -23,13 +23,13 @@ FORBIDDEN = {
 }
 # What our values are called where the user writes them.
 OUR_NAMES = {
-    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
-    "gradient_accumulation_steps": "train.batch_size / (dp · train.micro_batch_size)",
+    "train_micro_batch_size_per_gpu": "micro_batch_size",
+    "gradient_accumulation_steps": "batch_size / (dp · micro_batch_size)",
     "train_batch_size": "DeepSpeed's count (every rank a data-parallel one)",
     "gradient_clipping": "optim.gradient_clipping",
     "zero_optimization.stage": "engine.zero_stage",
-    "fp16.enabled": "train.precision",
-    "bf16.enabled": "train.precision",
+    "fp16.enabled": "precision",
+    "bf16.enabled": "precision",
 }
 ENVIRONMENT = {
     "ACCELERATE_DEEPSPEED_ZERO_STAGE": "zero_optimization.stage",
@@ -107,8 +107,8 @@ def check_launcher(engine: str, precision: str, environment: Mapping[str, str]) 
     mixed = environment.get("ACCELERATE_MIXED_PRECISION", "no")
     if mixed != "no" and mixed != precision:
         raise ConfigError(
-            f"accelerate says mixed_precision = {mixed!r}, but train.precision = {precision!r}; "
-            f"say --mixed_precision no, or train.precision=bf16"
+            f"accelerate says mixed_precision = {mixed!r}, but precision = {precision!r}; "
+            "say --mixed_precision no, or precision=bf16"
         )
 
 

@@ -73,7 +73,7 @@ class StepProfiler:
             trace.export_chrome_trace(str(path))
         except (OSError, RuntimeError) as error:
             raise RunError(
-                f"cannot write the trace {path}: {error}; make room, or say train.profile_steps=0"
+                f"cannot write the trace {path}: {error}; make room, or say profile_steps=0"
             ) from error
         self._written = True
         self._say(f"traced steps {traced[0]} to {traced[-1]}: open {path} in ui.perfetto.dev")
@@ -88,6 +88,6 @@ class StepProfiler:
             self._stop()
         if self._count and self._steps and not (self._written or error):
             self._say(
-                f"train.profile_steps={self._count} traced nothing: this process took "
+                f"profile_steps={self._count} traced nothing: this process took "
                 f"{len(self._steps)} steps, and the first {WARMUP_STEPS} warm up"
             )

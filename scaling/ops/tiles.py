@@ -10,20 +10,22 @@ along the sequence: ALST, arXiv 2506.13996.
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from itertools import repeat
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
 from scaling.execution import Execution
 from scaling.parallel.telemetry import timed, timed_both_ways
 
 PROBE = 32
 """Tokens on which is measured what a part keeps."""
-MOST_GRAPHS = 64
-"""Compiled forms of a part: for every operator, with and without gradients, two tile lengths."""
+MOST_FORMS = 4
+"""Compilations of a part of a module, half a minute each: what rows of one length need at most,
+two lengths of tiles with gradients and without. Further lengths run uncompiled."""
 ALIGNMENT = 16
 """Tiles start at multiples of it: 64 bytes of float32."""
 
@@ -76,13 +78,17 @@ class Tiled(nn.Module):
             tile = self._tile(part, tensors, tokens)
             if self.execution.compile:
                 part = self._compiled.setdefault(part.__name__, compiled(part))
-            if tile < tokens:
-                return _again(part, self.parameters(), tensors, tile)
-            return cast(Results, timed_both_ways("projection", part, *tensors))
+            run = part if tile >= tokens else functools.partial(self._by_tiles, part, tile)
+            return cast(Results, timed_both_ways("projection", run, *tensors))
+
+    def _by_tiles(self, part: Part[Results], tile: int, *tensors: Tensor) -> Results:
+        cut = zip(*(_cut(x, tile) for x in tensors), strict=False)
+        results = [self.recompute(part, *some) for some in cut]
+        return cast(Results, tuple(torch.cat(some, -1) for some in zip(*results, strict=True)))
 
     def recompute(self, part: Part[Results], *tensors: Tensor) -> Results:
         """part(*tensors), keeping nothing but its inputs; any part, run as one piece."""
-        return _again(part, self.parameters(), tensors, None)
+        return checkpoint(part, *tensors, use_reentrant=False, preserve_rng_state=False)
 
     def _tile(self, part: Part, tensors: Sequence[Tensor], tokens: int) -> int:
         """Tokens of a tile."""
@@ -102,28 +108,46 @@ class Tiled(nn.Module):
 
 
 def compiled(part: Part[Results]) -> Part[Results]:
-    """`part` by torch.compile, without a word about its tiles' lengths changing; where the compiler
-    fails, a warning, and `part` as it is."""
+    """`part` by torch.compile, for MOST_FORMS shapes of its tensors; where the compiler fails, and
+    for further shapes, a warning, and `part` as it is."""
     from torch._dynamo.exc import TorchDynamoException  # loads the compiler, which takes seconds
     from torch._inductor.exc import InductorError
 
     fast = torch.compile(part, dynamic=False)
-    works = True
+    forms: set[Any] = set()
+    most, told = MOST_FORMS, False
+
+    def warn(why: str) -> None:
+        warnings.warn(f"execution.compile=true: {why}", stacklevel=3)
 
     @functools.wraps(part)
     def run(*tensors: Tensor) -> Results:
-        nonlocal works
-        if works:
+        nonlocal most, told
+        form = (
+            torch.is_grad_enabled(),
+            torch.is_autocast_enabled(tensors[0].device.type),
+            *((x.shape, x.stride(), x.dtype, x.requires_grad) for x in tensors),
+        )
+        if form in forms or len(forms) < most:
+            forms.add(form)
             try:
-                with torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS):
+                # The compiler's own limit is for all modules together, and hardly to be seen.
+                with torch._dynamo.config.patch(recompile_limit=1 << 16):
                     return fast(*tensors)
             except (TorchDynamoException, InductorError) as error:
-                works = False
-                warnings.warn(
-                    f"execution.compile=true: torch.compile cannot do {part.__qualname__} here "
-                    f"({str(error).strip().splitlines()[0][:200]}); it runs without",
-                    stacklevel=2,
+                forms.clear()
+                most, told = 0, True
+                reason = str(error).strip().splitlines()[0][:200]
+                warn(
+                    f"torch.compile cannot do {part.__qualname__} here ({reason}); it runs without"
                 )
+        if not told:
+            told = True
+            warn(
+                f"{part.__qualname__} has been compiled for {most} shapes, the most there are; "
+                f"others run without, {tuple(tensors[0].shape)} first; rows of one length, or "
+                "execution.compile=false, end this"
+            )
         return part(*tensors)
 
     return run
@@ -138,7 +162,7 @@ def kept_per_token(part: Part, tensors: Sequence[Tensor]) -> float:
         def pack(x: Tensor) -> Tensor:
             return found.setdefault(x.untyped_storage().data_ptr(), x)
 
-        some = [_cut(x, slice(0, tokens)).clone() for x in tensors]
+        some = [x[..., :tokens].clone() for x in tensors]
         with torch.enable_grad(), saved_tensors_hooks(pack, lambda x: x):
             graph = part(*[x.requires_grad_(x.is_floating_point()) for x in some])
         del graph
@@ -147,89 +171,6 @@ def kept_per_token(part: Part, tensors: Sequence[Tensor]) -> float:
     return (kept(2 * PROBE) - kept(PROBE)) / PROBE
 
 
-def _again(
-    part: Part[Results],
-    parameters: Iterable[nn.Parameter],
-    tensors: Sequence[Tensor],
-    tile: int | None,
-) -> Results:
-    return cast(Results, _Again.apply(part, tile, len(tensors), *tensors, *parameters))
-
-
-class _Again(torch.autograd.Function):
-    """Runs a part tile by tile and keeps its inputs; runs every tile again for its gradient.
-
-    The module's parameters are inputs: engines see their gradients come once, as ever.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, part: Part, tile: int | None, count: int, *given: Tensor):
-        tensors = given[:count]
-        ctx.part, ctx.tile, ctx.count = part, tile, count
-        ctx.save_for_backward(*given)
-        device = tensors[0].device.type
-        ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-        if tile is None:
-            return part(*[x.detach() for x in tensors])
-        results: list[Tensor] = []
-        for here in _tiles(tensors, tile):
-            found = part(*[_cut(x, here) for x in tensors])
-            if not results:
-                tokens = max(x.shape[-1] for x in tensors)
-                results = [x.new_empty(*x.shape[:-1], tokens) for x in found]
-            for result, x in zip(results, found, strict=True):
-                result[..., here] = x
-        return tuple(results)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        with nullcontext() if ctx.tile is None else timed("projection"):
-            return None, None, None, *_Again._gradients(ctx, grads)
-
-    @staticmethod
-    def _gradients(ctx: Any, grads: Sequence[Tensor]) -> list[Tensor | None]:
-        given, part, count = ctx.saved_tensors, ctx.part, ctx.count
-        tensors, parameters = given[:count], given[count:]
-        needed = [i for i, need in enumerate(ctx.needs_input_grad[3:]) if need]
-        found: list[Tensor | None] = [None] * len(given)
-        device, dtype, enabled = ctx.autocast
-        for here in [None] if ctx.tile is None else _tiles(tensors, ctx.tile):
-            cut = [(x if here is None else _cut(x, here)).detach() for x in tensors]
-            for i in needed:
-                if i < count:
-                    cut[i].requires_grad_()
-            with torch.enable_grad(), torch.autocast(device, dtype, enabled):
-                results = part(*cut)
-            wanted = [cut[i] if i < count else parameters[i - count] for i in needed]
-            back = [x if here is None else x[..., here] for x in grads]
-            # Some hang on nothing that is trained, where parameters are frozen.
-            trained = [j for j, x in enumerate(results) if x.requires_grad]
-            if not trained:
-                return found
-            got = torch.autograd.grad(
-                [results[j] for j in trained], wanted, [back[j] for j in trained], allow_unused=True
-            )
-            del results
-            for i, grad in zip(needed, got, strict=True):
-                if grad is not None:
-                    found[i] = _add(found[i], grad, given[i], here if i < count else None)
-        return found
-
-
-def _add(total: Tensor | None, grad: Tensor, x: Tensor, here: slice | None) -> Tensor:
-    """The gradient of x so far, with that of one tile."""
-    if here is not None and x.shape[-1] > 1:
-        total = torch.zeros_like(x) if total is None else total
-        total[..., here] = grad
-        return total
-    return grad if total is None else total.add_(grad)
-
-
-def _tiles(tensors: Sequence[Tensor], tile: int) -> list[slice]:
-    tokens = max(x.shape[-1] for x in tensors)
-    return [slice(i, min(i + tile, tokens)) for i in range(0, tokens, tile)]
-
-
-def _cut(x: Tensor, here: slice) -> Tensor:
-    return x[..., here] if x.shape[-1] > 1 else x
+def _cut(x: Tensor, tile: int) -> Iterable[Tensor]:
+    """Its tiles; what all tokens share has one, for every tile."""
+    return x.split(tile, -1) if x.shape[-1] > 1 else repeat(x)

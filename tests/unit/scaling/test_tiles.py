@@ -34,9 +34,12 @@ def outputs_and_gradients(name: str, execution: Execution) -> dict[str, Tensor]:
     out = model(batch)
     for field in fields:
         found[field] = getattr(out, field).nan_to_num()
-    sum(x.square().sum() for x in found.values()).backward()
-    found |= {f"gradient of {field}": leaf.grad for field, leaf in leaves.items()}
-    return found | {parameter: p.grad for parameter, p in model.named_parameters()}
+    torch.stack([x.square().sum() for x in found.values()]).sum().backward()
+    leaves |= dict(model.named_parameters())
+    for leaf, x in leaves.items():
+        assert x.grad is not None
+        found[f"gradient of {leaf}"] = x.grad
+    return found
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -90,7 +93,8 @@ def test_tiles_are_as_large_as_the_budget_allows():
     (y,) = cube.in_tiles(cube.part, x, shared)
     assert cube.lengths == [64, 32, *[112] * 8, 104]  # even tiles, at multiples of 64 bytes
     y.sum().backward()
-    assert cube.lengths[11:] == [112] * 8 + [104]
+    assert cube.lengths[11:] == [104] + [112] * 8  # the last comes first
+    assert x.grad is not None and shared.grad is not None and cube.scale.grad is not None
     assert torch.allclose(x.grad, 6 * x.detach() ** 2)
     assert torch.allclose(shared.grad, (x.detach() ** 3).sum().reshape(1, 1))
     assert torch.allclose(cube.scale.grad, 2 * (x.detach() ** 3).sum())
@@ -109,7 +113,7 @@ def test_the_backward_pass_runs_tiles_in_the_forward_passs_precision(tile_bytes)
         def part(self, x: Tensor) -> tuple[Tensor]:
             y = mix.weight @ x
             seen.append(y.dtype)
-            return (y,)
+            return (y * y,)  # y is what the tile runs again for
 
     model, x = Mix(), torch.randn(3, 200, requires_grad=True)
     model.execution = Execution(tile_bytes=tile_bytes)
@@ -187,6 +191,27 @@ def test_where_the_compiler_fails_parts_run_without_it_and_say_so(monkeypatch):
         found = model(batch)
     assert torch.equal(found.scalars.nan_to_num(), expected.scalars.nan_to_num())
     model(batch)  # says it once
+
+
+def test_rows_of_many_lengths_are_compiled_for_few_and_that_is_said_once(monkeypatch):
+    from torch._dynamo.testing import CompileCounter
+
+    counter, by_torch = CompileCounter(), torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda part, **options: by_torch(part, backend=counter, **options)
+    )
+    cubes = [Cube(), Cube()]  # the bound is of each module
+    for cube in cubes:
+        cube.execution = Execution(compile=True)
+        with pytest.warns(UserWarning, match="part has been compiled for 4 shapes") as said:
+            for length in (*range(40, 60), 40):
+                x = torch.randn(3, length, requires_grad=True)
+                (y,) = cube.in_tiles(cube.part, x, torch.tensor([[2.0]]))
+                y.sum().backward()
+                assert x.grad is not None
+                assert torch.allclose(x.grad, 6 * x.detach() ** 2)
+        assert len(said) == 1 and "(3, 44) first" in str(said[0].message)
+    assert 4 <= counter.frame_count <= 2 * 4
 
 
 def test_bad_values_are_refused():
