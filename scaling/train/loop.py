@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from data_pipeline.batch import Sample
-from data_pipeline.errors import ConfigError, RunError
+from data_pipeline.errors import RunError
 from data_pipeline.stream.stream import MicroBatch, Stream, check_lengths
 from data_pipeline.tasks.protocol import Task
 from scaling.checkpoint.checkpoint import Checkpoints
@@ -152,11 +152,6 @@ def build_trainer(
     device: torch.device,
 ) -> Trainer:
     """Engine, stream and meter of one rank."""
-    if min(train.log_every, train.evaluate_every, train.save_every, train.keep) < 1:
-        raise ConfigError(
-            f"train.log_every={train.log_every}, evaluate_every={train.evaluate_every}, "
-            f"save_every={train.save_every} and keep={train.keep} must be 1 or more"
-        )
     check_lengths(task, "validation", train.max_length)  # now, not at the first evaluation
     stream = Stream(
         task,
