@@ -77,7 +77,7 @@ def _ranks(variables: Mapping[str, str]) -> Ranks:
             "not say which of its machine's ranks this is: set LOCAL_RANK (0 where each machine "
             "has one process)"
         )
-    if not (0 <= rank < world and 0 <= local_rank < local_world <= world):
+    if not (0 <= rank < world and 0 <= local_rank < local_world):
         raise ConfigError(
             f"rank {rank} of {world}, on its machine {local_rank} of {local_world}, cannot be: "
             "ranks count from 0; check RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE"

@@ -111,10 +111,8 @@ def _await_lock(lock: Path, library: Path, deadline: float) -> None:
         if age > _YOUNG_S and not _is_open_somewhere(lock):
             stale = f"stale build lock, {age:.0f} s old and held by no process"
             if not _loads(library):
-                raise ConfigError(
-                    f"{stale}, beside no library that loads; DeepSpeed would wait for it forever: "
-                    f"rm {lock}"
-                )
+                raise ConfigError(f"{stale}, beside no library that loads; DeepSpeed would wait "
+                                  f"for it forever, remove it: rm {lock}")  # fmt: skip
             lock.unlink(missing_ok=True)
             _say(f"{stale}, beside a library that loads: removed {lock}")
             return
