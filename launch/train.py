@@ -4,6 +4,7 @@ python -m launch train [group=option] [key=value] ...          one process
 torchrun | accelerate launch | deepspeed ... launch.train       the same, on many
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -17,7 +18,7 @@ from launch.config.check import options_of, options_within
 from launch.config.compose import command_line
 from launch.config.settings import Config, mesh_sizes
 from launch.ranks.discovery import discover, require_ranks
-from launch.ranks.exit import run_command
+from launch.ranks.exit import Unheard, run_command
 from launch.ranks.group import choose_device, process_group, share_cores
 from scaling.train.stop import launcher_chain
 
@@ -43,7 +44,10 @@ def main(arguments: list[str]) -> None:
         from launch.ranks.extension import require_extension
 
         require_extension()
-    with process_group(ranks, device, config.parallel.timeout_s, needed=uses_deepspeed):
+    with (
+        contextlib.redirect_stdout(Unheard(sys.stdout)),
+        process_group(ranks, device, config.parallel.timeout_s, needed=uses_deepspeed),
+    ):
         train(config, device)
 
 
