@@ -97,15 +97,12 @@ def _first_error(
         if key not in (hints := _hints(schema)):
             break
         path, schema, values = [*path, key], hints[key], values.get(key)
-    section, key = ".".join(path[:-1]), path[-1] if path else ""
-    cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, OptionError) and not cause.section:
-        return cause.within(".".join(path))
+    place, cause = ".".join(path), first.get("ctx", {}).get("error")
     if isinstance(cause, ConfigError):
-        return cause
+        return cause.within(place) if isinstance(cause, OptionError) else cause
     if first["type"] == "missing":
-        return ConfigError(f"{'.'.join(path)} is missing")
-    return _refused(section, key, values, error, written)
+        return ConfigError(f"{place} is missing")
+    return _refused(place, values, error, written)
 
 
 def check_choices(config: Any, written: Mapping[str, str]) -> None:
@@ -154,7 +151,7 @@ def check_choice(
         try:
             _strict(annotation, value)
         except ValidationError as error:
-            raise _refused(section, key, value, error, written) from None
+            raise _refused(f"{section}.{key}", value, error, written) from None
     for key, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and key not in choice:
             raise ConfigError(f"{section}.{key} is missing; {section}={name} needs it")
@@ -211,16 +208,18 @@ def _as_written(annotation: Any, value: Any, text: str) -> Any:
 
 
 def _refused(
-    section: str, key: str, value: Any, error: ValidationError, written: Mapping[str, str]
+    place: str, value: Any, error: ValidationError, written: Mapping[str, str]
 ) -> OptionError:
     """The option's error, with the way to quote what Hydra could not read."""
-    place = f"{section}.{key}".removeprefix(".")
     text, rule = written.get(place), rule_of(error)
-    if text is not None and text == value and "," in text and text[:1] not in ("[", "{"):
+    if text is None or text != value:
+        pass
+    elif "," in text and text[:1] not in ("[", "{"):
         rule += f"; one run takes one value (a list: {place}=[a,b])"
-    elif text is not None and text == value and text[:1] in ("[", "{"):
+    elif text[:1] in ("[", "{"):
         example = '["a b", "c=d"]' if text[0] == "[" else '{key: "a b"}'
         rule += f"; quote texts within it, and the whole for the shell: '{place}={example}'"
+    section, _, key = place.rpartition(".")
     return OptionError(key, repr(value), rule, section)
 
 

@@ -84,13 +84,20 @@ def _compose_values(
         for key, text in written.items():
             above, _, name = key.rpartition(".")
             section = OmegaConf.select(composed, above) if above else composed
-            value = read_value(key, text)
+            value = read_value(text)
             if not (OmegaConf.is_dict(section) and OmegaConf.is_interpolation(section, name)):
-                value = _mark(value)
+                value = _replaced(value, "${", _MARKED)
             OmegaConf.update(composed, key, value, merge=True, force_add=True)
         values = OmegaConf.to_container(composed, resolve=True)
-    # No argument holds a null character: every one is a mark, and goes.
-    return json.loads(json.dumps(values).replace("$\\u0000{", "${")), written
+    return _replaced(values, _MARKED, "${"), written
+
+
+_MARKED = "$\\u0000{"
+"""JSON of a `${` that stays text: no argument holds a null character."""
+
+
+def _replaced(value: Any, old: str, new: str) -> Any:
+    return json.loads(json.dumps(value).replace(old, new))
 
 
 @contextmanager
@@ -117,17 +124,16 @@ def _split(override: str) -> tuple[str, str | None]:
     if key.startswith("~"):
         return key, None
     key = key.lstrip("+")
-    parsed = _hydra(f"{key}=0")
-    if not (key and equals) or parsed is None:
+    if not (key and equals) or _hydra(f"{key}=0") is None:
         raise ConfigError(f"cannot read {override!r}: write key=value or group=option")
     return key, None if key.startswith("hydra.") else text
 
 
-def read_value(key: str, text: str) -> Any:
+def read_value(text: str) -> Any:
     """What Hydra's grammar reads in a value; where it reads nothing, the text, or list of texts."""
     parsed = _hydra(f"key={text}")
     if parsed is None and re.fullmatch(r"\[[^\[\]{}'\"]*\]", text):
-        return [read_value(key, each.strip()) for each in text[1:-1].split(",")]
+        return [read_value(each.strip()) for each in text[1:-1].split(",")]
     if parsed is None or parsed.is_sweep_override():
         return text
     value = parsed.value()
@@ -145,21 +151,12 @@ def _hydra(override: str) -> Any:
         return None
 
 
-def _mark(value: Any) -> Any:
-    """`${` in a text, so that it stays one."""
-    if isinstance(value, str):
-        return value.replace("${", "$\0{")
-    if isinstance(value, dict):
-        return {key: _mark(each) for key, each in value.items()}
-    return [_mark(each) for each in value] if isinstance(value, list) else value
-
-
 def to_yaml(config: object) -> str:
     """The whole configuration, defaults written out."""
     from omegaconf import OmegaConf
 
-    values = dataclasses.asdict(typing.cast(Any, config))
-    return OmegaConf.to_yaml(OmegaConf.create(json.loads(json.dumps(values))))
+    values = _replaced(dataclasses.asdict(typing.cast(Any, config)), "${", _MARKED)
+    return OmegaConf.to_yaml(OmegaConf.create(values)).replace("$\\0{", "${")
 
 
 def command_line(
@@ -177,16 +174,16 @@ def command_line(
     Args:
         check: further checks, before anything is printed.
     """
-    said = separate(arguments)
-    if "--help" in said.flags:
+    paths, overrides, flags = separate(arguments)
+    if "--help" in flags:
         placeholders = ["path"] * path_counts(schema)[0]
         bare, _ = _compose(config_name, [], schema, placeholders)
         print(usage(config_folder(), config_name, about, schema, to_yaml(bare)))
         sys.exit(0)
-    check_paths(config_name, schema, said.paths)
-    config = compose(config_name, said.overrides, schema, said.paths)
+    check_paths(config_name, schema, paths)
+    config = compose(config_name, overrides, schema, paths)
     check(config)
-    if "--cfg" in said.flags:
+    if "--cfg" in flags:
         print(to_yaml(config), end="")
         sys.exit(0)
-    return config, said.overrides
+    return config, overrides

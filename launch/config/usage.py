@@ -1,7 +1,6 @@
 """What a command line may say: paths, options, overrides; and the help that explains them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import get_type_hints
 
@@ -13,40 +12,34 @@ from launch.config.check import suggest
 _PATHS = ("/", "./", "../")
 
 
-@dataclass(frozen=True)
-class Arguments:
-    """A command line, taken apart."""
+def separate(arguments: Sequence[str]) -> tuple[list[str], list[str], set[str]]:
+    """Paths, overrides, and which of --help and --cfg a command line holds.
 
-    paths: list[str]
-    overrides: list[str]
-    flags: set[str]
-    """Of --help and --cfg."""
-
-
-def separate(arguments: Sequence[str]) -> Arguments:
-    """Paths stand before the first key=value; one that holds `=` begins with `./` or `/`.
+    Paths stand before the first key=value; one that holds `=` begins with `./` or `/`.
 
     Drops the --local_rank of DeepSpeed's launcher.
     """
-    taken = Arguments([], [], set())
+    paths: list[str] = []
+    overrides: list[str] = []
+    flags: set[str] = set()
     rest = iter(arguments)
     for argument in rest:
         if argument.startswith(("--local_rank", "--local-rank")):
             if "=" not in argument:
                 next(rest, None)
         elif argument in ("--help", "-h", "--cfg"):
-            taken.flags.add("--help" if argument == "-h" else argument)
+            flags.add("--help" if argument == "-h" else argument)
         elif argument.startswith("-"):
             hint = suggest(argument, ["--help", "--cfg"])
             raise ConfigError(f"unknown option {argument}{hint}; values are written key=value")
         elif argument.startswith(_PATHS) or ("=" not in argument and argument[:1] != "~"):
-            if taken.overrides:
+            if overrides:
                 raise ConfigError(f"cannot read {argument!r}: write key=value or group=option; "
-                                  f"paths stand before {taken.overrides[0]!r}")  # fmt: skip
-            taken.paths.append(argument)
+                                  f"paths stand before {overrides[0]!r}")  # fmt: skip
+            paths.append(argument)
         else:
-            taken.overrides.append(argument)
-    return taken
+            overrides.append(argument)
+    return paths, overrides, flags
 
 
 def path_counts(schema: type) -> tuple[int, int | None]:

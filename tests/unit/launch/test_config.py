@@ -169,6 +169,8 @@ def test_printed_configuration_composes_to_the_same(capsys: pytest.CaptureFixtur
     printed = yaml.safe_load(capsys.readouterr().out)
     config = composed("train.steps=9")
     assert printed == yaml.safe_load(to_yaml(config))
+    references = composed("runs=a${", "task.store=${x}")
+    assert yaml.safe_load(to_yaml(references))["runs"] == "a${"
     assert printed["train"]["steps"] == 9
     assert set(printed) == {field.name for field in dataclasses.fields(Config)}
 
@@ -238,7 +240,7 @@ def test_any_text_arrives_as_it_was_written(text: str):
         st.text("abc", min_size=1, max_size=3), inner, max_size=3), max_leaves=6,
 ))  # fmt: skip
 def test_numbers_lists_and_mappings_are_read(value: object):
-    assert read_value("key", json.dumps(value).replace('"', "")) == value
+    assert read_value(json.dumps(value).replace('"', "")) == value
 
 
 def test_lists_and_mappings_stay_where_they_are_wanted():
