@@ -190,7 +190,7 @@ def test_where_the_compiler_fails_parts_run_without_it_and_say_so(monkeypatch):
 
 
 def test_bad_values_are_refused():
-    with pytest.raises(ConfigError, match=r"execution\.tile_bytes=0 must be at least 1"):
+    with pytest.raises(ConfigError, match=r"tile_bytes=0: must be greater than or equal to 1"):
         Execution(tile_bytes=0)
     with pytest.raises(ConfigError, match=r"execution\.workspace_bytes=-1 must"):
         Execution(workspace_bytes=-1)
