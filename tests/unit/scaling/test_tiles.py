@@ -192,5 +192,5 @@ def test_where_the_compiler_fails_parts_run_without_it_and_say_so(monkeypatch):
 def test_bad_values_are_refused():
     with pytest.raises(ConfigError, match=r"tile_bytes=0: must be greater than or equal to 1"):
         Execution(tile_bytes=0)
-    with pytest.raises(ConfigError, match=r"execution\.workspace_bytes=-1 must"):
+    with pytest.raises(ConfigError, match=r"workspace_bytes=-1: must"):
         Execution(workspace_bytes=-1)
