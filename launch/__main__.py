@@ -1,4 +1,4 @@
-"""The commands: python -m launch <command> [group=option] [key=value] ..., or `longfold`."""
+"""The commands: python -m launch <command> [path ...] [key=value ...], or `longfold`."""
 
 import sys
 from importlib import import_module
@@ -36,7 +36,8 @@ def _dispatch(arguments: list[str]) -> None:
 def _help() -> str:
     lines = [f"  {name:<10}{about}" for name, about in COMMANDS.items()]
     return "\n".join([
-        "usage: python -m launch <command> [group=option] [key=value] ...", "", *lines, "",
+        "usage: python -m launch <command> [path ...] [group=option] [key=value] ...", "",
+        *lines, "",
         "python -m launch <command> --help shows its groups, keys and defaults",
     ])  # fmt: skip
 

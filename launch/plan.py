@@ -6,21 +6,24 @@ with few tokens, in a world of as many ranks that exchanges nothing (scaling/cos
 
 import sys
 from dataclasses import dataclass
+from typing import Annotated
+
+from annotated_types import Ge
 
 from data_pipeline.errors import ConfigError
-from launch.config.check import options_of
+from launch.config.check import options_within
 from launch.config.compose import command_line
 from launch.config.settings import Config, mesh_sizes
 from launch.ranks.discovery import discover
 from launch.ranks.group import process_group
-from launch.train import check_names
+from launch.train import task_and_model
 
 
 @dataclass
 class PlanConfig(Config):
-    ranks: int = 2
+    ranks: Annotated[int, Ge(1)] = 2
     """Processes of the job."""
-    length: int | None = None
+    length: Annotated[int, Ge(1)] | None = None
     """Tokens of a row; null: the longest sample of the task's training split."""
 
     def __post_init__(self) -> None:
@@ -29,40 +32,25 @@ class PlanConfig(Config):
             raise ConfigError("device=cuda: plan foresees ranks on CPUs alone; say device=cpu")
         if self.train.precision == "float64":
             raise ConfigError("train.precision=float64: plan foresees float32 and bf16 alone")
-        for key in ("ranks", "length"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise ConfigError(f"{key}={value}: must be at least 1")
 
 
 def main(arguments: list[str]) -> None:
     """Print the memory of one rank by part."""
     about = "Foresee the peak memory of a training run, by part."
-    config, _ = command_line(arguments, "plan", PlanConfig, about, check=check_names)
+    config, _ = command_line(arguments, "plan", PlanConfig, about)
     import torch
 
     torch.set_num_threads(1)  # as a rank that shares its cores; the step here is a small one
-    from data_pipeline.prepare import ensure_bundled
     from data_pipeline.stream.stream import check_batches, check_lengths
-    from data_pipeline.tasks.denoising import BUNDLED
-    from data_pipeline.tasks.registry import build_task
     from scaling.cost.planner import Job, memory_by_part
-    from scaling.models import build
     from scaling.parallel.mesh import check_sizes
 
     dp, sp = mesh_sizes(config.parallel, config.ranks)
-    check_sizes(dp, sp, config.ranks)
-    check_batches(config.train.batch_size, config.train.micro_batch_size, dp)
-    if config.task.get("store") == BUNDLED:
-        ensure_bundled(BUNDLED)
-    task = build_task(config.task["name"], **options_of(config.task))
-    model = build(
-        config.model["name"],
-        vectors=task.vectors,
-        scalars=task.scalars,
-        **options_of(config.model),
-    )
-    check_lengths(task, "train", config.train.max_length)
+    with options_within(config, "train", "parallel"):
+        check_sizes(dp, sp, config.ranks)
+        check_batches(config.train.batch_size, config.train.micro_batch_size, dp)
+        task, model = task_and_model(config)
+        check_lengths(task, "train", config.train.max_length)
     length = config.length or task.length("train", task.longest("train"))
     if not sp <= length <= config.train.max_length:
         raise ConfigError(

@@ -3,19 +3,19 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from data_pipeline.chains import describe
 from data_pipeline.errors import ConfigError
-from data_pipeline.prepare import SOURCES, make_source
+from data_pipeline.prepare import make_source
 from data_pipeline.store.build import ensure, verify
-from launch.config.check import check_choice, options_of
+from launch.config.check import Choice, options_of, options_within
 from launch.config.compose import command_line
 
 
 @dataclass
 class PrepareConfig:
-    source: dict[str, Any]
+    source: Annotated[dict[str, Any], Choice("data_pipeline.prepare:SOURCES")]
     """`name` and the options of that source."""
     store: str
     """Folder of the store; to verify and inspect also its URL."""
@@ -31,7 +31,8 @@ def main(arguments: list[str]) -> None:
     )
     began, store, more = time.perf_counter(), config.store, ""
     if config.action == "build":
-        source = make_source(config.source["name"], **options_of(config.source))
+        with options_within(config, "source"):
+            source = make_source(config.source["name"], **options_of(config.source))
         manifest, built = ensure(store, source)
         done = "built" if built else "is there and belongs to this source; reused"
     elif config.action == "verify":
@@ -76,12 +77,6 @@ def summary(manifest: dict[str, Any]) -> str:
 
 
 def _check(config: PrepareConfig) -> None:
-    if config.source.get("name") == "bundled" and "path" in config.source:
-        raise ConfigError(
-            "source.path is for source=structures, sidechainnet, synthetic or arrays: "
-            "add one of them to the command"
-        )
-    check_choice("source", config.source, SOURCES)
     if config.action == "build" and "://" in config.store:
         raise ConfigError(
             f"store={config.store} is a URL, and stores are written into folders: write one here, "

@@ -4,6 +4,7 @@ python -m launch train [group=option] [key=value] ...          one process
 torchrun | accelerate launch | deepspeed ... launch.train       the same, on many
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -13,23 +14,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_pipeline.errors import ConfigError
-from launch.config.check import check_choice, options_of
+from launch.config.check import options_of, options_within
 from launch.config.compose import command_line
 from launch.config.settings import Config, mesh_sizes
-from launch.ranks.discovery import discover
-from launch.ranks.exit import run_command
+from launch.ranks.discovery import discover, require_ranks
+from launch.ranks.exit import Unheard, run_command
 from launch.ranks.group import choose_device, process_group, share_cores
+from scaling.train.stop import launcher_chain
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
+
+    from data_pipeline.tasks.protocol import Task
 
 
 def main(arguments: list[str]) -> None:
     """Train a model on a task; every rank runs this."""
+    launcher_chain()  # before anything slow: whoever started this rank may end at any moment
     ranks = discover()
     share_cores(ranks)  # the check of names is the first to import torch
     about = "Train a model on a task."
-    config, overrides = command_line(arguments, "train", Config, about, check=check_names)
+    config, overrides = command_line(arguments, "train", Config, about)
+    require_ranks(ranks, alone=config.parallel.dp == config.parallel.sp == 1)
     follow_accelerate(config, overrides)
     device = choose_device(config.device, ranks)
     uses_deepspeed = config.engine.name == "deepspeed"
@@ -37,52 +44,50 @@ def main(arguments: list[str]) -> None:
         from launch.ranks.extension import require_extension
 
         require_extension()
-    with process_group(ranks, device, config.parallel.timeout_s, needed=uses_deepspeed):
+    with (
+        contextlib.redirect_stdout(Unheard(sys.stdout)),
+        process_group(ranks, device, config.parallel.timeout_s, needed=uses_deepspeed),
+    ):
         train(config, device)
 
 
 def train(config: Config, device: "torch.device") -> None:
     """Build task, mesh and model, and fit; inside the process group, where there is one."""
-    import torch
-
-    from data_pipeline.prepare import ensure_bundled
-    from data_pipeline.tasks.denoising import BUNDLED
-    from data_pipeline.tasks.registry import build_task
-    from scaling.models import build
     from scaling.ops.tiles import set_execution
     from scaling.parallel.collectives import group_size
     from scaling.parallel.mesh import Mesh
     from scaling.train.loop import fit
     from scaling.train.run import RunDirectory
 
-    mesh = Mesh(*mesh_sizes(config.parallel, group_size(None)))
-    if config.task.get("store") == BUNDLED:
-        if mesh.rank == 0:
-            ensure_bundled(BUNDLED)
-        if mesh.world > 1:
-            torch.distributed.barrier()
-    task = build_task(config.task["name"], **options_of(config.task))
-    torch.manual_seed(config.train.seed)  # every rank begins with the same parameters
-    model = build(
-        config.model["name"],
-        vectors=task.vectors,
-        scalars=task.scalars,
-        **options_of(config.model),
-    )
+    with options_within(config, "parallel"):
+        mesh = Mesh(*mesh_sizes(config.parallel, group_size(None)))
+    task, model = task_and_model(config)
     set_execution(model, config.execution)
     values = dataclasses.asdict(config)
     identity = {key: values[key] for key in ("task", "model", "train", "optim")}
     run = RunDirectory(Path(config.runs) / config.name, identity, values)
-    fit(model, task, mesh, config.train, config.optim, config.engine, run, device)
+    with options_within(config, "train", "optim", "engine", "parallel"):
+        fit(model, task, mesh, config.train, config.optim, config.engine, run, device)
 
 
-def check_names(config: Config) -> None:
-    """Task and model sections against the constructors that they name."""
-    from data_pipeline.tasks.registry import TASKS
-    from scaling.models import MODELS
+def task_and_model(config: Config) -> "tuple[Task, nn.Module]":
+    """Made with the same parameters on every rank; the bundled data's store is built if need be."""
+    import torch
 
-    check_choice("task", config.task, TASKS)
-    check_choice("model", config.model, MODELS, given=("vectors", "scalars"))
+    from data_pipeline.prepare import ensure_bundled
+    from data_pipeline.tasks.denoising import BUNDLED
+    from data_pipeline.tasks.registry import build_task
+    from scaling.models import build
+    from scaling.parallel.first_rank import first_rank_says
+
+    if config.task.get("store") == BUNDLED:
+        first_rank_says(lambda: ensure_bundled(BUNDLED))
+    with options_within(config, "task"):
+        task = build_task(config.task["name"], **options_of(config.task))
+    torch.manual_seed(config.train.seed)
+    channels = {"vectors": task.vectors, "scalars": task.scalars}
+    with options_within(config, "model"):
+        return task, build(config.model["name"], **channels, **options_of(config.model))
 
 
 def follow_accelerate(
@@ -101,7 +106,8 @@ def follow_accelerate(
         except (OSError, ValueError) as error:
             raise ConfigError(f"cannot read accelerate's DeepSpeed file {path}: {error}") from None
     if stage not in (None, "auto"):
-        config.engine.zero_stage = int(stage)
+        with options_within(config, "engine"):
+            config.engine = dataclasses.replace(config.engine, zero_stage=int(stage))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """How a model runs: settings that models, training and configuration share. Imports no torch."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from data_pipeline.errors import ConfigError
+from annotated_types import Ge
+
+from data_pipeline.options import check_options
 
 CPU_TILE_BYTES = 32 << 20
 """A tile stays in the caches."""
@@ -15,13 +17,13 @@ GPU_TILE_BYTES = 512 << 20
 class Execution:
     """How a model runs. Nothing here changes a result beyond the order of sums."""
 
-    tile_bytes: int | None = None
+    tile_bytes: Annotated[int, Ge(1)] | None = None
     """Activations that a tile of tokens keeps, bytes. A part that keeps less in all is neither cut
     nor run again. null: 32 MiB on a CPU, 512 MiB on a GPU."""
     recompute_operators: bool = False
     """Keep nothing of an operator but its inputs, and run it again, exchanges too, for its
     gradient."""
-    workspace_bytes: int = 1 << 30
+    workspace_bytes: Annotated[int, Ge(1)] = 1 << 30
     """Buffers of the long convolutions' channels under way, bytes."""
     offload: Literal["none", "host", "file"] = "none"
     """Where waits what is kept for the backward pass: "host" (pinned memory, for GPUs), "file" (a
@@ -30,10 +32,7 @@ class Execution:
     """Run the parts by torch.compile, where it works."""
 
     def __post_init__(self) -> None:
-        for key in ("tile_bytes", "workspace_bytes"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise ConfigError(f"execution.{key}={value} must be at least 1")
+        check_options(self)
 
     def tile_budget(self, device_type: str) -> int:
         """Bytes that a tile may keep on such a device."""

@@ -7,6 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from typing import Any, TextIO
 
 from data_pipeline.errors import LongfoldError
 from launch.ranks import group
@@ -40,10 +41,37 @@ def run_command(command: Callable[[list[str]], None], arguments: list[str]) -> i
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except BrokenPipeError:  # whoever read our output has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence(sys.stdout)
         return 1
     except Exception as error:
         return _fail(_lost_rank(error) or traceback.format_exc().rstrip(), 1)
+
+
+class Unheard:
+    """An output whose reader may go, as a launcher's pipe does with it; the command goes on."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            _silence(self._stream)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            _silence(self._stream)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _silence(stream: TextIO) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _lost_rank(error: Exception) -> str | None:

@@ -24,7 +24,7 @@ from data_pipeline.errors import ConfigError
 
 NAME = "deepspeed_shm_comm"
 BUILD_TIMEOUT_S = 600.0
-_YOUNG_S = 5.0
+_YOUNG_S = 60.0
 """A lock this young may belong to a start on another machine that shares the folder."""
 
 _BUILD = (
@@ -77,7 +77,7 @@ def require_extension(timeout_s: float = BUILD_TIMEOUT_S) -> Path:
     except OSError as error:
         raise ConfigError(f"cannot write DeepSpeed's CPU extension to {folder}: {error}") from None
     with _one_at_a_time(folder / "longfold.lock", deadline):
-        _await_lock(folder / "lock", deadline)
+        _await_lock(folder / "lock", library, deadline)
         if not library.exists():
             _build(folder, deadline)
     return library
@@ -99,20 +99,33 @@ def _one_at_a_time(path: Path, deadline: float) -> Iterator[None]:
         yield
 
 
-def _await_lock(lock: Path, deadline: float) -> None:
-    """Wait while somebody holds torch's lock; a lock that nobody holds is an error."""
+def _await_lock(lock: Path, library: Path, deadline: float) -> None:
+    """Wait while somebody holds torch's lock. One that nobody holds goes if the library is whole,
+    else it is an error: another machine may be at work."""
+    told = False
     while lock.exists():
         try:
             age = time.time() - lock.stat().st_mtime
         except FileNotFoundError:
             return
-        if not _is_open_somewhere(lock) and age > _YOUNG_S:
-            raise ConfigError(
-                f"stale build lock, {age:.0f} s old and held by no process, DeepSpeed would wait "
-                f"for it forever; remove it: rm {lock}"
-            )
+        if age > _YOUNG_S and not _is_open_somewhere(lock):
+            stale = f"stale build lock, {age:.0f} s old and held by no process"
+            if not _loads(library):
+                raise ConfigError(f"{stale}, beside no library that loads; DeepSpeed would wait "
+                                  f"for it forever, remove it: rm {lock}")  # fmt: skip
+            lock.unlink(missing_ok=True)
+            _say(f"{stale}, beside a library that loads: removed {lock}")
+            return
+        told = told or _say(f"waiting for whoever builds DeepSpeed's extension: {lock}")
         _check_deadline(deadline, lock.parent)
         time.sleep(0.2)
+
+
+def _loads(library: Path) -> bool:
+    """Whether a child process can load it: half a library may end whoever tries."""
+    script = "import ctypes, sys, torch; ctypes.CDLL(sys.argv[1])"
+    command = [sys.executable, "-c", script, str(library)]
+    return library.exists() and subprocess.run(command, capture_output=True).returncode == 0
 
 
 def _is_open_somewhere(path: Path) -> bool:

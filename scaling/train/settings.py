@@ -1,57 +1,75 @@
 """What a training run can be told. Launching fills these from YAML; every field has its unit."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Interval
+from pydantic import FiniteFloat
+
+from data_pipeline.options import check_options
+
+Count = Annotated[int, Ge(1)]
+NotNegative = Annotated[FiniteFloat, Ge(0)]
+Decay = Annotated[float, Interval(ge=0, lt=1)]
 
 
 @dataclass
 class TrainSettings:
-    steps: int = 600
+    steps: Count = 600
     """Optimiser steps."""
-    batch_size: int = 8
+    batch_size: Count = 8
     """Samples per optimiser step, over all ranks: the loss curve depends on this alone."""
-    micro_batch_size: int = 8
+    micro_batch_size: Count = 8
     """Samples that one data-parallel rank holds at once; the rest is accumulated."""
-    max_length: int = 1 << 22
+    max_length: Count = 1 << 22
     """Longest allowed sequence, tokens; a longer one is an error, never cut."""
-    bucket_steps: int | None = None
+    bucket_steps: Count | None = None
     """Steps whose samples are sorted by length and dealt out anew, so that a batch holds like
     lengths and little padding; null: none."""
-    seed: int = 0
+    seed: Annotated[int, Interval(ge=0, le=2**63 - 1)] = 0
     precision: Literal["float32", "float64", "bf16"] = "float32"
     """bf16 is autocast: parameters and transforms stay float32."""
-    log_every: int = 10
+    log_every: Count = 10
     """Steps between rows in metrics.jsonl."""
-    evaluate_every: int = 100
+    evaluate_every: Count = 100
     """Steps between evaluations; the last step is always evaluated."""
-    save_every: int = 100
+    save_every: Count = 100
     """Steps between checkpoints; the last step is always saved."""
-    keep: int = 2
+    keep: Count = 2
     """Checkpoints kept."""
-    profile_steps: int = 0
+    profile_steps: Annotated[int, Interval(ge=0, le=20)] = 0
     """Steps that every process traces, after its first two, into <runs>/<name>/profile; 0: none.
-    See docs/performance.md."""
+    See docs/performance.md. No viewer opens a trace of more than 20."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 @dataclass
 class OptimSettings:
     name: Literal["adamw", "sgd"] = "adamw"
-    lr: float = 3e-3
+    lr: Annotated[FiniteFloat, Gt(0)] = 3e-3
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.0
-    warmup_steps: int = 50
+    betas: tuple[Decay, Decay] = (0.9, 0.99)
+    weight_decay: NotNegative = 0.0
+    warmup_steps: Annotated[int, Ge(0)] = 50
     """Linear warm-up; then a cosine down to lr · final_lr_ratio at the last step."""
-    final_lr_ratio: float = 0.0
+    final_lr_ratio: NotNegative = 0.0
     schedule: Literal["cosine", "constant"] = "cosine"
-    gradient_clipping: float = 1.0
+    gradient_clipping: NotNegative = 1.0
     """Largest global gradient norm; 0 does not clip."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 @dataclass
 class EngineSettings:
     name: Literal["deepspeed", "ddp"] = "ddp"
-    zero_stage: int = 1
+    zero_stage: Annotated[int, Interval(ge=0, le=3)] = 1
     """DeepSpeed's ZeRO stage, 0 to 3."""
     deepspeed_config: dict = field(default_factory=dict)
     """Further DeepSpeed keys; a key that contradicts this configuration is an error."""
+
+    def __post_init__(self) -> None:
+        check_options(self)

@@ -1,7 +1,10 @@
-"""Asking a run to stop: by a signal, or by a file named STOP in its directory."""
+"""What asks a run to stop: a signal, a file named STOP in its directory, its launcher's end."""
 
 import os
+import re
 import signal
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from threading import Thread
 from time import monotonic
@@ -10,10 +13,57 @@ from typing import Any
 
 INSISTENT = (signal.SIGTERM, signal.SIGINT)
 """Sent again, these end the process at once."""
-SIGNALS = (*INSISTENT, signal.SIGUSR1)
+SIGNALS = (*INSISTENT, signal.SIGUSR1, signal.SIGUSR2)
 SAME_REQUEST_S = 1.0
 """Seconds within which a signal that comes again is still the same request: of one Ctrl-C, a rank
 hears from the terminal and from its launcher."""
+
+
+LAUNCHERS = re.compile(
+    r"torchrun|torch\.distributed\.(run|launch)|accelerate|deepspeed(\.launcher\.\w+)?"
+    r"|mpi(run|exec)(\.\w+)?|orterun|orted|prterun|prted|hydra_pmi_proxy"
+)
+"""Programs, or Python's scripts and modules, whose ranks are nobody's without them."""
+
+
+@cache
+def launcher_chain() -> tuple[int, ...]:
+    """This process and those above it, up to the launcher that started it; at the first call.
+
+    This process alone where no launcher is above it: plainly started, in the background, by srun.
+    """
+    chain, up_to = [os.getpid()], 1
+    while (parent := _parent(chain[-1])) > 1:
+        chain.append(parent)
+        if LAUNCHERS.fullmatch(_program(parent)):
+            up_to = len(chain)
+    return tuple(chain[:up_to])
+
+
+def launcher_ended() -> bool:
+    """A process between this one and its launcher has another parent than at the beginning."""
+    chain = launcher_chain()
+    return any(_parent(pid) != above for pid, above in pairwise(chain))
+
+
+def _parent(pid: int) -> int:
+    """Of a process of this machine; 0 where that is not known."""
+    if pid == os.getpid():
+        return os.getppid()
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
+def _program(pid: int) -> str:
+    """The name of a process's program; where that is Python, of its script or module."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
+    except OSError:
+        return ""
+    program, *rest = (Path(word).name for word in words if not word.startswith("-"))
+    return rest[0] if program.startswith("python") and rest else program
 
 
 class StopRequest:
@@ -30,6 +80,7 @@ class StopRequest:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
+        launcher_chain()
         # Python runs handlers between bytecodes, so never inside a wait for another rank. The
         # interpreter's own handler writes to this pipe at once, and a thread listens.
         self._listens, self._tells = os.pipe()
@@ -56,8 +107,8 @@ class StopRequest:
         os.close(self._listens)
 
     def asked(self) -> bool:
-        """A signal has come, or the file is there."""
-        return self._signal is not None or self._file.exists()
+        """A signal has come, the file is there, or the launcher has ended."""
+        return self._signal is not None or self._file.exists() or launcher_ended()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._signal = number

@@ -68,7 +68,7 @@ def test_every_configuration_is_that_of_a_bench():
         ("bench.lengths=[0]", r"bench.lengths=\[0\]: must be a list of positive numbers"),
         ("bench=scaling +bench.execution.tiles=1", "unknown key bench.execution.tiles for"),
         ("bench=scaling +bench.execution.offload=disk", "bench.execution.offload='disk': must be"),
-        ("bench=scaling +bench.execution.tile_bytes=0", "execution.tile_bytes=0 must be at least"),
+        ("bench=scaling +bench.execution.tile_bytes=0", "tile_bytes=0: must be greater"),
         ("bench=scaling bench.model.hiden=8", "unknown key bench.model.hiden for .*, did you mean"),
         ("bench=train_step +bench.models.mine.hidden=8", "unknown bench.models.mine.name=None"),
         ("bench=scaling bench.weak_tokens=1", "bench.weak_tokens=1: must be at least 2"),

@@ -3,10 +3,15 @@
 import gzip
 import json
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -41,6 +46,12 @@ def commands(port: int) -> dict[str, list[str]]:
     }  # fmt: skip
 
 
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
 def start(command: list[str], *overrides: str, **variables: str) -> subprocess.CompletedProcess:
     environ = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | variables
     return run([*command, *TINY, *overrides], cwd=ROOT, env=environ)
@@ -55,10 +66,7 @@ def curve(run: Path) -> list[tuple[int, str, float]]:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Each launcher's run, one after another: ranks that spin for each other share few cores."""
     folder = tmp_path_factory.mktemp("runs")
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    for name, command in commands(port).items():
+    for name, command in commands(free_port()).items():
         ended = start(command, f"runs={folder}", f"name={name}")
         assert ended.returncode == 0, f"{name}: {ended.stdout}{ended.stderr}"
     return folder
@@ -108,6 +116,108 @@ def test_a_trace_and_the_rows_say_where_the_time_went(runs: Path):
             assert min(split) >= 0 and sum(split) <= row["step_s"] * 1.0001
             assert row["transforms_s"] > 0
             assert (row["comm_s"] > 0) == (name in ("accelerate", "deepspeed"))
+
+
+ENDLESS = ["train.steps=100000", "train.save_every=100000", "train.evaluate_every=100000"]
+
+
+def rows_of(run: Path) -> int:
+    file = run / "metrics.jsonl"
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+def wait_until(what: Callable[[], bool], seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def state_of(run: Path) -> str:
+    return json.loads((run / "status.json").read_text())["state"]
+
+
+def launcher_is_killed(command: list[str], run: Path, **variables: str) -> None:
+    """In the middle of training, by SIGKILL; its ranks then save and stop within a step."""
+    options = [*TINY, *ENDLESS, f"runs={run.parent}", f"name={run.name}", "engine=ddp"]
+    environ = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | variables
+    with (run.parent / "log").open("w") as log:
+        launcher = subprocess.Popen(
+            [*command, *options], cwd=ROOT, env=environ, stdout=log, stderr=log,
+            stdin=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+    try:
+        wait_until(lambda: rows_of(run) > 2)
+        launcher.kill()
+        launcher.wait()
+        before = rows_of(run)
+        wait_until(lambda: state_of(run) != "running")
+        said = (run.parent / "log").read_text()
+        assert state_of(run) == "interrupted", said
+        # The step that was under way, and the one in which a rank noticed.
+        latest = (run / "checkpoints" / "latest").read_text()
+        assert before <= int(latest.removeprefix("step-")) <= before + 3
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "wrapped", "accelerate", "deepspeed"])
+def test_ranks_whose_launcher_was_killed_save_and_stop(launcher: str, tmp_path: Path):
+    python = commands(free_port())["python"][0]
+    ranks = ["-m", "launch.train", "parallel=data"]
+    shell = ["--no-python", "sh", "-c", f'{python} -m launch.train "$@"; true', "rank"]
+    launcher_is_killed(
+        {
+            "torchrun": [*TORCHRUN, *ranks],
+            "wrapped": [*TORCHRUN, *shell],
+            "accelerate": [*ACCELERATE, "configs/accelerate/cpu_plain.yaml", *ranks],
+            "deepspeed": commands(free_port())["deepspeed"][:-1],
+        }[launcher],
+        tmp_path / "run",
+    )
+
+
+def test_a_plain_process_goes_on_without_whoever_started_it(tmp_path: Path):
+    """In the background of a shell that has ended, as nohup leaves it."""
+    run = tmp_path / "run"
+    options = [*TINY, *ENDLESS, f"runs={tmp_path}", "name=run", "engine=ddp"]
+    script = '"$@" > /dev/null 2>&1 & echo $!'
+    command = ["sh", "-c", script, "sh", sys.executable, "-m", "launch", "train", *options]
+    environ = os.environ | {"OMP_NUM_THREADS": "1"}
+    pid = int(subprocess.check_output(command, cwd=ROOT, env=environ, timeout=60))
+    try:
+        wait_until(lambda: rows_of(run) > 5)
+        assert state_of(run) == "running"
+        os.kill(pid, signal.SIGUSR2)  # a warning of SLURM's: it saves and stops
+        wait_until(lambda: state_of(run) != "running")
+        assert state_of(run) == "interrupted"
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+MPIRUNS = {
+    "mpirun.openmpi": ["--allow-run-as-root", "--oversubscribe", "-n", "2"],
+    "mpirun.mpich": ["-n", "2"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", MPIRUNS)
+def test_mpirun_gives_the_same_curve_and_its_end_ends_the_ranks(program: str, tmp_path: Path):
+    if shutil.which(program) is None:
+        pytest.skip(f"{program} is not installed")
+    command = [program, *MPIRUNS[program], sys.executable, "-m", "launch.train", "engine=ddp"]
+    port = {"MASTER_PORT": str(free_port())}
+    ended = start(command, f"runs={tmp_path}", "name=mpi", **port)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert json.loads((tmp_path / "mpi" / "environment.json").read_text())["world"] == 2
+    train.main([*TINY, "engine=ddp", f"runs={tmp_path}", "name=one"])
+    reference = curve(tmp_path / "one")
+    assert curve(tmp_path / "mpi") == [(*at, pytest.approx(x, rel=1e-5)) for *at, x in reference]
+    if program == "mpirun.openmpi":  # Hydra kills its ranks itself
+        launcher_is_killed(command, tmp_path / "killed", **port)
 
 
 def test_packed_samples_sharded_over_two_ranks_give_the_curve_of_one(tmp_path: Path):

@@ -1,17 +1,22 @@
 """Composition, checking, and the nearest name for what does not exist."""
 
 import dataclasses
+import json
 import subprocess
 import sys
+from importlib import import_module
+from typing import Annotated, Any
 
 import pytest
 import yaml
+from annotated_types import Len
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
-from data_pipeline.errors import ConfigError
-from launch.config.check import check_choice, options_of
-from launch.config.compose import command_line, compose, config_folder, to_yaml
+from data_pipeline.errors import ConfigError, OptionError
+from launch.config.check import check_choice, options_of, options_within
+from launch.config.compose import command_line, compose, config_folder, read_value, to_yaml
 from launch.config.settings import Config, ParallelSettings, mesh_sizes
-from launch.train import check_names
 from launch.train import main as train_command
 from scaling.models import MODELS
 
@@ -49,24 +54,39 @@ def test_values_come_from_groups_then_experiment_then_command_line():
         ("train.steps=null", "train.steps=None"),
         ("train.precision=fp16", "train.precision='fp16': must be 'float32', 'float64' or 'bf16'"),
         ("train=3", "train=3"),
-        ("train.steps=0", "train.steps=0: must be at least 1"),
-        ("parallel.sp=0", "parallel.sp=0: must be at least 1"),
-        ("optim.lr=nan", "optim.lr=nan: must be positive"),
-        ("train.profile_steps=-1", "train.profile_steps=-1: must lie in 0 ... 20"),
-        ("engine.zero_stage=4", "engine.zero_stage=4"),
+        ("train.steps=0", "train.steps=0: must be greater than or equal to 1"),
+        ("parallel.sp=0", "parallel.sp=0: must be greater than or equal to 1"),
+        ("optim.lr=nan", "optim.lr=nan: must be a finite number"),
+        ("train.profile_steps=-1", "train.profile_steps=-1: must be greater than or equal to 0"),
+        ("engine.zero_stage=4", "engine.zero_stage=4: must be less than or equal to 3"),
+        ("optim.betas=[0.5,1]", "optim.betas=[0.5, 1]: must be less than 1"),
+        ("execution.tile_bytes=0", "execution.tile_bytes=0: must be greater than or equal to 1"),
         *(
             (f"name={name}", f"name='{name}': must be one folder")
             for name in ("a/b", "..", ".", "")
         ),
-        ("train.seed=-1", "train.seed=-1: must lie in 0 ... 9223372036854775807"),
-        (f"train.seed={2**63}", f"train.seed={2**63}: must lie in 0 ... {2**63 - 1}"),
+        ("train.seed=-1", "train.seed=-1: must be greater than or equal to 0"),
+        (f"train.seed={2**63}", f"train.seed={2**63}: must be less than or equal to {2**63 - 1}"),
         *(
-            (f"parallel.timeout_s={value}", "must lie in 1 ... 2592000 seconds")
+            (f"parallel.timeout_s={value}", f"parallel.timeout_s={value}: must be ")
             for value in ("nan", "inf", "0.5", "2592001")
         ),
-        ("train.steps", "cannot read 'train.steps': write key=value"),
-        ("train.seed=1,2", "'train.seed=1,2' gives several values"),
-        ("train.seed=${nothing}", "Interpolation key 'nothing' not found"),
+        ("train.steps", "train takes no path, and 'train.steps' is no key=value: write key=value"),
+        ("a..b=1", "cannot read 'a..b=1': write key=value"),
+        (
+            "train.seed=1,2",
+            "must be a valid integer; one run takes one value (a list: ",
+        ),
+        ("train.seed=${nothing}", "train.seed='${nothing}': must be a valid integer"),
+        (
+            "optim.betas=[0.8",
+            """quote texts within it, and the whole for the shell: 'opt""",
+        ),
+        ("model.channels=${x}", "model.channels='${x}': must be a valid integer"),
+        (
+            "model.channelz=3",
+            "unknown key model.channelz for model=se3_hyena, did you mean model.ch",
+        ),
         ("--frobnicate", "unknown option --frobnicate"),
     ],
 )
@@ -111,14 +131,11 @@ def test_every_option_file_lists_only_what_its_constructor_takes(group: str):
 
 def test_every_experiment_goes_with_every_model_and_task():
     for experiment in options_in("experiment"):
-        check_names(composed(f"experiment={experiment}"))
         for model in options_in("model"):
             config = composed(f"experiment={experiment}", f"model={model}")
-            check_names(config)
             assert config.model["name"] in MODELS
         for task in options_in("task"):
             config = composed(f"experiment={experiment}", f"task={task}")
-            check_names(config)
             assert task.startswith(config.task["name"])
     assert composed().model["readout"] == 0.1  # the main job's
     assert composed("model=se3_hyena").model["readout"] == 1.0
@@ -152,6 +169,8 @@ def test_printed_configuration_composes_to_the_same(capsys: pytest.CaptureFixtur
     printed = yaml.safe_load(capsys.readouterr().out)
     config = composed("train.steps=9")
     assert printed == yaml.safe_load(to_yaml(config))
+    references = composed("runs=a${", "task.store=${x}")
+    assert yaml.safe_load(to_yaml(references))["runs"] == "a${"
     assert printed["train"]["steps"] == 9
     assert set(printed) == {field.name for field in dataclasses.fields(Config)}
 
@@ -190,6 +209,114 @@ def test_a_bad_key_answers_before_torch_is_loaded():
         )
         assert ended.returncode == 2 and ended.stderr.startswith(said), ended.stderr
         assert ended.stderr.count("\n") == 1 and not ended.stdout
+
+
+TEXTS = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=12)
+"""What an argument can hold."""
+AWKWARD = ["a=b", "a#b", "{}", "[]", "é ü", "123", "true", "1e3", "007", "null", "a,b", "${x}",
+           "x${oc.env:HOME}",
+           "\\${x}", "[a", "{a: 1}", "f(x)", "'", "a\\,b", " ", "", "~a", "+a"]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", AWKWARD)
+def test_where_a_text_is_wanted_every_value_is_one(text: str):
+    """Of a field, and of an option that takes a list, too."""
+    config = composed(f"runs={text}", f"task.store={text}")
+    assert config.runs == text
+    assert config.task["store"] == ([] if text == "[]" else text)
+
+
+@settings(max_examples=25, deadline=None)
+@given(TEXTS)
+def test_any_text_arrives_as_it_was_written(text: str):
+    assume(not (len(text) > 1 and text[0] == text[-1] and text[0] in "'\""))
+    assert composed("runs=other", f"+runs={text}").runs == text
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+        st.text("abc", min_size=1, max_size=3), inner, max_size=3), max_leaves=6,
+))  # fmt: skip
+def test_numbers_lists_and_mappings_are_read(value: object):
+    assert read_value(json.dumps(value).replace('"', "")) == value
+
+
+def test_lists_and_mappings_stay_where_they_are_wanted():
+    config = composed(
+        "engine.deepspeed_config={}", "task.store=[stores/é, a=b,  c]", "task.atoms=[]"
+    )
+    assert config.engine.deepspeed_config == {} and config.task["atoms"] == []
+    assert config.task["store"] == ["stores/é", "a=b", "c"]
+    assert composed("task.store=['a b', \"c]\"]").task["store"] == ["a b", "c]"]
+    nested = composed("engine.deepspeed_config.a.b=3", "engine.deepspeed_config.c=é").engine
+    assert nested.deepspeed_config == {"a": {"b": 3}, "c": "é"}
+    config = composed("runs='a b'", "name='null'")
+    assert (config.runs, config.name) == ("a b", "null")
+
+
+@dataclasses.dataclass
+class Prepare:
+    source: dict[str, Any]
+    store: str
+    action: str
+    figures: str | None
+    paths: Annotated[list[str], Len(1, 2)]
+
+
+def prepared(*overrides: str) -> Prepare:
+    return compose("prepare", overrides, Prepare, ["path"])
+
+
+def test_a_reference_is_followed_only_where_the_default_is_one():
+    assert prepared("source=nbody").store == "stores/nbody"
+    assert prepared("store=x/${source.name}/${action}", "action=a=b").store == "x/bundled/a=b"
+    assert prepared("action=${source.name}").action == "${source.name}"
+    assert prepared("figures=null").figures is None and prepared("figures=1").figures == "1"
+    assert prepared("source.name=a${b}").store == "stores/a${b}"
+    with pytest.raises(ConfigError, match="Interpolation key 'nothing' not found"):
+        prepared("store=${nothing}")
+
+
+def test_paths_stand_before_the_first_override(capsys: pytest.CaptureFixture):
+    def paths(*arguments: str) -> list[str]:
+        return command_line(arguments, "prepare", Prepare, "about")[0].paths
+
+    assert paths("runs/a") == ["runs/a"]
+    assert paths("runs/a", "./b=c", "store=x") == ["runs/a", "./b=c"]
+    for arguments, named in [
+        ([], "prepare takes 1 to 2 paths before the first key=value; none came"),
+        (["a", "b", "c"], "prepare takes 1 to 2 paths before the first key=value; 'a', 'b', 'c'"),
+        (["a", "store=x", "b"], "cannot read 'b': .* paths stand before 'store=x'"),
+    ]:
+        with pytest.raises(ConfigError, match=named):
+            paths(*arguments)
+    with pytest.raises(SystemExit):
+        paths("--help")
+    assert "usage: python -m launch prepare path ... [group" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["train", "prepare", "sweep", "bench", "plan"])
+def test_a_path_that_no_command_takes_is_named(command: str):
+    with pytest.raises(ConfigError, match=f"^{command} takes no path, and 'runs/a' is no key=val"):
+        import_module(f"launch.{command}").main(["runs/a", "name=x"])
+
+
+def test_an_option_that_a_lower_floor_refuses_gets_its_section():
+    config = composed()
+    for sections, key, full in [
+        (("task",), "atoms", "task.atoms"),
+        (("train", "optim", "engine"), "lr", "optim.lr"),
+        (("train", "optim", "engine"), "deepspeed_config.x", "engine.deepspeed_config.x"),
+        (("train", "optim"), "unknown", "train.unknown"),
+    ]:
+        with (
+            pytest.raises(OptionError, match=f"^{full}=1: no$"),
+            options_within(config, "parallel"),
+            options_within(config, *sections),
+        ):
+            raise OptionError(key, 1, "no")
 
 
 def test_options_leave_the_name_out():

@@ -1,6 +1,8 @@
 """Ranks from every launcher's variables, and DeepSpeed's extension folder."""
 
+import importlib
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,11 +15,12 @@ from data_pipeline.errors import ConfigError
 from launch.config.compose import compose
 from launch.config.settings import Config
 from launch.ranks import extension
-from launch.ranks.discovery import Ranks, discover
+from launch.ranks.discovery import Ranks, discover, require_ranks
 from launch.ranks.exit import run_command
 from launch.ranks.group import choose_device, share_cores
 from launch.ranks.slurm import first_host, tasks_per_node
 from launch.train import follow_accelerate
+from launch.train import main as train_command
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
             "MASTER_ADDR": "node1", "MASTER_PORT": "4000"}  # fmt: skip
@@ -26,6 +29,12 @@ DEEPSPEED = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_SIZE": "2
 SLURM = {"SLURM_JOB_ID": "123456", "SLURM_PROCID": "5", "SLURM_NTASKS": "7", "SLURM_LOCALID": "1",
          "SLURM_NODEID": "1", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "gpu[07-08]",
          "SLURM_TASKS_PER_NODE": "4,3"}  # fmt: skip
+BATCH = {"SLURM_JOB_ID": "123456", "SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0",
+         "SLURM_NODEID": "0", "SLURM_NNODES": "1", "SLURM_TASKS_PER_NODE": "2"}  # fmt: skip
+OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2",
+            "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}  # fmt: skip
+HYDRA = {"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
+BY_HAND = {"RANK": "1", "WORLD_SIZE": "2"}
 
 
 @pytest.mark.parametrize(
@@ -44,10 +53,74 @@ SLURM = {"SLURM_JOB_ID": "123456", "SLURM_PROCID": "5", "SLURM_NTASKS": "7", "SL
         # torchrun inside a SLURM step: its ranks count, not SLURM's
         (SLURM | TORCHRUN, Ranks(3, 4, 1, 2, ("node1", "4000"))),
         ({"ACCELERATE_MIXED_PRECISION": "no"}, Ranks()),  # accelerate with one process
+        (BATCH, Ranks()),  # a batch script, not by srun
+        (OPEN_MPI, Ranks(1, 2, 1, 2, ("127.0.0.1", "29500"))),
+        (OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"}, Ranks()),
+        (HYDRA | {"MASTER_ADDR": "node1"}, Ranks(3, 4, 1, 2, ("node1", "29500"))),
+        (SLURM | HYDRA, Ranks(5, 7, 1, 3, ("gpu07", "33456"))),  # srun with --mpi=pmi2
+        (SLURM | HYDRA | TORCHRUN, Ranks(3, 4, 1, 2, ("node1", "4000"))),
+        (BATCH | OPEN_MPI, Ranks(1, 2, 1, 2, ("127.0.0.1", "29500"))),  # mpirun in a batch script
+        (  # mpirun that starts its daemons by srun, one a node
+            SLURM | HYDRA | {"SLURM_STEP_NUM_TASKS": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
+            Ranks(3, 4, 1, 2, ("a", "1")),
+        ),
+        (BY_HAND, Ranks(1, 2, 1, 2, ("127.0.0.1", "29500"))),
+        (
+            BY_HAND | {"MASTER_ADDR": "node1", "LOCAL_WORLD_SIZE": "1"},
+            Ranks(1, 2, 0, 1, ("node1", "29500")),
+        ),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, Ranks(0, 1, 0, 1, ("127.0.0.1", "29500"))),
+        ({"WORLD_SIZE": "1"}, Ranks()),
+        (SLURM | {"WORLD_SIZE": "7"}, Ranks(5, 7, 1, 3, ("gpu07", "33456"))),
     ],
 )
 def test_ranks_of_every_launcher(environ: dict[str, str], ranks: Ranks):
     assert discover(environ) == ranks
+
+
+@pytest.mark.parametrize(
+    ("environ", "said"),
+    [
+        (BY_HAND | {"MASTER_ADDR": "node1"}, "on several machines .* set LOCAL_RANK"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is set, but RANK is not, .* WORLD_SIZE 1"),
+        ({"RANK": "1"}, "RANK=1 is set, but WORLD_SIZE is not"),
+        (SLURM | {"WORLD_SIZE": "8"}, "WORLD_SIZE=8 is set, but RANK is not, .* WORLD_SIZE 7"),
+        (TORCHRUN | {"RANK": "4"}, "rank 4 of 4, on its machine 1 of 2, cannot be"),
+        (TORCHRUN | {"LOCAL_RANK": "2"}, "on its machine 2 of 2, cannot be"),
+        (TORCHRUN | {"RANK": "-1"}, "rank -1 of 4"),
+        (TORCHRUN | {"RANK": "one"}, "RANK='one' is no whole number"),
+        (SLURM | {"SLURM_PROCID": "7"}, "rank 7 of 7"),
+        (HYDRA, "several machines.*MASTER_ADDR NAME"),
+        (OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "4"}, "several machines.* -x MASTER_ADDR=NAME"),
+        ({"PMI_RANK": "0", "PMI_SIZE": "2"}, "does not set MPI_LOCALNRANKS, MPI_LOCALRANKID"),
+        (SLURM | {"SLURM_JOB_NODELIST": "gpu[07-"}, r"cannot read SLURM's node list 'gpu\[07-'"),
+        (SLURM | {"SLURM_TASKS_PER_NODE": "4(x2"}, "cannot read SLURM's tasks per node"),
+    ],
+)
+def test_a_place_that_is_left_open_is_refused(environ: dict[str, str], said: str):
+    with pytest.raises(ConfigError, match=said) as error:
+        discover(environ)
+    assert "\n" not in str(error.value)
+
+
+def test_one_process_where_slurm_was_asked_for_several_is_said_at_once():
+    with pytest.raises(ConfigError, match=r"asked for 2 tasks.* srun before the command, or"):
+        require_ranks(discover(BATCH), False, BATCH)
+    shell = {"SLURM_NTASKS": "2"}  # by salloc
+    with pytest.raises(ConfigError, match="asked for 2 tasks"):
+        require_ranks(discover(shell), False, shell)
+    require_ranks(discover(BATCH), True, BATCH)
+    for fine in ({}, BATCH | {"SLURM_NTASKS": "1"}, BATCH | OPEN_MPI, SLURM, BATCH | TORCHRUN,
+                 BATCH | {"SLURM_STEP_NUM_TASKS": "1"}):  # fmt: skip
+        require_ranks(discover(fine), False, fine)
+
+
+def test_training_in_a_batch_script_needs_srun_and_planning_does_not(monkeypatch):
+    for key, value in BATCH.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(ConfigError, match="asked for 2 tasks"):
+        train_command(["experiment=recall", "engine=ddp"])
+    assert discover() == Ranks()
 
 
 def test_accelerate_that_starts_too_few_processes_is_explained():
@@ -63,9 +136,24 @@ def test_ranks_that_could_not_meet_at_port_0_are_told():
 
 
 def test_compressed_lists_of_slurm():
-    assert [first_host(n) for n in ("a", "a1,b2", "gpu[07-09,12],x", "n[3]-ib,n4")] == [
-        "a", "a1", "gpu07", "n3-ib",
-    ]  # fmt: skip
+    for nodes, first in {
+        "a": "a", "a1,b2": "a1", "gpu[07-09,12],x": "gpu07", "n[3]-ib,n4": "n3-ib", "b,a": "b",
+        "r[1-2]n[01-03],x": "r1n01", "r[03,04]c[2-6/2]z,q[1-2]": "r03c2z", "n[009-011]": "n009",
+    }.items():  # fmt: skip
+        assert first_host(nodes) == first
+    for half in (
+        "gpu[07-09",
+        "gpu[07-",
+        "gpu[",
+        "gpu07-09]",
+        "a[1-3]b[2",
+        "a[]",
+        "",
+        "a[3-1]",
+        "a,,b",
+    ):
+        with pytest.raises(ConfigError, match="cannot read SLURM's node list"):
+            first_host(half)
     assert tasks_per_node("4(x2),3") == [4, 4, 3]
 
 
@@ -159,15 +247,41 @@ def test_extension_is_built_once_by_any_number_of_processes(folder: Path):
     assert time.monotonic() - began < 0.4
 
 
+def left_behind(lock: Path, age_s: float = 100) -> None:
+    lock.touch()
+    os.utime(lock, (time.time() - age_s, time.time() - age_s))
+
+
+def test_a_lock_that_nobody_holds_goes_where_the_library_is_whole(folder: Path, capfd):
+    library, lock = folder / f"{extension.NAME}.so", folder / "lock"
+    shutil.copy(str(importlib.import_module("_bisect").__file__), library)
+    left_behind(lock)
+    assert extension.require_extension(60) == library
+    assert not lock.exists()
+    assert (
+        f"held by no process, beside a library that loads: removed {lock}" in capfd.readouterr().err
+    )
+    left_behind(lock, age_s=30)  # another machine may be at work
+    with pytest.raises(ConfigError, match="time ran out waiting"):
+        extension.require_extension(0.5)
+    assert lock.exists()
+    left_behind(lock)
+    with lock.open(), pytest.raises(ConfigError, match="time ran out waiting"):
+        extension.require_extension(0.5)
+    assert lock.exists()
+
+
 @pytest.mark.parametrize("built", [True, False])
 def test_a_lock_that_nobody_holds_is_named_not_waited_for(folder: Path, built: bool):
     if built:
-        (folder / f"{extension.NAME}.so").touch()
+        (folder / f"{extension.NAME}.so").write_text("half a library")
     lock = folder / "lock"
-    lock.touch()
-    os.utime(lock, (time.time() - 100, time.time() - 100))
-    with pytest.raises(ConfigError, match=f"stale build lock.* remove it: rm {lock}"):
-        extension.require_extension(30)
+    left_behind(lock)
+    for _ in range(2):
+        with pytest.raises(
+            ConfigError, match=f"stale build lock.* no library .* remove it: rm {lock}"
+        ):
+            extension.require_extension(30)
     # Held: somebody is at work, so wait; here until time runs out.
     with lock.open(), pytest.raises(ConfigError, match="time ran out waiting"):
         extension.require_extension(0.5)

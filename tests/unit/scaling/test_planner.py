@@ -44,7 +44,7 @@ def test_the_command_prints_parts_that_sum_up(capsys):
 @pytest.mark.parametrize(
     ("argument", "said"),
     [
-        ("ranks=0", "ranks=0: must be at least 1"),
+        ("ranks=0", "ranks=0: must be greater than or equal to 1"),
         ("parallel.sp=3", r"dp\(1\) \* sp\(3\) = 3"),
         ("parallel.dp=2", r"batch_size=1: must be a multiple of dp\(2\)"),
         ("device=cuda", "plan foresees ranks on CPUs"),

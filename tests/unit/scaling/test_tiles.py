@@ -215,7 +215,7 @@ def test_rows_of_many_lengths_are_compiled_for_few_and_that_is_said_once(monkeyp
 
 
 def test_bad_values_are_refused():
-    with pytest.raises(ConfigError, match=r"execution\.tile_bytes=0 must be at least 1"):
+    with pytest.raises(ConfigError, match=r"tile_bytes=0: must be greater than or equal to 1"):
         Execution(tile_bytes=0)
-    with pytest.raises(ConfigError, match=r"execution\.workspace_bytes=-1 must"):
+    with pytest.raises(ConfigError, match=r"workspace_bytes=-1: must"):
         Execution(workspace_bytes=-1)
