@@ -25,7 +25,7 @@ import numpy as np
 
 from data_pipeline.chains import Chain, Notes
 from data_pipeline.errors import SourceError
-from data_pipeline.sources.structures import file_sha256
+from data_pipeline.sources.files import file_sha256
 from data_pipeline.store.clusters import SPLITS
 
 MOST_KINDS = 256

@@ -20,8 +20,8 @@ from jaxtyping import Float64
 from data_pipeline.chains import RESIDUES, Chain, Notes
 from data_pipeline.counter_rng import hash64, normals, uniforms
 from data_pipeline.errors import ConfigError, SourceError
+from data_pipeline.sources.files import file_sha256
 from data_pipeline.sources.selection import Selection
-from data_pipeline.sources.structures import file_sha256
 
 ANNOTATIONS = Path("resources", "full_protein_dssp_annotations.json")
 """In the folder of the sidechainnet package: id -> {"Sequence": letters, "DSSP": letters}."""

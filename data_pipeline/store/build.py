@@ -1,7 +1,6 @@
 """Builds a store from a source, whole or not at all, and verifies it."""
 
 import hashlib
-from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -84,7 +83,7 @@ def build(path: str | Path, source: Source, shard: int = 1) -> dict[str, Any]:
         StoreError: the folder cannot be written, or something came to `path` meanwhile.
         SourceError: a chain that cannot be stored.
     """
-    path, notes = Path(path), defaultdict(list)
+    path, notes = Path(path), Notes()
     atoms = tuple(getattr(source, "atoms", ATOMS))
     try:
         with staging.staged(path) as draft:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.chains import ATOMS, LONGEST_BOND, Bonds, Chain, encode
+from data_pipeline.chains import ATOMS, Bonds, Chain, bonded, encode
 from data_pipeline.errors import SourceError
 from data_pipeline.store import clusters
 
@@ -214,8 +214,7 @@ def _segments(block: list[Chain], xyz: np.ndarray, atoms: tuple[str, ...]) -> np
     starts = _starts(block)
     broken = np.zeros(len(xyz), bool)
     if atoms == ATOMS:
-        bond = np.linalg.norm(xyz[1:, 0] - xyz[:-1, 2], axis=-1)
-        broken[1:] = ~(bond <= LONGEST_BOND)
+        broken[1:] = ~bonded(xyz[:-1, 2], xyz[1:, 0])
     count = np.cumsum(broken & ~starts)
     lengths = [len(chain.sequence) for chain in block]
     segments = (count - np.repeat(count[starts], lengths)).astype(np.int32)

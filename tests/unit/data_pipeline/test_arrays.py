@@ -1,12 +1,12 @@
 """A user's own arrays: the documented example trains, and every fault in them is named."""
 
 import re
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from data_pipeline.chains import Notes
 from data_pipeline.errors import SourceError
 from data_pipeline.sources.arrays import ArraySource
 from data_pipeline.store.build import build
@@ -19,7 +19,7 @@ DOCS = Path(__file__).parents[3] / "docs" / "data.md"
 
 
 def read(path: Path):
-    return list(ArraySource(path).chains(defaultdict(list)))
+    return list(ArraySource(path).chains(Notes()))
 
 
 def good() -> dict[str, np.ndarray]:

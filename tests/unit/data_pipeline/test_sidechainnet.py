@@ -6,13 +6,13 @@ import io
 import os
 import pickle
 import threading
-from collections import defaultdict
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from data_pipeline.chains import Notes
 from data_pipeline.errors import ConfigError, SourceError
 from data_pipeline.sources import safe_pickle, sidechainnet
 from data_pipeline.sources.selection import Selection
@@ -65,14 +65,14 @@ def written(folder: Path, data: object, protocol: int = 4) -> Path:
 
 
 def read(path: Path, **options):
-    return list(SideChainNetSource(path, **options).chains(defaultdict(list)))
+    return list(SideChainNetSource(path, **options).chains(Notes()))
 
 
 @pytest.mark.parametrize("layout, protocol", [(15, 2), (15, 5), (14, 4)])
 def test_both_layouts_give_the_same_backbones(tmp_path, layout, protocol):
     """All splits, atoms missing one by one, across the child's frames; the file's sha256."""
     path = written(tmp_path, mini(layout), protocol)
-    source, notes = SideChainNetSource(path), defaultdict(list)
+    source, notes = SideChainNetSource(path), Notes()
     chains = list(source.chains(notes))
     assert source.identity()["files"] == {path.name: hashlib.sha256(path.read_bytes()).hexdigest()}
     assert [chain.id for chain in chains] == [chain.id for chain in read(path)]

@@ -1,13 +1,12 @@
 """Synthetic backbones: a protein's bonds, angles and torsions, from the seed and entry alone."""
 
 import json
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data_pipeline.chains import RESIDUES, bond_lengths
+from data_pipeline.chains import RESIDUES, Notes, bond_lengths
 from data_pipeline.errors import ConfigError, SourceError
 from data_pipeline.inspect.inspect import dihedrals, torsions
 from data_pipeline.sources.selection import impossible
@@ -81,7 +80,7 @@ def test_source_reads_annotations(tmp_path, monkeypatch):
     file = package / "full_protein_dssp_annotations.json"
     file.write_text(json.dumps(table))
     monkeypatch.syspath_prepend(str(tmp_path))
-    notes = defaultdict(list)
+    notes = Notes()
     chains = list(SyntheticSource(proteins=4).chains(notes))
     assert [c.id for c in chains] == [f"synthetic/{i}XYZ" for i in range(3)]
     assert notes == {"copies of another entry's sequence": ["copy"]}
@@ -110,7 +109,7 @@ def test_bad_annotations_are_named(tmp_path, text, message):
     path = tmp_path / "annotations.json"
     path.write_text(text)
     with pytest.raises(SourceError, match=message) as caught:
-        list(SyntheticSource(path).chains(defaultdict(list)))
+        list(SyntheticSource(path).chains(Notes()))
     assert "\n" not in str(caught.value) and "annotations.json" in str(caught.value)
 
 
