@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Integer
+from jaxtyping import Bool, Float, Float32, Integer, UInt8
 
 ATOMS = ("N", "CA", "C", "O")
 RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
@@ -13,6 +13,12 @@ RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
 SHORTEST_BOND, LONGEST_BOND = 1.0, 2.5
 """Å between which two atoms of a backbone, such as C and the next N, count as bonded."""
 SPLITS = ("train", "validation", "test")
+
+
+IMPOSSIBLE = (
+    f"residues with impossible bonds (N-CA or CA-C not {SHORTEST_BOND} to {LONGEST_BOND} Å), "
+    "read as missing"
+)
 
 
 class Notes(defaultdict[str, list[str]]):
@@ -78,6 +84,11 @@ def decode(numbers: np.ndarray) -> str:
     return _LETTERS[numbers].tobytes().decode()
 
 
+def fasta(name: str, residue: UInt8[np.ndarray, " length"]) -> str:
+    """A chain's entry in a FASTA file; blanks in its name, which would end it, are `_`."""
+    return f">{'_'.join(name.split())}\n{decode(residue)}\n"
+
+
 _LETTERS = np.frombuffer((RESIDUES + "X").encode(), np.uint8)
 _NUMBERS = np.full(256, len(RESIDUES), np.uint8)
 _NUMBERS[_LETTERS] = np.arange(len(_LETTERS))
@@ -92,6 +103,15 @@ def bonded(x: Float[np.ndarray, "*n 3"], y: Float[np.ndarray, "*n 3"]) -> np.nda
     """(*n,) bool: whether two atoms are a bond's length apart; not if one is missing."""
     length = norms(x - y)
     return (length >= SHORTEST_BOND) & (length <= LONGEST_BOND)
+
+
+def impossible(xyz: Float32[np.ndarray, "length 4 3"]) -> Bool[np.ndarray, " length"]:
+    """Residues whose N-CA or CA-C is no bond's length; a missing atom has no bond."""
+    n, ca, c = xyz[:, 0], xyz[:, 1], xyz[:, 2]
+    wrong = np.zeros(len(xyz), bool)
+    for x, y in ((n, ca), (ca, c)):
+        wrong |= np.isfinite(x + y).all(1) & ~bonded(x, y)
+    return wrong
 
 
 def bond_lengths(chains: Iterable[Chain]) -> dict[str, tuple[float, float]]:

@@ -17,5 +17,5 @@ def file_sha256(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise SourceError(
-            f"cannot read {path}: {error.strerror}; correct source.path, or that file's permissions"
+            f"cannot read {path}: {error.strerror}; correct path, or that file's permissions"
         ) from error

@@ -14,8 +14,15 @@ from itertools import pairwise
 
 import numpy as np
 
-from data_pipeline.chains import ATOMS, LONGEST_BOND, SHORTEST_BOND, Chain, Notes
-from data_pipeline.sources.selection import IMPOSSIBLE, impossible
+from data_pipeline.chains import (
+    ATOMS,
+    IMPOSSIBLE,
+    LONGEST_BOND,
+    SHORTEST_BOND,
+    Chain,
+    Notes,
+    impossible,
+)
 from data_pipeline.sources.structure_files import Atom, Model, Place, kind_of
 
 LIGANDS = "amino acids that are ligands"

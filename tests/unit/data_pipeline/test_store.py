@@ -13,13 +13,12 @@ import fsspec
 import numpy as np
 import pytest
 
-from data_pipeline.chains import RESIDUES, Chain, Notes, decode, encode
+from data_pipeline.chains import RESIDUES, SPLITS, Chain, Notes, decode, encode
 from data_pipeline.errors import SourceError, StoreError
 from data_pipeline.prepare import ensure_bundled
 from data_pipeline.sources.bundled import BundledSource
 from data_pipeline.store import clusters, writer
 from data_pipeline.store.build import build, ensure, verify
-from data_pipeline.store.clusters import SPLITS
 from data_pipeline.store.manifest import MANIFEST
 from data_pipeline.store.reader import Store, read_manifest
 from data_pipeline.stream.stream import Stream
