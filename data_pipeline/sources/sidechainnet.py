@@ -69,7 +69,7 @@ class SideChainNetSource:
         edition = "debug" if self.casp == "debug" else f"casp{self.casp}_{self.thinning}"
         if edition not in known:
             rule = (
-                f"there is no such edition with thinning={self.thinning}; casp is 7 to 12 or debug, "
+                f"no such edition with thinning={self.thinning}; casp is 7 to 12 or debug, "
                 "thinning 30, 50, 70, 90, 95 or 100"
             )
             raise OptionError("casp", self.casp, rule)

@@ -90,7 +90,7 @@ def write(
     del residue
     scratch.unlink()
     sums = {name: columns[name].close() for name in [*OWN, *(columns.keys() - set(OWN))]}
-    rule = "the source's own" if table.splits else f"by groups: {grouping.rule}"
+    rule = "the source itself" if table.splits else grouping.rule
     return Written(counts, bonds.result(), rule, sums)
 
 

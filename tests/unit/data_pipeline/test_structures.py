@@ -99,8 +99,10 @@ def test_blank_and_two_letter_chains_stay_apart(tmp_path):
     text += line("O", "TIP", 1, 0, chain="3 ", segment="SOLV")  # TIP3 spills into the chain
     names = [chain.id for chain in read(tmp_path, text)]
     assert sorted(names) == ["made/AB", "made/B", "made/PROA", "made/PROA-2", "made/PROB"]
+    first, second = read(tmp_path, residue("ALA", 1, 0) + residue("ALA", 1, 50))
+    assert (first.id, second.id) == ("made/A", "made/A-2") and second.xyz[0, 0, 0] > 50
     notes = Notes()
-    (chain,) = read(tmp_path, residue("ALA", 1, 0) + residue("ALA", 1, 50), notes=notes)
+    (chain,) = read(tmp_path, residue("ALA", 1, 0) + residue("ALA", 1, 0.3), notes=notes)
     assert chain.sequence == "A" and chain.xyz[0, 0, 0] == 0
     assert notes == {"chains that repeat atoms, of which the first was read": ["made/A"]}
 
@@ -195,7 +197,7 @@ def test_selection_counts_what_it_leaves_out(tmp_path):
     notes = Notes()
     (chain,) = StructureSource(path).chains(notes)
     assert chain.id == "a/A"
-    assert sorted(names[0] for names in notes.values()) == ["a/B (0%)", "a/C", "a/D"]
+    assert sorted(names[0] for names in notes.values()) == ["a/B (0%)", "a/C = a/A", "a/D"]
     path.write_text(bare + "END\n")
     with pytest.raises(SourceError, match="a/B"):
         list(StructureSource(path).chains(Notes()))
