@@ -142,7 +142,8 @@ class Model:
         for i, atom in enumerate(atoms):
             if residue is None or (i and atom.name in ("N", "CA") and repeats(atom, residue.atoms)):
                 residue = Residue(name, hetero, in_sequence)
-                self.places.append(replace(place, residues=[residue]))
+                self.places.append(replace(place, residues=[]) if place.residues else place)
+                self.places[-1].residues.append(residue)
                 self._last[key] = self.places[-1]
             if atom.name in ATOMS:
                 residue.atoms.append(atom)
