@@ -48,7 +48,7 @@ def test_the_documented_example_becomes_a_store_and_trains(tmp_path, monkeypatch
     exec(example, {})
     prepare = re.search(r"launch prepare (source=arrays.*)", DOCS.read_text())[1].split()
     main(prepare)
-    assert "40 in 40 clusters" in capsys.readouterr().out
+    assert "40 in 40 groups" in capsys.readouterr().out
     train = re.search(r"launch train (task.store=stores/rna.*)", DOCS.read_text())[1].split()
     assert train == ["task.store=stores/rna", "task.atoms=[point]"]
     task = build_task("denoising", store="stores/rna", atoms=["point"], sigma=0.1)
@@ -126,7 +126,7 @@ def test_points_and_offsets_are_enough(tmp_path):
         ({"points": np.full((40, 3), [0, np.nan, 0])}, "points of sample one, token 0, .*nan"),
         ({"points": np.full((40, 3), 1e300)}, "points of sample one, token 0, .*inf"),
         ({"points": np.full((40, 3), np.nan)}, "sample one has no point that is not NaN"),
-        ({"kinds": np.array([{}] * 40)}, "cannot read source.path=.*allow_pickle=False"),
+        ({"kinds": np.array([{}] * 40)}, "cannot read path=.*allow_pickle=False"),
     ],
 )
 def test_faults_are_named(tmp_path, change, message):

@@ -249,7 +249,7 @@ def test_download_leaves_a_whole_file_or_none(tmp_path, monkeypatch):
         ({"thinning": 50}, "404"),
         ({"casp": "debug"}, "100 of|more expected"),
     ):
-        with pytest.raises(SourceError, match=f"cannot download .*({message}).*source.path="):
+        with pytest.raises(SourceError, match=f"cannot download .*({message}).*path="):
             read(tmp_path / "new", **options)
     server.shutdown()
     server.server_close()
