@@ -40,13 +40,13 @@ class Grouping:
 
     def __post_init__(self) -> None:
         check_options(self)
-        if self.max_identity is None:
-            return
-        if self.clusters is not None:
+        if self.max_identity is not None and self.clusters is not None:
             raise OptionError("max_identity", self.max_identity, "give it or clusters, not both")
-        if shutil.which("mmseqs") is None:
+        if self.max_identity is not None and shutil.which("mmseqs") is None:
             rule = "needs the program mmseqs: apt-get install mmseqs2, or give groups as clusters"
             raise OptionError("max_identity", self.max_identity, rule)
+        if self.clusters is not None:
+            self._table()  # or it raises
 
     def identity(self) -> dict[str, Any]:
         """As JSON; empty if it is the default."""

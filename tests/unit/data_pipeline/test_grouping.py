@@ -76,7 +76,7 @@ def test_mmseqs_finds_relatives_that_shared_4mers_do_not(tmp_path):
     assert manifest["source"]["max_identity"] == 0.3
 
 
-def test_rules_that_cannot_be_are_named(monkeypatch):
+def test_rules_that_cannot_be_are_named(tmp_path, monkeypatch):
     for value in (0.0, 1.0, 30.0):
         with pytest.raises(OptionError, match=f"max_identity={value}: must be"):
             Grouping(max_identity=value)
@@ -88,4 +88,5 @@ def test_rules_that_cannot_be_are_named(monkeypatch):
     with pytest.raises(OptionError, match="not both"):
         Grouping(Path("x.tsv"), 0.3)
     assert make_source("bundled").identity() == make_source("bundled", clusters=None).identity()
-    assert isinstance(make_source("bundled", clusters="x.tsv"), GroupedSource)
+    (tmp_path / "x.tsv").write_text("a b\n")
+    assert isinstance(make_source("bundled", clusters=f"{tmp_path}/x.tsv"), GroupedSource)

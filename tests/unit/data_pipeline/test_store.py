@@ -17,7 +17,7 @@ from data_pipeline.chains import RESIDUES, SPLITS, Chain, Notes, decode, encode
 from data_pipeline.errors import SourceError, StoreError
 from data_pipeline.prepare import ensure_bundled
 from data_pipeline.sources.bundled import BundledSource
-from data_pipeline.store import clusters, writer
+from data_pipeline.store import clusters, manifest, writer
 from data_pipeline.store.build import build, ensure, verify
 from data_pipeline.store.manifest import MANIFEST
 from data_pipeline.store.reader import Store, read_manifest
@@ -272,7 +272,8 @@ def test_memory_does_not_grow_with_the_store(tmp_path, monkeypatch):
     """A store of 29 MB takes the memory of one of 7 MB, to write and to stream from, within a
     megabyte; peaks of what Python and numpy allocate."""
     monkeypatch.setattr(writer, "CHUNK", 1 << 13)
-    monkeypatch.setattr(writer, "BLOCK", 1 << 14)
+    for module in (writer, manifest):
+        monkeypatch.setattr(module, "BLOCK", 1 << 14)
     written, streamed = [], []
     for count in (500, 2000):
         path = tmp_path / str(count)

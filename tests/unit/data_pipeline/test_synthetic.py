@@ -6,10 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.chains import RESIDUES, Notes, bond_lengths
+from data_pipeline.chains import RESIDUES, Notes, bond_lengths, impossible
 from data_pipeline.errors import ConfigError, SourceError
 from data_pipeline.inspect.inspect import dihedrals, torsions
-from data_pipeline.sources.selection import impossible
 from data_pipeline.sources.synthetic import CLASSES, SyntheticSource, backbones, grow
 
 random = np.random.default_rng(0)
@@ -118,6 +117,6 @@ def test_missing_files_and_packages_are_named(tmp_path, monkeypatch):
     with pytest.raises(SourceError, match=r"cannot read .*none\.json: No such file"):
         SyntheticSource(tmp_path / "none.json").identity()
     monkeypatch.setattr("data_pipeline.sources.synthetic.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install --no-deps sidechainnet.* source\.path"):
+    with pytest.raises(ConfigError, match=r"pip install --no-deps sidechainnet.* path"):
         SyntheticSource().file()
     assert isinstance(SyntheticSource(Path("x")).file(), Path)
