@@ -1,19 +1,43 @@
 """What sources give and stores hold: chains of residues, each with a fixed set of atoms."""
 
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-from jaxtyping import Bool, Float32, Integer
+from jaxtyping import Bool, Float, Float32, Integer, UInt8
 
 ATOMS = ("N", "CA", "C", "O")
 RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
 """One-letter codes in the order of their numbers; whatever else is X, number 20."""
-LONGEST_BOND = 2.5
-"""Å from C to the next N beyond which two residues are not neighbours."""
+SHORTEST_BOND, LONGEST_BOND = 1.0, 2.5
+"""Å between which two atoms of a backbone, such as C and the next N, count as bonded."""
+SPLITS = ("train", "validation", "test")
 
-Notes = dict[str, list[str]]
-"""What was left out or changed while reading: reason -> names of files or chains."""
+
+IMPOSSIBLE = (
+    f"residues with impossible bonds (N-CA or CA-C not {SHORTEST_BOND} to {LONGEST_BOND} Å), "
+    "read as missing"
+)
+
+
+class Notes(defaultdict[str, list[str]]):
+    """What was left out or changed while reading: reason -> names of files, chains, residues."""
+
+    def __init__(self) -> None:
+        super().__init__(list)
+        self.residues: Counter[str] = Counter()
+        """Residues left out for each reason that leaves some out."""
+
+    def leave_out(self, reason: str, name: str, residues: int) -> None:
+        self[reason].append(name)
+        self.residues[reason] += residues
+
+    def add(self, other: "Notes") -> None:
+        """Takes over the notes about a part."""
+        for reason, names in other.items():
+            self[reason] += names
+        self.residues += other.residues
 
 
 @dataclass(frozen=True)
@@ -48,8 +72,7 @@ class Chain:
         """True where a residue is not bonded to the one before."""
         if self.segment is not None:
             return np.concatenate([[False], np.diff(self.segment) != 0])
-        bond = np.linalg.norm(self.xyz[1:, 0] - self.xyz[:-1, 2], axis=-1)
-        return np.concatenate([[False], ~(bond <= LONGEST_BOND)])
+        return np.concatenate([[False], ~bonded(self.xyz[:-1, 2], self.xyz[1:, 0])])
 
 
 def encode(sequence: str) -> np.ndarray:
@@ -61,14 +84,34 @@ def decode(numbers: np.ndarray) -> str:
     return _LETTERS[numbers].tobytes().decode()
 
 
+def fasta(name: str, residue: UInt8[np.ndarray, " length"]) -> str:
+    """A chain's entry in a FASTA file; blanks in its name, which would end it, are `_`."""
+    return f">{'_'.join(name.split())}\n{decode(residue)}\n"
+
+
 _LETTERS = np.frombuffer((RESIDUES + "X").encode(), np.uint8)
 _NUMBERS = np.full(256, len(RESIDUES), np.uint8)
 _NUMBERS[_LETTERS] = np.arange(len(_LETTERS))
 
 
-def norms(x: Float32[np.ndarray, "*n 3"]) -> Float32[np.ndarray, "*n"]:
+def norms(x: Float[np.ndarray, "*n 3"]) -> Float[np.ndarray, "*n"]:
     """Lengths of vectors; reductions over three numbers are slow in numpy."""
     return np.sqrt(x[..., 0] * x[..., 0] + x[..., 1] * x[..., 1] + x[..., 2] * x[..., 2])
+
+
+def bonded(x: Float[np.ndarray, "*n 3"], y: Float[np.ndarray, "*n 3"]) -> np.ndarray:
+    """(*n,) bool: whether two atoms are a bond's length apart; not if one is missing."""
+    length = norms(x - y)
+    return (length >= SHORTEST_BOND) & (length <= LONGEST_BOND)
+
+
+def impossible(xyz: Float32[np.ndarray, "length 4 3"]) -> Bool[np.ndarray, " length"]:
+    """Residues whose N-CA or CA-C is no bond's length; a missing atom has no bond."""
+    n, ca, c = xyz[:, 0], xyz[:, 1], xyz[:, 2]
+    wrong = np.zeros(len(xyz), bool)
+    for x, y in ((n, ca), (ca, c)):
+        wrong |= np.isfinite(x + y).all(1) & ~bonded(x, y)
+    return wrong
 
 
 def bond_lengths(chains: Iterable[Chain]) -> dict[str, tuple[float, float]]:
@@ -112,7 +155,7 @@ class Bonds:
         }
 
 
-def describe(notes: Notes) -> str:
+def describe(notes: Mapping[str, list[str]]) -> str:
     """One line: how many of each kind, with the first three names."""
     parts = []
     for reason, names in notes.items():

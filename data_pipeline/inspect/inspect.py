@@ -5,10 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.chains import ATOMS
+from data_pipeline.chains import ATOMS, SPLITS
 from data_pipeline.counter_rng import hash64, permuted
 from data_pipeline.errors import StoreError
-from data_pipeline.store.clusters import SPLITS
 from data_pipeline.store.reader import Store
 
 MOST_RESIDUES = 200_000

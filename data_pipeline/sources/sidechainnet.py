@@ -17,14 +17,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b, sha256
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated, Any
 
 import numpy as np
+from annotated_types import Gt, Lt
 from tqdm import tqdm
 
-from data_pipeline.chains import Chain, Notes
-from data_pipeline.errors import ConfigError, SourceError
-from data_pipeline.sources.selection import IMPOSSIBLE, Selection, impossible
+from data_pipeline.chains import IMPOSSIBLE, Chain, Notes, impossible
+from data_pipeline.errors import OptionError, SourceError
+from data_pipeline.options import check_options
+from data_pipeline.sources.selection import Selection
 
 ADDRESS = "http://bits.csb.pitt.edu/~jok120/sidechainnet_data"
 """Where sidechainnet 1.0.1 downloads from."""
@@ -39,7 +41,7 @@ _ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
     "MALLOC_TOP_PAD_": str(1 << 28),
 }
-_OTHER = "get the file again, or choose another source.path"
+_OTHER = "get the file again, or choose another path"
 
 
 @dataclass
@@ -58,7 +60,7 @@ class SideChainNetSource:
     selection: Selection = field(default_factory=lambda: Selection(1, None, 0.0))
     official_split: bool = True
     """train, valid-* and test as they are in the file; else by cluster, as for other sources."""
-    memory_gib: float | None = None
+    memory_gib: Annotated[float, Gt(0), Lt(2**20)] | None = None
     """Limit of the reading process; None: three times the file and 2 GiB."""
 
     def __post_init__(self) -> None:
@@ -66,14 +68,14 @@ class SideChainNetSource:
         known |= {"debug", "casp12_scnmin", "casp12_scnunmin"}
         edition = "debug" if self.casp == "debug" else f"casp{self.casp}_{self.thinning}"
         if edition not in known:
-            raise ConfigError(
-                f"SideChainNet has no source.casp={self.casp} source.thinning={self.thinning}; "
-                "casp is 7 to 12 or debug, thinning 30, 50, 70, 90, 95 or 100"
+            rule = (
+                f"no such edition with thinning={self.thinning}; casp is 7 to 12 or debug, "
+                "thinning 30, 50, 70, 90, 95 or 100"
             )
+            raise OptionError("casp", self.casp, rule)
         if edition.startswith("casp12_scn"):
             edition = f"{self.thinning}_ommloss_paper"
-        if self.memory_gib is not None and not 0 < self.memory_gib < 2**20:
-            raise ConfigError(f"source.memory_gib={self.memory_gib} must be positive")
+        check_options(self)
         self._name = f"sidechainnet_{edition}.pkl"
         self._hash = ""
 
@@ -111,7 +113,7 @@ class SideChainNetSource:
         self._hash = self._hash or _sha256(file)
         if self.sha256 and self._hash != self.sha256.lower():
             raise SourceError(
-                f"{self.file} has sha256 {self._hash}, not source.sha256={self.sha256}; {_OTHER}"
+                f"{self.file} has sha256 {self._hash}, not sha256={self.sha256}; {_OTHER}"
             )
 
     def _read(self, notes: Notes) -> Iterator[Chain]:
@@ -175,7 +177,7 @@ class SideChainNetSource:
                 last = reader.stderr.read().decode(errors="replace").strip().rpartition("\n")[2]
                 raise SourceError(
                     f"the process that reads {self.file} died (code {reader.wait()}): {last}; "
-                    f"is there memory for source.memory_gib={limit / 2**30:.1f}?"
+                    f"is there memory for memory_gib={limit / 2**30:.1f}?"
                 )
 
 
@@ -200,7 +202,7 @@ def download(address: str, file: Path) -> None:
     except (OSError, ValueError) as error:  # urllib's are OSError
         raise SourceError(
             f"cannot download {address} to {file}: {error}; fetch it by other means and give "
-            "source.path=<the file>"
+            "path=<the file>"
         ) from error
     finally:
         draft.unlink(missing_ok=True)
@@ -209,7 +211,7 @@ def download(address: str, file: Path) -> None:
 def _explain(header: dict[str, Any], limit: int) -> str:
     reason = " ".join(str(header.get("reason", "")).split())[:300]
     return {
-        "memory": f"needs more than {limit / 2**30:.1f} GiB to read; raise source.memory_gib",
+        "memory": f"needs more than {limit / 2**30:.1f} GiB to read; raise memory_gib",
         "forbidden": f"asks for {reason}, which no array needs: it is made to run code, or it is "
         f"no SideChainNet file; {_OTHER}",
         "unreadable": f"is no whole pickle ({reason}), perhaps half of a download; {_OTHER}",
@@ -238,7 +240,7 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
         file = os.fdopen(os.open(path, os.O_RDONLY), "rb")
     except OSError as error:
         raise SourceError(
-            f"cannot read source.path={path}: {error.strerror}; give a pickle that you may read, "
+            f"cannot read path={path}: {error.strerror}; give a pickle that you may read, "
             "or a folder to download one into"
         ) from error
     with file:

@@ -12,16 +12,18 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import Ge
 from jaxtyping import Float64
 
 from data_pipeline.chains import RESIDUES, Chain, Notes
 from data_pipeline.counter_rng import hash64, normals, uniforms
 from data_pipeline.errors import ConfigError, SourceError
+from data_pipeline.options import check_options
+from data_pipeline.sources.files import file_sha256
 from data_pipeline.sources.selection import Selection
-from data_pipeline.sources.structures import file_sha256
 
 ANNOTATIONS = Path("resources", "full_protein_dssp_annotations.json")
 """In the folder of the sidechainnet package: id -> {"Sequence": letters, "DSSP": letters}."""
@@ -58,10 +60,13 @@ class SyntheticSource:
 
     path: Path | None = None
     """A file like sidechainnet's; None: the one in the installed package."""
-    proteins: int | None = None
+    proteins: Annotated[int, Ge(1)] | None = None
     """Entries to read, the first ones; None: all."""
     seed: int = 0
     selection: Selection = field(default_factory=Selection)
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     def identity(self) -> dict[str, Any]:
         """Name and sha256 of the annotations, and the rule."""
@@ -92,7 +97,7 @@ class SyntheticSource:
         if spec is None or spec.origin is None:
             raise ConfigError(
                 "source=synthetic needs the file that the package sidechainnet holds: "
-                "pip install --no-deps sidechainnet==1.0.1, or give source.path"
+                "pip install --no-deps sidechainnet==1.0.1, or give path"
             )
         return Path(spec.origin).parent / ANNOTATIONS
 
@@ -116,7 +121,7 @@ def read_annotations(file: Path) -> Iterator[tuple[str, str, str]]:
     try:
         entries = json.loads(file.read_bytes())
     except OSError as error:
-        raise SourceError(f"cannot read source.path={file}: {error.strerror}") from error
+        raise SourceError(f"cannot read path={file}: {error.strerror}") from error
     except ValueError as error:
         raise SourceError(f"{file} is no JSON ({error}); give sidechainnet's annotations") from None
     if not isinstance(entries, dict):

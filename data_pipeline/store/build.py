@@ -1,7 +1,6 @@
 """Builds a store from a source, whole or not at all, and verifies it."""
 
 import hashlib
-from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -11,12 +10,11 @@ from fsspec.core import url_to_fs
 from data_pipeline.chains import ATOMS, Chain, Notes
 from data_pipeline.errors import StoreError, how_to_rebuild, unreadable
 from data_pipeline.store import staging, writer
+from data_pipeline.store.grouping import Grouping
 from data_pipeline.store.manifest import (
     VERSION,
     array_sha256,
     digest_of,
-    files_of,
-    open_arrays,
     read_back,
     read_manifest,
     write_manifest,
@@ -31,7 +29,8 @@ class Source(Protocol):
         """What the chains follow from, as JSON; cheap, for it decides whether to build.
 
         Has `kind` and `files` (name -> sha256). A source whose xyz are not N, CA, C, O names its
-        atoms in an attribute `atoms`: (points, ...) of any number, the same for all chains.
+        atoms in an attribute `atoms`: (points, ...) of any number, the same for all chains; one
+        with a `grouping` of its own names it so.
         """
         ...
 
@@ -84,11 +83,14 @@ def build(path: str | Path, source: Source, shard: int = 1) -> dict[str, Any]:
         StoreError: the folder cannot be written, or something came to `path` meanwhile.
         SourceError: a chain that cannot be stored.
     """
-    path, notes = Path(path), defaultdict(list)
+    from data_pipeline.store.files import files_of
+
+    path, notes = Path(path), Notes()
     atoms = tuple(getattr(source, "atoms", ATOMS))
+    grouping = getattr(source, "grouping", Grouping())
     try:
         with staging.staged(path) as draft:
-            written = writer.write(draft, source.chains(notes), atoms, shard)
+            written = writer.write(draft, source.chains(notes), atoms, grouping, notes, shard)
             content = read_back(draft, written.sha256)
             manifest = {
                 "version": VERSION,
@@ -97,7 +99,9 @@ def build(path: str | Path, source: Source, shard: int = 1) -> dict[str, Any]:
                 "atoms": atoms,
                 "counts": written.counts,
                 "bonds": written.bonds,
+                "split": written.split,
                 "left_out": notes,
+                "residues_left_out": notes.residues,
                 "content": content,
                 "files": files_of(draft),
             }
@@ -121,6 +125,8 @@ def verify(path: str | Path) -> dict[str, Any]:
     Raises:
         StoreError: names the first file or array that is not what was written.
     """
+    from data_pipeline.store.files import open_arrays
+
     manifest, place = read_manifest(path), str(path)
     files, root = url_to_fs(place)
     for name, file in manifest["files"].items():

@@ -1,7 +1,8 @@
 """Groups of similar sequences, and the split that never parts a group.
 
-Homologues and copies in train and test leak; so chains are grouped by shared 4-mers and groups
-are dealt out whole. The result follows from the sequences alone, on every machine.
+Copies in train and test leak; so chains are grouped by shared 4-mers, which finds sequences of
+about 75 % identity and more, and groups are dealt out whole. `grouping` has rules that see farther.
+The result follows from the sequences alone, on every machine.
 
 Sequences come as one flat array of residue numbers (20 unknown) and offsets, which may be a file
 mapped to memory: what is held at once does not grow with their number, but for 30 bytes a chain.
@@ -13,10 +14,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from data_pipeline.chains import RESIDUES, decode
+from data_pipeline.chains import RESIDUES, SPLITS, decode
 from data_pipeline.errors import SourceError
 
-SPLITS = ("train", "validation", "test")
 KMER = 4
 KINDS = len(RESIDUES) ** KMER
 CONTAINMENT = 0.25
@@ -51,7 +51,7 @@ def cluster(
         table = _Table(residue, offsets, columns)
         for rows in blocks[number:]:
             for row, similar in table.similar(residue, offsets, rows):
-                _join(group, row, similar)
+                join(group, row, similar)
     return np.unique(group[first], return_inverse=True)[1]
 
 
@@ -182,7 +182,7 @@ def _kmers(
         yield np.unique(numbers[np.max(shifted, axis=0) < len(RESIDUES)])
 
 
-def _join(group: np.ndarray, one: int, others: np.ndarray) -> None:
+def join(group: np.ndarray, one: int, others: np.ndarray) -> None:
     """The chains' groups become one, under the number of its first chain."""
     numbers = np.unique(np.append(group[others], group[one]))
     if len(numbers) > 1:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import zarr
 from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, SuffixByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import FsspecStore, LocalStore, WrapperStore
@@ -21,19 +22,34 @@ CHECKSUM = 4
 """Bytes at the end of a zstd frame."""
 
 
-def open_files(place: str, files: dict[str, Any]) -> "CheckedFiles":
-    """The files of a store, to read.
+def open_arrays(place: str, manifest: dict[str, Any]) -> dict[str, Any]:
+    """The arrays of a store by name, each of which checks what it reads.
 
     Args:
         place: a folder, or a URL that fsspec knows.
-        files: those of the manifest, name -> what `describe_file` said.
     """
     inner: Any
     if "://" in place:
         inner = FsspecStore.from_url(place, read_only=True)
     else:
         inner = LocalStore(Path(place), read_only=True)
-    return CheckedFiles(inner, place, files)
+    group = zarr.open_group(CheckedFiles(inner, place, manifest["files"]), mode="r")
+    return {name: group[name] for name in manifest["content"]}
+
+
+def files_of(draft: Path) -> dict[str, Any]:
+    """What each file of the arrays is."""
+    group: Any = zarr.open_group(draft, mode="r")
+    found = {}
+    for file in sorted(each for each in draft.rglob("*") if each.is_file()):
+        name = file.relative_to(draft).as_posix()
+        array, _, chunk = name.partition("/c/")
+        chunks = 0
+        if chunk:
+            shards = group[array].shards
+            chunks = shards[0] // group[array].chunks[0] if shards else 1
+        found[name] = describe_file(file, chunks)
+    return found
 
 
 def describe_file(path: Path, chunks: int) -> dict[str, Any]:

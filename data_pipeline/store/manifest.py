@@ -9,10 +9,13 @@ import numpy as np
 from fsspec.core import url_to_fs
 
 from data_pipeline.errors import StoreError, how_to_build, how_to_rebuild, unreadable
-from data_pipeline.store import writer
 
 VERSION = 1
 MANIFEST = "manifest.json"
+BLOCK = 1 << 18
+"""Residues written and hashed at a time: 13 MB of backbone coordinates."""
+OWN = ("xyz", "residue", "segment", "offsets", "id", "split", "cluster")
+"""Arrays of every store."""
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
@@ -78,16 +81,6 @@ def _no_store(place: str) -> str:
     return f"there is no store at {place}; {how_to_build(place)}"
 
 
-def open_arrays(place: str, manifest: dict[str, Any]) -> dict[str, Any]:
-    """The arrays, each of which checks what it reads."""
-    import zarr
-
-    from data_pipeline.store.files import open_files
-
-    group = zarr.open_group(open_files(place, manifest["files"]), mode="r")
-    return {name: group[name] for name in manifest["content"]}
-
-
 def read_back(draft: Path, given: dict[str, str]) -> dict[str, str]:
     """Hashes of the arrays, from the disk.
 
@@ -105,31 +98,12 @@ def read_back(draft: Path, given: dict[str, str]) -> dict[str, str]:
     return content
 
 
-def files_of(draft: Path) -> dict[str, Any]:
-    """What each file of the arrays is."""
-    import zarr
-
-    from data_pipeline.store.files import describe_file
-
-    group: Any = zarr.open_group(draft, mode="r")
-    found = {}
-    for file in sorted(each for each in draft.rglob("*") if each.is_file()):
-        name = file.relative_to(draft).as_posix()
-        array, _, chunk = name.partition("/c/")
-        chunks = 0
-        if chunk:
-            shards = group[array].shards
-            chunks = shards[0] // group[array].chunks[0] if shards else 1
-        found[name] = describe_file(file, chunks)
-    return found
-
-
 def array_sha256(array: Any) -> tuple[str, str]:
     """Of dtype, shape and values, what compression and machine do not change; of the values."""
     whole = hashlib.sha256(f"{array.dtype.str} {tuple(array.shape)}".encode())
     values = hashlib.sha256()
-    for start in range(0, array.shape[0], writer.BLOCK):
-        block = np.ascontiguousarray(array[start : start + writer.BLOCK]).data
+    for start in range(0, array.shape[0], BLOCK):
+        block = np.ascontiguousarray(array[start : start + BLOCK]).data
         whole.update(block)
         values.update(block)
     return whole.hexdigest(), values.hexdigest()

@@ -12,16 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.chains import ATOMS, LONGEST_BOND, Bonds, Chain, encode
+from data_pipeline.chains import ATOMS, SPLITS, Bonds, Chain, Notes, bonded, encode
 from data_pipeline.errors import SourceError
 from data_pipeline.store import clusters
+from data_pipeline.store.grouping import Grouping
+from data_pipeline.store.manifest import BLOCK, OWN
 
 CHUNK = 1 << 16
 """Most rows in a chunk, and most vectors of three numbers: 786 kB of float32."""
-BLOCK = 1 << 18
-"""Residues gathered before they are written: 13 MB of backbone coordinates."""
-OWN = ("xyz", "residue", "segment", "offsets", "id", "split", "cluster")
-"""Arrays of every store."""
 
 
 @dataclass
@@ -30,15 +28,25 @@ class Written:
 
     counts: dict[str, Any]
     bonds: dict[str, tuple[float, float]]
+    split: str
+    """The rule that made the split."""
     sha256: dict[str, str]
     """Of the values of each array, as they were given to the disk."""
 
 
-def write(folder: Path, chains: Iterable[Chain], atoms: tuple[str, ...], shard: int = 1) -> Written:
+def write(
+    folder: Path,
+    chains: Iterable[Chain],
+    atoms: tuple[str, ...],
+    grouping: Grouping,
+    notes: Notes,
+    shard: int = 1,
+) -> Written:
     """All arrays of a store into an empty folder.
 
     Args:
         atoms: names of the second axis of xyz.
+        notes: gains what the grouping has to say.
         shard: chunks in a file; more than one where files are dear (object stores, inodes).
 
     Raises:
@@ -76,13 +84,14 @@ def write(folder: Path, chains: Iterable[Chain], atoms: tuple[str, ...], shard: 
     if not table.names:
         raise SourceError("the source gives no chain; choose other files or looser limits")
     residue = np.memmap(scratch, np.uint8, "r")
-    for name, values in table.arrays(residue).items():
+    for name, values in table.arrays(residue, grouping, notes).items():
         put(name, values)
     counts = table.counts() | {"breaks": breaks, "missing atoms": missing}
     del residue
     scratch.unlink()
     sums = {name: columns[name].close() for name in [*OWN, *(columns.keys() - set(OWN))]}
-    return Written(counts, bonds.result(), sums)
+    rule = "the source itself" if table.splits else grouping.rule
+    return Written(counts, bonds.result(), rule, sums)
 
 
 class _Column:
@@ -154,13 +163,15 @@ class _Table:
     def add(self, block: list[Chain]) -> None:
         self.names += [chain.id for chain in block]
         self.keys += [chain.cluster for chain in block]
-        self.splits += [clusters.SPLITS.index(c.split) for c in block if c.split is not None]
+        self.splits += [SPLITS.index(c.split) for c in block if c.split is not None]
         self.lengths += [len(chain.sequence) for chain in block]
 
-    def arrays(self, residue: np.ndarray) -> dict[str, np.ndarray]:
+    def arrays(
+        self, residue: np.ndarray, grouping: Grouping, notes: Notes
+    ) -> dict[str, np.ndarray]:
         """offsets, id, split and cluster, from all sequences."""
         offsets = np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
-        groups = clusters.cluster(residue, offsets, self.keys)
+        groups = grouping.groups(residue, offsets, self.names, self.keys, notes)
         split = self.splits or clusters.split(residue, offsets, groups, self.names)
         names = np.array([name.encode() for name in self.names])
         self._arrays = {
@@ -174,7 +185,7 @@ class _Table:
     def counts(self) -> dict[str, Any]:
         lengths, cluster = np.array(self.lengths), self._arrays["cluster"]
         splits = {}
-        for number, name in enumerate(clusters.SPLITS):
+        for number, name in enumerate(SPLITS):
             chosen = self._arrays["split"] == number
             splits[name] = {
                 "chains": int(chosen.sum()),
@@ -214,8 +225,7 @@ def _segments(block: list[Chain], xyz: np.ndarray, atoms: tuple[str, ...]) -> np
     starts = _starts(block)
     broken = np.zeros(len(xyz), bool)
     if atoms == ATOMS:
-        bond = np.linalg.norm(xyz[1:, 0] - xyz[:-1, 2], axis=-1)
-        broken[1:] = ~(bond <= LONGEST_BOND)
+        broken[1:] = ~bonded(xyz[:-1, 2], xyz[1:, 0])
     count = np.cumsum(broken & ~starts)
     lengths = [len(chain.sequence) for chain in block]
     segments = (count - np.repeat(count[starts], lengths)).astype(np.int32)
@@ -254,8 +264,8 @@ def _fault(chain: Chain, first: Chain, atoms: tuple[str, ...]) -> str:
         return "no atom was observed"
     if (chain.split is None) != (first.split is None):
         return f"split is {chain.split}, that of {first.id} is {first.split}: give all or none"
-    if chain.split not in (None, *clusters.SPLITS):
-        return f"split is {chain.split}, not one of {', '.join(clusters.SPLITS)}"
+    if chain.split not in (None, *SPLITS):
+        return f"split is {chain.split}, not one of {', '.join(SPLITS)}"
     if chain.segment is not None:
         steps = np.diff(chain.segment, prepend=0)
         if chain.segment.shape != (length,) or not np.isin(steps, (0, 1)).all():

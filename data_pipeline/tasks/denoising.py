@@ -16,13 +16,11 @@ import torch
 from annotated_types import Ge, Le
 
 from data_pipeline.batch import Sample
-from data_pipeline.chains import RESIDUES
+from data_pipeline.chains import RESIDUES, SPLITS
 from data_pipeline.counter_rng import evaluation_key, hash64, normals, rotations
 from data_pipeline.errors import OptionError
 from data_pipeline.options import check_options
-from data_pipeline.store.clusters import SPLITS
-from data_pipeline.store.mixture import StoreMixture
-from data_pipeline.store.reader import before
+from data_pipeline.store.reader import StoreMixture, before
 from data_pipeline.tasks.features import EDGES, edges
 from data_pipeline.tasks.packed import PackedBodies, Pieces, join
 from data_pipeline.tasks.window import Window

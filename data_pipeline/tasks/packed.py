@@ -9,8 +9,7 @@ from jaxtyping import Int, Shaped
 
 from data_pipeline.counter_rng import hash64, raw64
 from data_pipeline.errors import OptionError
-from data_pipeline.store.mixture import StoreMixture
-from data_pipeline.store.reader import before
+from data_pipeline.store.reader import StoreMixture, before
 
 MOST_COPIES = 1 << 24
 """Of all chains of a split together: about 1 GB of memory."""

@@ -10,10 +10,9 @@ import numpy as np
 import torch
 
 from data_pipeline.batch import Sample
-from data_pipeline.chains import Chain, Notes
+from data_pipeline.chains import SPLITS, Chain, Notes
 from data_pipeline.counter_rng import evaluation_key
 from data_pipeline.errors import OptionError
-from data_pipeline.store.clusters import SPLITS
 from data_pipeline.store.reader import Store
 from data_pipeline.tasks.nbody import NBody
 from data_pipeline.tasks.recall import Recall

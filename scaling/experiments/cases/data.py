@@ -16,8 +16,7 @@ import numpy as np
 
 from data_pipeline.chains import Chain, Notes
 from data_pipeline.store.build import build
-from data_pipeline.store.mixture import StoreMixture
-from data_pipeline.store.reader import Store
+from data_pipeline.store.reader import Store, StoreMixture
 from data_pipeline.stream.stream import Stream
 from data_pipeline.tasks.denoising import Denoising
 from data_pipeline.tasks.packed import PackedBodies

@@ -1,16 +1,15 @@
 """A user's own arrays: the documented example trains, and every fault in them is named."""
 
 import re
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from data_pipeline.chains import SPLITS, Notes
 from data_pipeline.errors import SourceError
 from data_pipeline.sources.arrays import ArraySource
 from data_pipeline.store.build import build
-from data_pipeline.store.clusters import SPLITS
 from data_pipeline.store.reader import Store
 from data_pipeline.tasks.registry import build_task
 from launch.prepare import main
@@ -19,7 +18,7 @@ DOCS = Path(__file__).parents[3] / "docs" / "data.md"
 
 
 def read(path: Path):
-    return list(ArraySource(path).chains(defaultdict(list)))
+    return list(ArraySource(path).chains(Notes()))
 
 
 def good() -> dict[str, np.ndarray]:
@@ -49,7 +48,7 @@ def test_the_documented_example_becomes_a_store_and_trains(tmp_path, monkeypatch
     exec(example, {})
     prepare = re.search(r"launch prepare (source=arrays.*)", DOCS.read_text())[1].split()
     main(prepare)
-    assert "40 in 40 clusters" in capsys.readouterr().out
+    assert "40 in 40 groups" in capsys.readouterr().out
     train = re.search(r"launch train (task.store=stores/rna.*)", DOCS.read_text())[1].split()
     assert train == ["task.store=stores/rna", "task.atoms=[point]"]
     task = build_task("denoising", store="stores/rna", atoms=["point"], sigma=0.1)
@@ -127,7 +126,7 @@ def test_points_and_offsets_are_enough(tmp_path):
         ({"points": np.full((40, 3), [0, np.nan, 0])}, "points of sample one, token 0, .*nan"),
         ({"points": np.full((40, 3), 1e300)}, "points of sample one, token 0, .*inf"),
         ({"points": np.full((40, 3), np.nan)}, "sample one has no point that is not NaN"),
-        ({"kinds": np.array([{}] * 40)}, "cannot read source.path=.*allow_pickle=False"),
+        ({"kinds": np.array([{}] * 40)}, "cannot read path=.*allow_pickle=False"),
     ],
 )
 def test_faults_are_named(tmp_path, change, message):
@@ -147,6 +146,6 @@ def test_files_that_are_none_are_named(tmp_path):
     (tmp_path / "half.npz").write_bytes(whole[: len(whole) // 2])
     np.save(tmp_path / "one.npy", np.zeros(3))
     for name in ("none.npz", "text.npz", "half.npz", "one.npy"):
-        with pytest.raises(SourceError, match=rf"cannot read source\.path=.*{name}: ") as caught:
+        with pytest.raises(SourceError, match=rf"cannot read path=.*{name}: ") as caught:
             ArraySource(tmp_path / name).identity()
         assert "give an .npz file" in str(caught.value) and "\n" not in str(caught.value)

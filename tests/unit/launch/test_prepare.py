@@ -1,5 +1,6 @@
 """The prepare command: what it prints, reuses and refuses."""
 
+import gzip
 import json
 import re
 import subprocess
@@ -25,7 +26,7 @@ def test_builds_reuses_verifies_and_shows(tmp_path, capsys, monkeypatch):
     store = f"store={tmp_path / 'new' / 'store'}"
     built = run(capsys, store)
     for text in (
-        "115 in 96 clusters",
+        "115 in 96 groups",
         "25,199",
         "N-CA 1.46",
         "CA-C 1.52",
@@ -44,6 +45,10 @@ def test_builds_reuses_verifies_and_shows(tmp_path, capsys, monkeypatch):
     assert "verified" in run(capsys, address, "action=verify")
     monkeypatch.chdir(tmp_path)
     assert " store.inspect/lengths.png" in run(capsys, address, "action=inspect")
+    assert "its sequences are in store.fasta" in run(capsys, address, "action=fasta")
+    entries = (tmp_path / "store.fasta").read_text().split(">")[1:]
+    assert len(entries) == 115 and sum(len(e.split("\n")[1]) for e in entries) == 25_199
+    assert entries[0].startswith("mmcif_6zu5/")
 
 
 def test_structures_become_a_store_of_their_own(tmp_path, capsys):
@@ -69,7 +74,20 @@ def test_structures_become_a_store_of_their_own(tmp_path, capsys):
         structure.setup_entities()
         structure.write_pdb(str(folder / f"{file}.pdb"))
     arguments = ["source=structures", f"source.path={folder}", f"store={tmp_path / 'store'}"]
-    assert "4 in 4 clusters" in run(capsys, *arguments)
+    (folder / "copy.PDB.gz").write_bytes(gzip.compress((folder / "0.pdb").read_bytes()))
+    (folder / "short.pdb").write_text("".join((folder / "1.pdb").read_text().splitlines(True)[:9]))
+    (folder / "readme.txt").write_text("mine")
+    built = run(capsys, *arguments)
+    assert "4 in 4 groups" in built and "1 files of other kinds (readme.txt)" in built
+    assert "split by    more than 25% of the smaller sequence's 4-mers shared (about 75 %" in built
+    lines = (folder / "short.pdb").read_text().count(" CA ")
+    assert built.splitlines()[-1] == (
+        f"  amino acids {150 + lines} in what was read = 120 stored + {30 + lines} left out "
+        f"(30 in copies of another chain's sequence, {lines} in chains shorter than 30 residues)"
+    )
+    manifest = json.loads((tmp_path / "store" / "manifest.json").read_text())
+    assert sum(manifest["residues_left_out"].values()) == 30 + lines
+    assert manifest["left_out"]["copies of another chain's sequence"] == ["copy/A = 0/A"]
     assert Store(tmp_path / "store").name(2) == "2/A"
     assert "reused" in run(capsys, *arguments)
     with pytest.raises(StoreError, match="differs in min_length"):
@@ -84,8 +102,8 @@ def test_structures_become_a_store_of_their_own(tmp_path, capsys):
     "arguments, message",
     [
         (["source=sidechain"], "did you mean sidechainnet.*bundled, .*structures, synthetic"),
-        (["source=sidechainnet", "source.casp=13"], r"no source\.casp=13"),
-        (["source=nbody", "source.particles=1"], r"^source\.particles=1 must be 2 or more"),
+        (["source=sidechainnet", "source.casp=13"], r"source\.casp=13: no such edition"),
+        (["source=nbody", "source.particles=1"], r"^source\.particles=1: "),
         (["source=synthetic", "source.proteins=0"], r"source\.proteins=0"),
         (["source=structures", "source.path=x", "source.max_length=9"], "no chain is both"),
         (["source=structures"], r"source\.path is missing"),
@@ -98,6 +116,8 @@ def test_structures_become_a_store_of_their_own(tmp_path, capsys):
         (["action=check"], "action='check'"),
         (["stroe=x"], "did you mean store"),
         (["store=memory://x"], "store=memory://x is a URL"),
+        (["source.max_identity=30.0"], r"^source\.max_identity=30\.0: must be less than 1"),
+        (["source.clusters=none.tsv"], r"^source\.clusters=none\.tsv: cannot be read: No such"),
     ],
 )
 def test_bad_input_is_named(tmp_path, monkeypatch, arguments, message):
