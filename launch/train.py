@@ -49,13 +49,15 @@ def train(config: Config, device: "torch.device") -> None:
 
     from data_pipeline.prepare import ensure_bundled
     from data_pipeline.tasks.denoising import BUNDLED
-    from data_pipeline.tasks.registry import build_task
-    from scaling.models import build
+    from data_pipeline.tasks.registry import TASKS, build_task
+    from scaling.models import MODELS, build
     from scaling.ops.tiles import set_execution
     from scaling.parallel.collectives import group_size
     from scaling.parallel.mesh import Mesh
+    from scaling.runs.identity import Identity
     from scaling.train.loop import fit
-    from scaling.train.run import RunDirectory
+    from scaling.train.report import claimed_together
+    from scaling.train.settings import OptimSettings, TrainSettings
 
     mesh = Mesh(*mesh_sizes(config.parallel, group_size(None)))
     if config.task.get("store") == BUNDLED:
@@ -72,10 +74,17 @@ def train(config: Config, device: "torch.device") -> None:
         **options_of(config.model),
     )
     set_execution(model, config.execution)
-    values = dataclasses.asdict(config)
-    identity = {key: values[key] for key in ("task", "model", "train", "optim")}
-    run = RunDirectory(Path(config.runs) / config.name, identity, values)
-    fit(model, task, mesh, config.train, config.optim, config.engine, run, device)
+    identity = Identity(
+        {
+            "task": (TASKS[config.task["name"]], config.task),
+            "model": (MODELS[config.model["name"]], config.model),
+            "train": (TrainSettings, dataclasses.asdict(config.train)),
+            "optim": (OptimSettings, dataclasses.asdict(config.optim)),
+        }
+    )
+    folder = Path(config.runs) / config.name
+    with claimed_together(folder, identity, dataclasses.asdict(config)) as run:
+        fit(model, task, mesh, config.train, config.optim, config.engine, run, device)
 
 
 def check_names(config: Config) -> None:

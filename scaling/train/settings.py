@@ -1,18 +1,20 @@
 """What a training run can be told. Launching fills these from YAML; every field has its unit."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from scaling.runs.identity import MayGrow, NotIdentity
 
 
 @dataclass
 class TrainSettings:
-    steps: int = 600
+    steps: Annotated[int, MayGrow()] = 600
     """Optimiser steps."""
     batch_size: int = 8
     """Samples per optimiser step, over all ranks: the loss curve depends on this alone."""
-    micro_batch_size: int = 8
+    micro_batch_size: Annotated[int, NotIdentity()] = 8
     """Samples that one data-parallel rank holds at once; the rest is accumulated."""
-    max_length: int = 1 << 22
+    max_length: Annotated[int, NotIdentity()] = 1 << 22
     """Longest allowed sequence, tokens; a longer one is an error, never cut."""
     bucket_steps: int | None = None
     """Steps whose samples are sorted by length and dealt out anew, so that a batch holds like
@@ -20,15 +22,15 @@ class TrainSettings:
     seed: int = 0
     precision: Literal["float32", "float64", "bf16"] = "float32"
     """bf16 is autocast: parameters and transforms stay float32."""
-    log_every: int = 10
+    log_every: Annotated[int, NotIdentity()] = 10
     """Steps between rows in metrics.jsonl."""
-    evaluate_every: int = 100
+    evaluate_every: Annotated[int, NotIdentity()] = 100
     """Steps between evaluations; the last step is always evaluated."""
-    save_every: int = 100
+    save_every: Annotated[int, NotIdentity()] = 100
     """Steps between checkpoints; the last step is always saved."""
-    keep: int = 2
+    keep: Annotated[int, NotIdentity()] = 2
     """Checkpoints kept."""
-    profile_steps: int = 0
+    profile_steps: Annotated[int, NotIdentity()] = 0
     """Steps that every process traces, after its first two, into <runs>/<name>/profile; 0: none.
     See docs/performance.md."""
 

@@ -21,8 +21,9 @@ from data_pipeline.tasks.recall import Recall
 from data_pipeline.tasks.registry import build_task
 from scaling.models import build
 from scaling.parallel.mesh import Mesh
+from scaling.runs.identity import Identity
 from scaling.train.loop import fit
-from scaling.train.run import RunDirectory
+from scaling.train.report import claimed_together
 from scaling.train.settings import EngineSettings, OptimSettings, TrainSettings
 from scaling.train.stop import SAME_REQUEST_S
 from tests import processes
@@ -64,11 +65,11 @@ def train(
     optim = OptimSettings(warmup_steps=2)
     for name, value in changes.items():
         setattr(train, name, value)
-    identity = {"train": asdict(train), "optim": asdict(optim)}
-    run = RunDirectory(folder, identity, identity)
+    settings = {"train": (TrainSettings, asdict(train)), "optim": (OptimSettings, asdict(optim))}
     if happens:
         plan(model, step - saved_step(folder), happens)
-    return fit(model, task, Mesh(dp, sp), train, optim, EngineSettings(engine), run, CPU)
+    with claimed_together(folder, Identity(settings), {}) as run:
+        return fit(model, task, Mesh(dp, sp), train, optim, EngineSettings(engine), run, CPU)
 
 
 def saved_step(folder: Path) -> int:
@@ -275,7 +276,7 @@ def test_a_finished_run_says_so_and_may_grow(tmp_path, straight, capsys):
     summary = train(straight)
     said = capsys.readouterr().out
     assert summary.status == "finished" and "nothing left to do: train.steps=12" in said
-    assert f"tensorboard --logdir {straight / 'tensorboard'}" in said
+    assert f"tensorboard --logdir {straight.parent}" in said
     assert "validation loss" in said and "zero" in said  # beside what trivial answers score
     train(tmp_path)
     assert train(tmp_path, steps=STEPS + 1).steps == STEPS + 1
