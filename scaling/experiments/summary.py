@@ -1,8 +1,8 @@
 """Rows for reading: means beside their goals, as a Markdown table."""
 
 from collections.abc import Mapping
+from statistics import geometric_mean
 
-from scaling.experiments.timing import geometric_mean
 from scaling.runs.rows import Row
 
 

@@ -10,23 +10,16 @@ import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
+from scaling.observe.metrics import LARGEST, TIME_SHARES
 from scaling.runs.rows import Row
 
 # Sections of TensorBoard; what a row has besides lies under the name of its split.
 SECTIONS = {
     "tokens": "speed",
     "tokens_per_s": "speed",
-    "step_s": "time",
-    "data_wait_s": "time",
-    "forward_s": "time",
-    "backward_s": "time",
-    "optimizer_s": "time",
-    "projection_s": "time",
-    "transforms_s": "time",
-    "comm_s": "time",
-    "other_s": "time",
-    "comm_bytes": "exchange",
     "peak_bytes": "memory",
+    **dict.fromkeys((*LARGEST, *TIME_SHARES), "time"),
+    "comm_bytes": "exchange",
 }
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,7 +47,14 @@ def plan(model: torch.nn.Module, forward: int, happens) -> None:
 
 
 def train(
-    folder: Path, dp=1, sp=1, precision="float32", engine="ddp", step=0, happens=None, **changes
+    folder: Path,
+    dp=1,
+    sp=1,
+    precision: Any = "float32",
+    engine: Any = "ddp",
+    step=0,
+    happens=None,
+    **changes,
 ):
     """A run of six steps of AdamW on recall, saved after every third; `happens` in `step`."""
     task = build_task("recall", tokens=9, held_out_size=4)
@@ -69,7 +77,7 @@ def train(
     if happens:
         plan(model, step - saved_step(folder), happens)
     with claimed_together(folder, Identity(settings), {}) as run:
-        return fit(model, task, Mesh(dp, sp), train, optim, EngineSettings(engine), run, CPU)
+        return fit(model, task, Mesh(dp, sp), train, optim, EngineSettings(name=engine), run, CPU)
 
 
 def saved_step(folder: Path) -> int:
@@ -209,6 +217,7 @@ def test_asked_twice_it_ends_even_while_it_waits(tmp_path):
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         try:
+            assert process.stdout and process.stderr
             assert process.stdout.readline() == "ready\n"
             process.send_signal(signal.SIGUSR1)
             process.send_signal(signal.SIGINT)

@@ -129,7 +129,7 @@ def test_who_is_told_to_stop_leaves_no_ranks_running(tmp_path, monkeypatch):
         Thread(target=stop, daemon=True).start()
         with pytest.raises(SystemExit):
             ranks.measure(
-                "sweep", {}, tmp_path, 1, entry=ENTRY, threads=1, timeout_s=10, device="cpu"
+                "sweep", {}, tmp_path, 1, entry=ENTRY, threads=1, timeout_s=10.0, device="cpu"
             )
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
     finally:
