@@ -53,20 +53,33 @@ def main(arguments: list[str]) -> None:
 
 def train(config: Config, device: "torch.device") -> None:
     """Build task, mesh and model, and fit; inside the process group, where there is one."""
+    from data_pipeline.tasks.registry import TASKS
+    from scaling.models import MODELS
     from scaling.ops.tiles import set_execution
     from scaling.parallel.collectives import group_size
     from scaling.parallel.mesh import Mesh
+    from scaling.runs.identity import Identity
     from scaling.train.loop import fit
-    from scaling.train.run import RunDirectory
+    from scaling.train.report import claimed_together
+    from scaling.train.settings import OptimSettings, TrainSettings
 
     with options_within(config, "parallel"):
         mesh = Mesh(*mesh_sizes(config.parallel, group_size(None)))
     task, model = task_and_model(config)
     set_execution(model, config.execution)
-    values = dataclasses.asdict(config)
-    identity = {key: values[key] for key in ("task", "model", "train", "optim")}
-    run = RunDirectory(Path(config.runs) / config.name, identity, values)
-    with options_within(config, "train", "optim", "engine", "parallel"):
+    identity = Identity(
+        {
+            "task": (TASKS[config.task["name"]], config.task),
+            "model": (MODELS[config.model["name"]], config.model),
+            "train": (TrainSettings, dataclasses.asdict(config.train)),
+            "optim": (OptimSettings, dataclasses.asdict(config.optim)),
+        }
+    )
+    folder = Path(config.runs) / config.name
+    with (
+        claimed_together(folder, identity, dataclasses.asdict(config)) as run,
+        options_within(config, "train", "optim", "engine", "parallel"),
+    ):
         fit(model, task, mesh, config.train, config.optim, config.engine, run, device)
 
 

@@ -1,12 +1,13 @@
 """Folders in the making: written beside their place, locked by their writer, renamed when whole."""
 
-import fcntl
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from data_pipeline.disk import locked, sync
 
 
 @contextmanager
@@ -23,13 +24,13 @@ def staged(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")
     # Under the parent's lock nobody takes a draft for dead before its writer has locked it.
-    with _locked(path.parent, fcntl.LOCK_EX):
+    with locked(path.parent):
         for left in path.parent.glob(f"{path.name}.tmp-*"):
-            with suppress(OSError), _locked(left, fcntl.LOCK_EX | fcntl.LOCK_NB) as sure:
+            with suppress(OSError), locked(left, wait=False) as sure:
                 if sure:
                     shutil.rmtree(left)
         folder.mkdir()
-        lock = _locked(folder, fcntl.LOCK_EX)
+        lock = locked(folder)
         lock.__enter__()
     try:
         yield folder
@@ -45,35 +46,6 @@ def publish(folder: Path, path: Path) -> None:
         OSError: something is at `path` already, or the disk fails.
     """
     for each in [*folder.rglob("*"), folder]:
-        _sync(each)
+        sync(each)
     os.replace(folder, path)
-    _sync(path.parent)
-
-
-@contextmanager
-def _locked(folder: Path, operation: int) -> Iterator[bool]:
-    """Holds the folder's lock; False where the file system has none.
-
-    Raises:
-        BlockingIOError: with LOCK_NB, where another process holds it.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, operation)
-        except BlockingIOError:
-            raise
-        except OSError:
-            yield False
-            return
-        yield True
-    finally:
-        os.close(descriptor)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path.parent)

@@ -26,10 +26,10 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from data_pipeline.disk import sync, write_atomically
 from data_pipeline.errors import LongfoldError, RunError
 from scaling.engine.base import Engine
 from scaling.parallel.first_rank import first_rank_does, first_rank_says
-from scaling.runs.rows import sync_folder, write_atomically
 
 FORMAT = 1
 DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
@@ -127,7 +127,7 @@ class Checkpoints:
         if target.exists():  # the same step again, after a resumed run was rolled back
             shutil.rmtree(target)
         temporary.rename(target)
-        sync_folder(self.folder)
+        sync(self.folder)
         write_atomically(self.folder / "latest", target.name + "\n")
         for name in self._names()[: -max(self.keep, 1)]:
             shutil.rmtree(self.folder / name)

@@ -8,19 +8,18 @@ autograd wants is kept.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from scaling.algebra import clifford
+from scaling.execution import Execution
 from scaling.experiments.rivals import CROSS, GEOMETRIC, expanded_conv
 from scaling.models import se3_hyena, se3_hyena_paper
+from scaling.ops.masked_rows import MaskedRows
 from scaling.ops.tiles import Tiled
 
 GRADE = (0, 1, 1, 1, 2, 2, 2, 3)
@@ -39,28 +38,63 @@ Multivectors = Float[Tensor, "t c 8"]
 """Tokens of all rows, channels, components."""
 
 
-@contextmanager
-def straightforward() -> Iterator[None]:
-    """Within it, models on one process compute in the straightforward way, for rows that are full.
+def straightforward(model: nn.Module) -> None:
+    """Makes a model on one process compute in the straightforward way, for rows that are full.
 
-    Forward and backward belong inside.
+    Its Clifford MLPs and operators are put into modules that use their parameters in another way.
     """
-    changes = [
-        (Tiled, "in_tiles", at_once),
-        (Tiled, "again", at_once),
-        (clifford.CliffordMLP, "forward", clifford_mlp),
-        (se3_hyena, "geometric_long_conv", geometric_conv),
-        (se3_hyena_paper, "scalar_long_conv", scalar_conv),
-        (se3_hyena_paper, "vector_long_conv", vector_conv),
-    ]
-    with ExitStack() as stack:
-        for place, name, value in changes:
-            stack.enter_context(patch.object(place, name, value))
-        yield
+    for module in list(model.modules()):
+        if isinstance(module, Tiled):
+            module.execution, module.runs_whole = Execution(), True
+        for name, child in module.named_children():
+            if isinstance(child, clifford.CliffordMLP):
+                setattr(module, name, DenseMLP(child))
+            elif type(child) in _OPERATORS:
+                setattr(module, name, _OPERATORS[type(child)](child))
 
 
-def at_once(_module: Tiled, part: Callable[..., Any], *tensors: Tensor) -> Any:
-    return part(*tensors)
+class DenseMLP(nn.Module):
+    """A Clifford MLP by the dense table."""
+
+    def __init__(self, mlp: clifford.CliffordMLP) -> None:
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, x: Float[Tensor, "b d i n"]) -> Float[Tensor, "b 8 o n"]:
+        return clifford_mlp(self.mlp, x)
+
+
+class ExpandedOperator(nn.Module):
+    """The default's operator with the expanded convolution."""
+
+    def __init__(self, operator: se3_hyena.HyenaOperator) -> None:
+        super().__init__()
+        self.operator = operator
+
+    def forward(self, f: Tensor, x: Tensor, s: Tensor, tokens: MaskedRows) -> tuple[Tensor, Tensor]:
+        qs, ks, vs, q, k, v = self.operator.project(f, x, s, tokens.mask)
+        a, u, axial = geometric_conv((qs, q), (ks, k))
+        z = torch.full_like(f[:, :1, :1], f.shape[-1] ** -0.5)
+        return self.operator.mix(f, x, vs, v, a, u, axial, z)
+
+
+class ExpandedPaperOperator(nn.Module):
+    """The paper's operator with its listed convolutions."""
+
+    def __init__(self, operator: se3_hyena_paper.PaperOperator) -> None:
+        super().__init__()
+        self.operator = operator
+
+    def forward(self, f: Tensor, x: Tensor, tokens: MaskedRows) -> tuple[Tensor, Tensor]:
+        qs, ks, vs, q, k, v = self.operator.project(f, x, tokens.mask)
+        z = torch.full_like(f[:, :1, :1], 1 / f.shape[-1])
+        return self.operator.mix(f, x, vs, v, scalar_conv(qs, ks), vector_conv(q, k), z)
+
+
+_OPERATORS = {
+    se3_hyena.HyenaOperator: ExpandedOperator,
+    se3_hyena_paper.PaperOperator: ExpandedPaperOperator,
+}
 
 
 def clifford_mlp(mlp: Any, x: Float[Tensor, "b d i n"]) -> Float[Tensor, "b 8 o n"]:
@@ -137,39 +171,21 @@ def _squared_norms(x: Multivectors) -> Float[Tensor, "t c 4"]:
     return torch.stack([part.square().sum(-1) for part in x.split((1, 3, 3, 1), -1)], -1)
 
 
-def scalar_conv(
-    q: Float[Tensor, "b c n"], k: Float[Tensor, "b c n"], shard: Any = None, **how: Any
-) -> Float[Tensor, "b c n"]:
-    _check_rows_are_full(q, shard, **how)
+def scalar_conv(q: Float[Tensor, "b c n"], k: Float[Tensor, "b c n"]) -> Float[Tensor, "b c n"]:
     return torch.fft.irfft(torch.fft.rfft(q) * torch.fft.rfft(k), q.shape[-1])
 
 
 def vector_conv(
-    q: Float[Tensor, "b c 3 n"], k: Float[Tensor, "b c 3 n"], shard: Any = None, **how: Any
+    q: Float[Tensor, "b c 3 n"], k: Float[Tensor, "b c 3 n"]
 ) -> Float[Tensor, "b c 3 n"]:
-    _check_rows_are_full(q, shard, **how)
     return expanded_conv(CROSS, q.flatten(0, 1), k.flatten(0, 1)).view(q.shape)
 
 
 def geometric_conv(
-    q: tuple[Tensor, Tensor], k: tuple[Tensor, Tensor], *how: Any, **further: Any
+    q: tuple[Tensor, Tensor], k: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_rows_are_full(q[0], *how, **further)
-
     def four(scalars: Tensor, vectors: Tensor) -> Tensor:
         return torch.cat([scalars.unsqueeze(2), vectors], 2).flatten(0, 1)
 
     u = expanded_conv(GEOMETRIC, four(*q), four(*k)).unflatten(0, q[0].shape[:2])
     return u[:, :, 0], u[:, :, 1:4], u[:, :, 4:]
-
-
-def _check_rows_are_full(
-    x: Tensor,
-    shard: Any,
-    padding: str = "circular",
-    lengths: Tensor | None = None,
-    **_memory: object,
-) -> None:
-    assert shard is None or shard.size == 1
-    assert padding == "circular"
-    assert lengths is None or bool((lengths == x.shape[-1]).all())

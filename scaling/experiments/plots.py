@@ -1,108 +1,70 @@
-"""Figures of measured rows."""
+"""Figures of rows."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter
 
-Row = Mapping[str, Any]
-"""One measured point: length, sp, status, and the numbers of a StepCost where status is ok."""
+from scaling.runs.rows import Row
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MARKERS = "osD^vP"
 
 
-def plot_sweep(rows: Sequence[Row], path: Path, title: str) -> None:
-    """Tokens/s, memory and exchanged bytes over the sequence length, one line per sp, as PNG.
-
-    A point that failed is listed under the figure with its reason.
-    """
-    measured = [row for row in rows if row["status"] == "ok"]
-    figure = Figure(figsize=(13, 4.4), layout="constrained")
+def plot(rows: Sequence[Row], path: Path, title: str, note: str = "") -> None:
+    """Values over N, one panel a unit and one for ratios, one line a case and number of ranks; bars
+    where nothing depends on N. As PNG, with a note below."""
+    panels = [
+        (unit, [(row, row["value"] * scale) for row in rows if row["unit"] == of])
+        for of in dict.fromkeys(row["unit"] for row in rows)
+        for unit, scale in [("MB", 1e-6) if of == "B" else (of or "relative", 1.0)]
+    ]
+    panels.append(("ratio", [(row, row["ratio"]) for row in rows if row["ratio"] is not None]))
+    panels = [(unit, points) for unit, points in panels if points]
+    figure = Figure(figsize=(6.5 * max(len(panels), 1), 5.5), layout="constrained")
     figure.suptitle(title)
-    speed, memory, traffic = figure.subplots(1, 3)
-    for axes, what, unit, value in (
-        (speed, "speed", "tokens/s, all ranks", lambda row: row["tokens_per_s"]),
-        (memory, "peak memory per rank", "MB", lambda row: row["peak_bytes"] / 1e6),
-        (traffic, "sent per rank and step", "MB", lambda row: row["comm_bytes"] / 1e6),
-    ):
-        _lines(axes, _by_ranks(measured, value), what, unit)
-    if measured:
-        # A flat line is flat: no magnified noise.
-        bottom, top = speed.get_ylim()
-        speed.set_ylim(bottom / 2, top * 1.5)
-        base = max(row["base_bytes"] for row in measured) / 1e6
-        memory.axhline(base, color="0.5", linestyle="--", linewidth=1)
-        memory.annotate("before the first step", (0.98, base), xycoords=("axes fraction", "data"),
-                        ha="right", va="bottom", fontsize=9, color="0.35")  # fmt: skip
-        memory.set_ylim(bottom=base / 2)
-    failed = [row for row in rows if row["status"] != "ok"]
-    if failed:
-        reasons = [f"N = {row['length']}, sp = {row['sp']}: {row['status']}" for row in failed]
-        figure.supxlabel("not measured: " + "\n".join(reasons), fontsize=9, color="#b00020")
+    grid = figure.subplots(1, max(len(panels), 1), squeeze=False)
+    for axes, (unit, points) in zip(grid[0], panels, strict=False):
+        if any(row["length"] for row, _ in points):
+            _lines(axes, [(row, y) for row, y in points if row["length"]], unit)
+        else:
+            axes.barh([row["case"] for row, _ in points], [y for _, y in points], color=COLOURS[0])
+            axes.set(xlabel=unit)
+            axes.tick_params(axis="y", labelsize=7)
+    if note:
+        figure.supxlabel(note, fontsize=9, color="#b00020")
     figure.savefig(path, dpi=150)
 
 
-def plot_rows(rows: Sequence[Row], path: Path, title: str) -> None:
-    """Seconds and memory of a bench's rows over N, one line per case, as PNG.
-
-    Cases are named "line: what it is", units are "s" and "B".
-    """
-    figure = Figure(figsize=(10, 4.4), layout="constrained")
-    figure.suptitle(title)
-    panels = {"s": ("time", "s", 1.0), "B": ("peak memory of the process", "MB", 1e-6)}
-    for axes, (unit, (what, shown, scale)) in zip(
-        figure.subplots(1, 2), panels.items(), strict=True
-    ):
-        lines: dict[str, list[tuple[int, float]]] = {}
-        for row in sorted(rows, key=lambda row: row["length"]):
-            if row["unit"] == unit:
-                point = row["length"], row["value"] * scale
-                lines.setdefault(row["case"].partition(":")[0], []).append(point)
-        _lines(axes, lines, what, shown)
-    figure.savefig(path, dpi=150)
-
-
-def _by_ranks(
-    rows: Sequence[Row], value: Callable[[Row], float]
-) -> dict[str, list[tuple[int, float]]]:
-    """One line per sp."""
-    lines = {}
-    for sp in sorted({row["sp"] for row in rows}):
-        points = [(row["length"], value(row)) for row in rows if row["sp"] == sp]
-        lines[f"sp = {sp}" if any(y > 0 for _, y in points) else f"sp = {sp}: nothing"] = points
-    return lines
-
-
-def _lines(
-    axes: Axes, lines: Mapping[str, Sequence[tuple[int, float]]], title: str, unit: str
-) -> None:
-    """Points (N, y) of each label, both axes logarithmic; what is zero is left out."""
-    axes.set(title=title, xlabel="sequence length N, tokens", ylabel=unit)
+def _lines(axes: Axes, points: Sequence[tuple[Row, float]], unit: str) -> None:
+    """Both axes logarithmic; what is zero is left out."""
+    axes.set(xlabel="sequence length N, tokens", ylabel=unit)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    for number, (label, points) in enumerate(lines.items()):
+    sizes = {row["sp"] for row, _ in points}
+    lines: dict[tuple[str, int], list[tuple[int, float]]] = {}
+    for row, y in points:
+        lines.setdefault((row["case"], row["sp"]), []).append((row["length"], y))
+    for number, ((case, sp), line) in enumerate(lines.items()):
+        line.sort()
         axes.plot(
-            [x for x, _ in points],
-            [y if y > 0 else math.nan for _, y in points],
+            [x for x, _ in line],
+            [y if y > 0 else math.nan for _, y in line],
             color=COLOURS[number % len(COLOURS)],
-            marker=MARKERS[number % len(MARKERS)],
-            label=label,
+            marker=MARKERS[number // len(COLOURS) % len(MARKERS)],
+            label=f"{case}, sp = {sp}" if len(sizes) > 1 else case,
         )
-    lengths = sorted({float(x) for points in lines.values() for x, _ in points})
-    axes.xaxis.set_major_locator(FixedLocator(lengths))
+    axes.xaxis.set_major_locator(FixedLocator(sorted({float(row["length"]) for row, _ in points})))
     axes.xaxis.set_major_formatter(FuncFormatter(_power_of_two))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}" if y >= 1 else f"{y:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
-    if lengths:
-        axes.legend()
+    axes.legend(fontsize=7)
 
 
 def _power_of_two(x: float, _position: int | None = None) -> str:

@@ -1,6 +1,5 @@
 """Times of several ways to the same end, taken in turn in one run."""
 
-import math
 import statistics
 from collections.abc import Callable, Mapping
 from time import perf_counter
@@ -46,10 +45,6 @@ def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return perf_counter()
-
-
-def geometric_mean(values: list[float]) -> float:
-    return math.exp(statistics.fmean(map(math.log, values)))
 
 
 def _any_rank(answer: bool, group: Group, device: torch.device) -> bool:

@@ -87,7 +87,7 @@ class Summary:
             f"  tokens/s            {_number(self.tokens_per_s, ',.0f')}",
             f"  time                {time or '-'}",
             f"  peak memory         {_number(self.peak_bytes, ',.0f', 2**20)} MiB a rank",
-            f"  {tensorboard_command(self.folder / 'tensorboard')}",
+            f"  {tensorboard_command(self.folder.parent)}",
         ]
         return lines
 

@@ -1,1 +1,1 @@
-"""Run folders and their rows."""
+"""Run folders and their rows, without torch: read by anybody, written by one process."""

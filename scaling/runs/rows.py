@@ -1,58 +1,26 @@
-"""The rows of a run, in metrics.jsonl."""
+"""Rows: what training and experiments leave, one JSON object a line of metrics.jsonl."""
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+"""`time` (unix seconds; rows of early versions have none) and what its writer measured. Training
+rows: step, split, loss, ... (observe/metrics.py). Rows of experiments: point, case, sp (ranks),
+length (N, tokens; 0: all), channels, value, unit, and ratio where two sides were compared; the last
+row of a point has its `status`, ok or why there is nothing."""
 
 
-class MetricsFile:
-    """Appends rows; a row is on disk when `append` returns."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def append(self, row: Row) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-    def rows(self) -> list[Row]:
-        """All whole rows; a last line that a killed process left half-written is not one."""
-        if not self.path.exists():
-            return []
-        lines = self.path.read_text().split("\n")
-        return [json.loads(line) for line in lines[:-1] if line]
-
-    def truncate(self, step: int) -> list[Row]:
-        """Drops rows after `step`, at once or not at all. Returns the rest."""
-        rows = [row for row in self.rows() if row["step"] <= step]
-        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in rows))
-        return rows
+def read_rows(path: Path) -> list[Row]:
+    """All whole rows; a last line that a killed process left half-written is not one."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1] if line]
 
 
-def write_atomically(path: Path, content: str) -> None:
-    """The file is the old one or the new one, whenever the power fails."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames inside the folder last."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def as_lines(rows: Iterable[Row]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def of_split(rows: Iterable[Row], split: str) -> list[Row]:

@@ -24,12 +24,12 @@ from scaling.parallel.collectives import sum_over_ranks
 from scaling.parallel.first_rank import first_rank_says
 from scaling.parallel.mesh import Mesh
 from scaling.parallel.telemetry import timed
+from scaling.runs.folder import RunFolder
 from scaling.runs.rows import Row
 from scaling.train.evaluate import Evaluation
 from scaling.train.objective import Objective
 from scaling.train.optim import learning_rate, optimizer_maker
 from scaling.train.report import Reporter
-from scaling.train.run import RunDirectory
 from scaling.train.settings import EngineSettings, OptimSettings, TrainSettings
 from scaling.train.stop import StopRequest
 
@@ -41,7 +41,7 @@ def fit(
     train: TrainSettings,
     optim: OptimSettings,
     engine: EngineSettings,
-    run: RunDirectory,
+    run: RunFolder,
     device: torch.device,
 ) -> Summary:
     """Trains to the last step, from the newest checkpoint of the run if it has one.
@@ -79,7 +79,7 @@ def fit(
                     report.row(row | trainer.meter.row())
                 save = last or stopped or step % train.save_every == 0
                 if save:  # first: whatever becomes of the evaluation, the step is kept
-                    checkpoints.save(step, trainer.engine, stream, run.identity)
+                    checkpoints.save(step, trainer.engine, stream, run.identity())
                 if due(step):
                     report.row(evaluation.row(step))
                 report.advance(step, save)

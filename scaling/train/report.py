@@ -1,25 +1,47 @@
 """Everything a run tells, in one place: rows, TensorBoard, progress, status, summary."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from types import TracebackType
+from typing import Any
 
-from data_pipeline.errors import RunError
 from data_pipeline.tasks.protocol import Task
+from scaling.observe.hardware import hardware
 from scaling.observe.progress import Progress, Summary, summarise
 from scaling.observe.sinks import TensorBoardSink
+from scaling.parallel.first_rank import first_rank_does
+from scaling.runs.environment import describe_environment
+from scaling.runs.folder import RunFolder, RunWriter, claimed
+from scaling.runs.identity import Identity
 from scaling.runs.rows import Row
-from scaling.train.run import RunDirectory
+
+
+@contextmanager
+def claimed_together(
+    path: Path, identity: Identity, config: Mapping[str, Any]
+) -> Iterator[RunFolder]:
+    """The folder, claimed by the first rank for all; a refusal is everybody's. Collective."""
+    run = RunFolder(path)
+    with ExitStack() as stack:
+
+        def claim() -> None:
+            nonlocal run
+            environment = describe_environment(**hardware())
+            run = stack.enter_context(claimed(path, identity, config, environment))
+
+        first_rank_does(claim)
+        yield run
 
 
 class Reporter:
-    """Tells on the first rank; on others it is silent. An error that leaves the `with` is noted
-    in status.json; the run directory is free for others afterwards."""
+    """Tells on the first rank; on others it is silent."""
 
-    def __init__(self, run: RunDirectory, task: Task, steps: int) -> None:
+    def __init__(self, run: RunFolder, task: Task, steps: int) -> None:
         self._run, self._task, self._steps = run, task, steps
-        self._step, self._began_finished = 0, False
+        self._writer = run if isinstance(run, RunWriter) else None
+        self._began_finished = False
         self._sink: TensorBoardSink | None = None
         self._progress = Progress(False, 0, steps)
 
@@ -28,24 +50,25 @@ class Reporter:
 
     def start(self, step: int) -> None:
         """Training goes on after `step`; rows of later steps, which no checkpoint holds, go."""
-        self._step, self._began_finished = step, step >= self._steps
-        if not self._run.first:
+        self._began_finished = step >= self._steps
+        if self._writer is None:
             return
-        with self._writing():
-            rows = self._run.metrics.truncate(step)
+        self._writer.step = step
+        rows = self._writer.keep(lambda row: row["step"] <= step)
+        with self._writer.writing():
             self._sink = TensorBoardSink(self._run.tensorboard, rows)
-            if not self._began_finished:
-                self._run.set_status("running", step)
+        if not self._began_finished:
+            self._writer.set_status("running")
         self._progress = Progress(True, step, self._steps)
         if step > 0 and not self._began_finished:
             self._progress.say(f"{self._run.path}: going on after step {step}")
 
     def row(self, row: Row) -> None:
         """A row for metrics.jsonl, TensorBoard and the person who watches."""
-        if self._sink is None:
+        if self._writer is None or self._sink is None:
             return
-        with self._writing():
-            self._run.metrics.append(row)
+        (row,) = self._writer.append(row)
+        with self._writer.writing():
             self._sink.write(row)
         if row["split"] == "train":
             self._progress.train(row)
@@ -58,24 +81,25 @@ class Reporter:
 
     def advance(self, step: int, saved: bool) -> None:
         """A step is done."""
-        self._step = step
         self._progress.advance()
-        if saved and self._sink is not None:
-            with self._writing():
-                self._sink.flush()
-                self._run.set_status("running", step)
+        if self._writer is not None:
+            self._writer.step = step
+            if saved and self._sink is not None:
+                with self._writer.writing():
+                    self._sink.flush()
+                self._writer.set_status("running")
 
     def finish(self, step: int) -> Summary:
         """The summary, printed; the same on every rank but for the baselines (first rank only)."""
         state = "finished" if step >= self._steps else "interrupted"
         earlier = self._run.status().get("summary") or {}
         baselines = earlier.get("baselines") or (
-            self._task.baselines("validation") if self._run.first else {}
+            self._task.baselines("validation") if self._writer else {}
         )
-        summary = summarise(self._run.path, self._run.metrics.rows(), baselines, step, state)
-        if self._run.first:
-            with self._writing():
-                self._run.set_status(state, step, summary=asdict(summary))
+        summary = summarise(self._run.path, self._run.rows(), baselines, step, state)
+        if self._writer is not None:
+            self._writer.set_status(state, summary=asdict(summary))
+            with self._writer.writing():
                 self._run.stop_file.unlink(missing_ok=True)
         self._progress.close()
         for line in [*summary.lines(), *self._way_on(state)]:
@@ -97,26 +121,9 @@ class Reporter:
         trace: TracebackType | None,
     ) -> None:
         self._progress.close()
-        try:
-            with self._writing():
-                if self._sink is not None:
-                    self._sink.close()
-                if error is not None and self._run.status().get("state") != "finished":
-                    text = " ".join(f"{type(error).__name__}: {error}".split())
-                    self._run.set_status("failed", self._step, error=text[:500])
-        except RunError:
-            if error is None:  # else that one came first, and says why
-                raise
-        finally:
-            self._run.close()
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Every write of a report goes through here."""
-        try:
-            yield
-        except OSError as error:
-            raise RunError(
-                f"cannot write to the run {self._run.path}: {error}; make room, or start again if "
-                "it was removed"
-            ) from error
+        if self._sink is not None:
+            try:
+                self._sink.close()
+            except OSError:
+                if error is None:  # else that one came first, and says why
+                    raise

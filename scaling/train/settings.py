@@ -7,6 +7,7 @@ from annotated_types import Ge, Gt, Interval
 from pydantic import FiniteFloat
 
 from data_pipeline.options import check_options
+from scaling.runs.identity import MayGrow, NotIdentity
 
 Count = Annotated[int, Ge(1)]
 NotNegative = Annotated[FiniteFloat, Ge(0)]
@@ -15,13 +16,13 @@ Decay = Annotated[float, Interval(ge=0, lt=1)]
 
 @dataclass
 class TrainSettings:
-    steps: Count = 600
+    steps: Annotated[Count, MayGrow()] = 600
     """Optimiser steps."""
     batch_size: Count = 8
     """Samples per optimiser step, over all ranks: the loss curve depends on this alone."""
-    micro_batch_size: Count = 8
+    micro_batch_size: Annotated[Count, NotIdentity()] = 8
     """Samples that one data-parallel rank holds at once; the rest is accumulated."""
-    max_length: Count = 1 << 22
+    max_length: Annotated[Count, NotIdentity()] = 1 << 22
     """Longest allowed sequence, tokens; a longer one is an error, never cut."""
     bucket_steps: Count | None = None
     """Steps whose samples are sorted by length and dealt out anew, so that a batch holds like
@@ -29,15 +30,15 @@ class TrainSettings:
     seed: Annotated[int, Interval(ge=0, le=2**63 - 1)] = 0
     precision: Literal["float32", "float64", "bf16"] = "float32"
     """bf16 is autocast: parameters and transforms stay float32."""
-    log_every: Count = 10
+    log_every: Annotated[Count, NotIdentity()] = 10
     """Steps between rows in metrics.jsonl."""
-    evaluate_every: Count = 100
+    evaluate_every: Annotated[Count, NotIdentity()] = 100
     """Steps between evaluations; the last step is always evaluated."""
-    save_every: Count = 100
+    save_every: Annotated[Count, NotIdentity()] = 100
     """Steps between checkpoints; the last step is always saved."""
-    keep: Count = 2
+    keep: Annotated[Count, NotIdentity()] = 2
     """Checkpoints kept."""
-    profile_steps: Annotated[int, Interval(ge=0, le=20)] = 0
+    profile_steps: Annotated[int, Interval(ge=0, le=20), NotIdentity()] = 0
     """Steps that every process traces, after its first two, into <runs>/<name>/profile; 0: none.
     See docs/performance.md. No viewer opens a trace of more than 20."""
 

@@ -6,12 +6,12 @@ import math
 import pytest
 import torch
 
-from data_pipeline.errors import ConfigError
+from data_pipeline.errors import OptionError
 from launch import bench
 from scaling.experiments.cases import machine
 from scaling.experiments.cases.long_conv import GOALS, awkward_length, memory_fit
-from scaling.experiments.family import summarise
 from scaling.experiments.rivals import CROSS, channel_all_to_all_conv, expanded_conv
+from scaling.experiments.summary import summarise
 from scaling.ops import vector_long_conv
 from scaling.parallel import SequenceShard
 from scaling.parallel.shard import redistribute
@@ -28,8 +28,8 @@ def test_bench_measures_every_case_and_writes_both_tables(tmp_path, capsys):
     assert {row["sp"] for row in rows} == {"1", "2"}
     (sent,) = (row for row in rows if row["case"] == "exchange: bytes / formula")
     assert float(sent["value"]) == 18 * 8 * 512 / 2 * 4 / 2
-    with pytest.raises(ConfigError, match=r"lengths=513 is no multiple of bench.sp=2.* try 512"):
-        bench.main([f"benches={tmp_path}", "bench.lengths=[513]"])
+    with pytest.raises(OptionError, match=r"bench.lengths=513: is no multiple of sp=2.* try 512"):
+        bench.main([f"benches={tmp_path}", "bench.lengths=[513]", "bench.sp=[2]"])
 
 
 def test_means_goals_and_the_line_through_memory():
@@ -71,7 +71,7 @@ def test_awkward_lengths_are_awkward():
 
 
 def measure_exchange(group, case) -> list[dict]:
-    return machine.BENCH.rows(case, group, torch.device("cpu"))
+    return machine.BENCH.measure(case, group, torch.device("cpu"))
 
 
 def test_the_machine_bench_sets_a_step_against_the_peaks(distributed, monkeypatch):
@@ -79,13 +79,13 @@ def test_the_machine_bench_sets_a_step_against_the_peaks(distributed, monkeypatc
     for name, size in (("IN_MEMORY", 1 << 10), ("SQUARE", 32), ("COLUMNS", 64)):
         monkeypatch.setattr(machine, name, size)
     model = {"name": "se3_hyena", "channels": 2, "hidden": 3, "operators": 1}
-    case = machine.MachineCase({"tiny": model}, [512], [64, 256], seconds=0.001)
+    case = machine.MachineOptions({"tiny": model}, [512], [64, 256], seconds=0.001)
     rows = []
-    for part in machine.BENCH.parts(case):
-        if part.ranks == 1:
-            rows += machine.BENCH.rows(part.case, None, torch.device("cpu"))
+    for point in machine.BENCH.points(case):
+        if point.ranks == 1:
+            rows += machine.BENCH.measure(point.options, None, torch.device("cpu"))
         else:
-            rows += distributed(measure_exchange, part.ranks, part.case)[0]
+            rows += distributed(measure_exchange, point.ranks, point.options)[0]
     assert all(math.isfinite(row["value"]) and row["value"] > 0 for row in rows)
     assert {row["case"].partition(":")[0] for row in rows} == {
         "1 thread", "all cores", "all-to-all", "tiny",
@@ -103,6 +103,6 @@ def test_the_machine_bench_sets_a_step_against_the_peaks(distributed, monkeypatc
         ],
     }
     for title, best in bests.items():
-        work, part = title.split()[0], title.split()[-1]
-        least = value[f"tiny: {work}", 512] / best / value[f"tiny: {part}", 512]
+        work, place = title.split()[0], title.split()[-1]
+        least = value[f"tiny: {work}", 512] / best / value[f"tiny: {place}", 512]
         assert ratio[f"tiny: {title}"] == pytest.approx(least)

@@ -12,37 +12,38 @@ from launch import bench
 from launch.config.compose import compose, config_folder
 from scaling.algebra import clifford
 from scaling.execution import Execution
+from scaling.experiments import ranks
 from scaling.experiments.cases.attention import (
     BLOCKED,
     CONVOLUTION,
     NUMBERS,
     PLAIN,
     SIDES,
-    AttentionCase,
+    AttentionOptions,
     crossover,
 )
-from scaling.experiments.cases.scaling import CROWDED, ScalingCase
-from scaling.experiments.family import row
+from scaling.experiments.cases.scaling import CROWDED, ScalingOptions
+from scaling.experiments.experiment import row
 from scaling.experiments.naive import straightforward
 from scaling.experiments.registry import BENCHES
 from scaling.long_conv import operators as long_conv
 from scaling.models import build
 from scaling.observe.memory import reset_peak
 from scaling.ops import tiles
+from scaling.runs.folder import RunFolder
 
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
     """Runs a bench without starting processes; its rows by (case, length), and its summary."""
+    fresh = ranks.measure
 
-    def measure(_measurement, case, place, ranks, **_settings):
-        assert ranks == 1
-        place.mkdir()
-        found = BENCHES[case.pop("name")]
-        return "ok", found.rows(found.case(**case), None, torch.device("cpu"))
+    def measure(experiment, options, place, processes, **_settings):
+        assert processes <= 1
+        return fresh(experiment, options, place, 0, **_settings)
 
     def run(name: str, *overrides: str) -> tuple[dict[tuple[str, int], float], str]:
-        monkeypatch.setattr(bench, "measure", measure)
+        monkeypatch.setattr(ranks, "measure", measure)
         bench.main([f"bench={name}", f"benches={tmp_path}", *overrides])
         folder: Path = tmp_path / name
         with (folder / "rows.csv").open(newline="") as file:
@@ -58,21 +59,25 @@ def test_every_configuration_is_that_of_a_bench():
     for name in names:
         config = compose("bench", [f"bench={name}"], bench.BenchConfig)
         assert config.name == config.bench["name"] == name
-        assert BENCHES[name].parts(bench._case(config))
+        points = BENCHES[name].points(bench._options(config))
+        assert points and len({point.name for point in points}) == len(points)
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("bench.long=1", "unknown key bench.long for bench=attention, did you mean"),
-        ("bench.lengths=[0]", r"bench.lengths=\[0\]: must be a list of positive numbers"),
+        ("bench.lengths=[0]", r"bench.lengths=\[0\]: must be greater than or equal to 1"),
         ("bench=scaling +bench.execution.tiles=1", "unknown key bench.execution.tiles for"),
         ("bench=scaling +bench.execution.offload=disk", "bench.execution.offload='disk': must be"),
         ("bench=scaling +bench.execution.tile_bytes=0", "tile_bytes=0: must be greater"),
         ("bench=scaling bench.model.hiden=8", "unknown key bench.model.hiden for .*, did you mean"),
         ("bench=train_step +bench.models.mine.hidden=8", "unknown bench.models.mine.name=None"),
-        ("bench=scaling bench.weak_tokens=1", "bench.weak_tokens=1: must be at least 2"),
-        ("bench.memory_bytes=0", "bench.memory_bytes=0: must be positive"),
+        (
+            "bench=scaling bench.weak_tokens=1",
+            "bench.weak_tokens=1: must be greater than or equal to",
+        ),
+        ("bench.memory_bytes=0", "bench.memory_bytes=0: must be greater than or equal to 1"),
         ("bench.channels=many", "bench.channels='many': must be a valid integer"),
     ],
 )
@@ -81,17 +86,46 @@ def test_options_are_those_of_the_case(override, message):
         bench.main(["bench=attention", *override.split()])
 
 
-def test_a_bench_that_fails_leaves_no_earlier_results(tmp_path, monkeypatch):
-    """They may be of another configuration."""
-    monkeypatch.setattr(bench, "measure", lambda *_, **__: ("no memory", None))
-    (tmp_path / "machine").mkdir()
-    (tmp_path / "machine" / "rows.csv").touch()
-    with pytest.raises(RunError, match="failed: no memory"):
-        bench.main(["bench=machine", f"benches={tmp_path}"])
-    assert {file.name for file in (tmp_path / "machine").iterdir()} == {
-        "config.yaml",
-        "environment.json",
-    }
+def test_points_that_failed_are_measured_again_and_no_others(tmp_path, monkeypatch):
+    """What is shown is of all points, or nothing is."""
+    lacking = {"memory_plain_attention_N16"}
+    asked: list[str] = []
+
+    def measure(experiment, options, place, processes, **_settings):
+        asked.append(place.name)
+        rows = [row(f"{side}: {what}", 1, 16, 1.0, unit, ratio) for side in SIDES
+                for what, unit, ratio in (("memory", "B", None),)]  # fmt: skip
+        return ("no memory", []) if place.name in lacking else ("ok", rows)
+
+    monkeypatch.setattr(ranks, "measure", measure)
+    command = ["bench=attention", "bench.lengths=[16]", f"benches={tmp_path}"]
+    folder = tmp_path / "attention"
+    for name in ("summary.md", "figure.png"):  # of other points
+        folder.mkdir(exist_ok=True)
+        (folder / name).touch()
+    with pytest.raises(RunError, match=r"1 of 4 points failed, memory_plain_\S+: no memory"):
+        bench.main(command)
+    assert len(asked) == 4 and not (folder / "summary.md").exists()
+    with (folder / "metrics.jsonl").open("a") as file:  # killed while it wrote a fifth
+        file.write('{"point": "memory_plain_attention_N16", "value": 1}\n')
+    lacking.clear()
+    bench.main(command)
+    assert asked[4:] == ["memory_plain_attention_N16"]
+    rows = RunFolder(folder).rows()
+    assert len(rows) == 12 and sum(each.get("status") == "ok" for each in rows) == 4
+    assert "commit" in (folder / "summary.md").read_text() and (folder / "figure.png").exists()
+    with pytest.raises(RunError, match=r"another configuration: bench.channels was 1, is 2; "):
+        bench.main([*command, "bench.channels=2"])
+
+
+def test_data_and_convert_are_benches(small, tmp_path):
+    rows, summary = small("convert", "bench.residues=2000", "bench.turns=1")
+    assert rows["synthetic backbones", 0] > 0
+    assert "| conversion: time / unpickling | 1 | " in summary and "| <= 2 |" in summary
+    assert (tmp_path / "convert" / "figure.png").stat().st_size > 10_000
+    rows, summary = small("data", "bench.chains=1300", "bench.tokens=4096", "bench.sp=2")
+    assert rows["write", 0] > 0
+    assert "600 random chains of 650, beside a slice for each" in summary
 
 
 @pytest.mark.parametrize("name", ["se3_hyena", "se3_hyena_paper"])
@@ -111,11 +145,13 @@ def test_the_straightforward_step_computes_the_same(name):
         out = model(batch)
         parts = [out.points, out.vectors, out.scalars]
         loss = torch.cat([part.flatten() for part in parts]).sin().sum()
-        return [*parts, *torch.autograd.grad(loss, list(model.parameters()))]
+        return [*parts, *torch.autograd.grad(loss, parameters)]
 
+    parameters = list(model.parameters())
     tiles.set_execution(model, Execution(tile_bytes=1 << 14, recompute_operators=True))
     ours = outputs_and_gradients()
-    with straightforward(), pytest.MonkeyPatch.context() as patch:
+    straightforward(model)
+    with pytest.MonkeyPatch.context() as patch:
         patch.delattr(clifford.GeometricProduct, "forward")
         patch.delattr(long_conv, "_convolve")
         patch.delattr(tiles, "_again")
@@ -141,10 +177,10 @@ def test_train_step_compares_time_and_memory(small):
 
 
 def test_scaling_derives_speed_up_efficiency_and_share():
-    case = ScalingCase({}, [1024], [2], 256, [2, 4], rounds=3)
-    parts = BENCHES["scaling"].parts(case)
+    case = ScalingOptions({}, [1024], [2], 256, [2, 4], rounds=3)
+    planned = BENCHES["scaling"].points(case)
     points = [(1024, 1), (1024, 2), (256, 1), (512, 2), (1024, 4)]
-    assert [(part.case.length, part.ranks) for part in parts] == 3 * points
+    assert [(point.options.length, point.ranks) for point in planned] == 3 * points
     rows = []
     for (n, sp), seconds in zip(points, (8.0, 5.0, 2.0, 2.5, 4.0), strict=True):
         mark = CROWDED if sp == 4 else ""
@@ -166,8 +202,8 @@ def test_scaling_derives_speed_up_efficiency_and_share():
 
 def test_scaling_measures_a_point():
     model = {"name": "se3_hyena", "channels": 2, "hidden": 2, "operators": 1}
-    case = ScalingCase(model, [64], [2], 64, [2], steps=1, length=64)
-    step, waiting = BENCHES["scaling"].rows(case, None, torch.device("cpu"))
+    case = ScalingOptions(model, [64], [2], 64, [2], steps=1, length=64)
+    step, waiting = BENCHES["scaling"].measure(case, None, torch.device("cpu"))
     assert (step["sp"], step["length"]) == (1, 64) and step["value"] > 0
     assert waiting["value"] == 0
 
@@ -187,8 +223,8 @@ def test_attention_runs_beside_the_convolution_until_it_does_not_fit(small, tmp_
 def test_attention_stops_before_what_is_too_much():
     """Memory and time are foreseen, and not tried."""
     for side, unit in ((PLAIN, "GiB"), (BLOCKED, "seconds")):
-        case = AttentionCase([256, 1 << 20], sides=[side])
-        fits, stops = BENCHES["attention"].rows(case, None, torch.device("cpu"))
+        case = AttentionOptions([256, 1 << 20], sides=[side])
+        fits, stops = BENCHES["attention"].measure(case, None, torch.device("cpu"))
         assert (fits["case"], fits["length"]) == (f"{side}: memory", 256)
         assert (stops["case"], stops["length"]) == (f"{side}: would take", 1 << 20)
         assert stops["unit"] == unit and stops["value"] > (case.longest_s if side == BLOCKED else 4)
@@ -197,8 +233,8 @@ def test_attention_stops_before_what_is_too_much():
 def test_memory_is_about_what_was_foreseen():
     """Sure of the magnitude alone: what small tensors free is not given back at once."""
     before = reset_peak(cpu := torch.device("cpu"))
-    case = AttentionCase([1 << 11], sides=[PLAIN])
-    (found,) = BENCHES["attention"].rows(case, None, cpu)
+    case = AttentionOptions([1 << 11], sides=[PLAIN])
+    (found,) = BENCHES["attention"].measure(case, None, cpu)
     assert found["value"] - before < 2.5 * 4 * NUMBERS[PLAIN][1] * 2**22
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,8 +22,9 @@ from data_pipeline.tasks.recall import Recall
 from data_pipeline.tasks.registry import build_task
 from scaling.models import build
 from scaling.parallel.mesh import Mesh
+from scaling.runs.identity import Identity
 from scaling.train.loop import fit
-from scaling.train.run import RunDirectory
+from scaling.train.report import claimed_together
 from scaling.train.settings import EngineSettings, OptimSettings, TrainSettings
 from scaling.train.stop import SAME_REQUEST_S
 from tests import processes
@@ -45,7 +47,14 @@ def plan(model: torch.nn.Module, forward: int, happens) -> None:
 
 
 def train(
-    folder: Path, dp=1, sp=1, precision="float32", engine="ddp", step=0, happens=None, **changes
+    folder: Path,
+    dp=1,
+    sp=1,
+    precision: Any = "float32",
+    engine: Any = "ddp",
+    step=0,
+    happens=None,
+    **changes,
 ):
     """A run of six steps of AdamW on recall, saved after every third; `happens` in `step`."""
     task = build_task("recall", tokens=9, held_out_size=4)
@@ -64,11 +73,11 @@ def train(
     optim = OptimSettings(warmup_steps=2)
     for name, value in changes.items():
         setattr(train, name, value)
-    identity = {"train": asdict(train), "optim": asdict(optim)}
-    run = RunDirectory(folder, identity, identity)
+    settings = {"train": (TrainSettings, asdict(train)), "optim": (OptimSettings, asdict(optim))}
     if happens:
         plan(model, step - saved_step(folder), happens)
-    return fit(model, task, Mesh(dp, sp), train, optim, EngineSettings(engine), run, CPU)
+    with claimed_together(folder, Identity(settings), {}) as run:
+        return fit(model, task, Mesh(dp, sp), train, optim, EngineSettings(name=engine), run, CPU)
 
 
 def saved_step(folder: Path) -> int:
@@ -208,6 +217,7 @@ def test_asked_twice_it_ends_even_while_it_waits(tmp_path):
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         try:
+            assert process.stdout and process.stderr
             assert process.stdout.readline() == "ready\n"
             process.send_signal(signal.SIGUSR1)
             process.send_signal(signal.SIGINT)
@@ -275,7 +285,7 @@ def test_a_finished_run_says_so_and_may_grow(tmp_path, straight, capsys):
     summary = train(straight)
     said = capsys.readouterr().out
     assert summary.status == "finished" and "nothing left to do: train.steps=12" in said
-    assert f"tensorboard --logdir {straight / 'tensorboard'}" in said
+    assert f"tensorboard --logdir {straight.parent}" in said
     assert "validation loss" in said and "zero" in said  # beside what trivial answers score
     train(tmp_path)
     assert train(tmp_path, steps=STEPS + 1).steps == STEPS + 1

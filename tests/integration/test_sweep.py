@@ -10,8 +10,11 @@ from time import sleep
 import pytest
 
 from data_pipeline.errors import RunError
-from launch import measure, sweep
-from launch.measure import reason as reason_of
+from launch import sweep
+from launch.measure import ENTRY
+from scaling.experiments import ranks
+from scaling.experiments.ranks import reason as reason_of
+from scaling.runs.folder import RunFolder
 
 TINY = ["name=tiny", "model.channels=2", "model.hidden=2", "steps=2", "scalars=0", "sp=[1,2]",
         "device=cpu"]  # fmt: skip
@@ -45,36 +48,44 @@ def test_sweep_measures_resumes_and_keeps_failures(tmp_path, monkeypatch, capsys
     real = 32 * (2 * (16 + 14) * 4 / 2 + 41 / 2 + 6 * 4)
     assert real <= float(shared["comm_bytes"]) <= 1.15 * real
     said = capsys.readouterr().out
-    assert f"tensorboard --logdir {folder}/tensorboard" in said and "tokens/s" in said
+    assert f"tensorboard --logdir {tmp_path}\n" in said and "tokens/s" in said
+    summary = (folder / "summary.md").read_text()
+    assert "| all ranks together, tokens/s | 2 | " in summary
+    assert "launch sweep name=tiny" in summary
+    run = RunFolder(folder)
+    assert run.status()["state"] == "finished" and run.environment()["threads"] == 1
+    assert [row["point"] for row in run.rows()] == ["N64_sp1", "N64_sp2"]
+    assert all(row["time"] > 1.7e9 for row in run.rows())
     assert (folder / "sweep.png").stat().st_size > 20_000
     assert {run.name for run in (folder / "tensorboard").iterdir()} == {"sp=1", "sp=2"}
 
-    monkeypatch.setattr(sweep.sys, "executable", "/bin/false")  # nothing is measured again
+    monkeypatch.setattr(ranks.sys, "executable", "/bin/false")  # nothing is measured again
     sweep.main([*arguments, "lengths=[64]"])
     assert capsys.readouterr().out.count("measured before, kept") == 2
     assert read(folder / "results.csv") == rows
 
     with pytest.raises(RunError, match="1 of 3 points failed"):
         sweep.main([*arguments, "lengths=[9]", "sp=[1]"])
-    assert "failed without a word" in read(folder / "results.csv")[0]["status"]
+    assert [row["status"] for row in read(folder / "results.csv")] == [
+        "ok", "ok", "failed without a word",
+    ]  # fmt: skip
+    assert "Not measured: N9_sp1: failed without a word" in (folder / "summary.md").read_text()
+    assert run.status()["state"] == "failed"
     assert "failed without a word" in capsys.readouterr().out
 
-    with pytest.raises(RunError, match=r"other settings .*steps: 2 there, 3 here"):
+    with pytest.raises(RunError, match=r"another configuration: steps was 2, is 3; .* name="):
         sweep.main([*arguments, "lengths=[64]", "steps=3"])
 
 
-def test_a_point_that_fails_says_why(tmp_path: Path):
+def test_a_point_that_fails_says_why_and_is_tried_again(tmp_path: Path):
     """Out of time, and an error inside a rank."""
-    from launch.config.compose import compose
-
-    config = compose("sweep", [*TINY, "lengths=[8]"], sweep.SweepConfig)
-    config.timeout_s = 0.5
-    row = sweep.measure_point(config, tmp_path, 8, 1)
-    assert row["status"].startswith("time-out after")
-    config.timeout_s = 60
-    config.model = config.model | {"channels": -1}
-    row = sweep.measure_point(config, tmp_path, 8, 1)
-    assert "model.channels=-1: se3_hyena needs a whole number" in row["status"]
+    tiny = [*TINY, "lengths=[8]", "sp=[1]", f"sweeps={tmp_path}"]
+    with pytest.raises(RunError, match=r"1 of 1 points failed, N8_sp1: time-out after .*log\.txt"):
+        sweep.main([*tiny, "timeout_s=0.5"])
+    with pytest.raises(RunError, match=r"1 of 1 points failed, N8_sp1: .*channels=-1: se3_hyena"):
+        sweep.main([*tiny, "name=other", "model.channels=-1"])
+    (row,) = RunFolder(tmp_path / "other").rows()
+    assert "channels=-1" in row["status"]
 
 
 @pytest.mark.parametrize(
@@ -92,7 +103,10 @@ def test_the_reason_is_the_cause_not_its_echo(log: str, reason: str):
     assert reason_of(log) == reason
 
 
-@pytest.mark.parametrize("override", ["lengths=[]", "lengths=[0]", "sp=[-1]", "steps=0", "model=x"])
+@pytest.mark.parametrize(
+    "override",
+    ["lengths=[]", "lengths=[0]", "sp=[-1]", "steps=0", "model=x", "vectors=-1"],
+)
 def test_bad_values_are_refused(override: str, tmp_path: Path):
     with pytest.raises(ValueError, match=override.partition("=")[0]):
         sweep.main([f"sweeps={tmp_path}", override])
@@ -103,7 +117,7 @@ def test_who_is_told_to_stop_leaves_no_ranks_running(tmp_path, monkeypatch):
     pid, launcher = tmp_path / "pid", tmp_path / "launcher"
     launcher.write_text(f"#!/bin/sh\necho $$ > {pid}\nexec sleep 60\n")
     launcher.chmod(0o700)
-    monkeypatch.setattr(measure.sys, "executable", str(launcher))
+    monkeypatch.setattr(ranks.sys, "executable", str(launcher))
 
     def stop() -> None:
         while not (pid.exists() and pid.read_text()):
@@ -114,7 +128,9 @@ def test_who_is_told_to_stop_leaves_no_ranks_running(tmp_path, monkeypatch):
     try:
         Thread(target=stop, daemon=True).start()
         with pytest.raises(SystemExit):
-            measure.measure("bench", {}, tmp_path, 1, threads=1, timeout_s=10, device="cpu")
+            ranks.measure(
+                "sweep", {}, tmp_path, 1, entry=ENTRY, threads=1, timeout_s=10.0, device="cpu"
+            )
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGTERM, before)

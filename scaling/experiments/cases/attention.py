@@ -4,17 +4,20 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import torch
 
 from scaling.experiments.cases.long_conv import trainer
-from scaling.experiments.family import Bench, Part, Row, check_positive, row
+from scaling.experiments.experiment import Experiment, Point, joined, row
+from scaling.experiments.options import Checked, Count, Counts, Positive
 from scaling.experiments.timing import medians, now
 from scaling.observe.memory import peak_bytes, reset_peak
 from scaling.ops import vector_long_conv
 from scaling.ops.attention import BLOCK, vector_attention
 from scaling.parallel.collectives import Group
+from scaling.runs.identity import NotIdentity
+from scaling.runs.rows import Row
 
 Side = Literal["long convolution", "plain attention", "attention in blocks"]
 CONVOLUTION, PLAIN, BLOCKED = SIDES = get_args(Side)
@@ -26,7 +29,7 @@ PROBE = 1024
 
 
 @dataclass
-class AttentionCase:
+class AttentionOptions(Checked):
     """
     Args:
         lengths: N, tokens.
@@ -34,30 +37,21 @@ class AttentionCase:
         memory_bytes: a side stops before the N at which it would hold more.
         longest_s: and before the N at which forward and backward would take longer, s.
         seconds: of every comparison, of three rounds at least.
-        sides: those that one process measures; the bench's parts choose them.
+        sides: those that one process measures; its points choose them.
     """
 
-    lengths: list[int]
-    channels: int = 1
-    memory_bytes: int = 1 << 32
-    longest_s: float = 10.0
-    seconds: float = 2.0
+    lengths: Annotated[Counts, NotIdentity()]
+    channels: Count = 1
+    memory_bytes: Count = 1 << 32
+    longest_s: Positive = 10.0
+    seconds: Positive = 2.0
     sides: Sequence[Side] = SIDES
-
-    def __post_init__(self) -> None:
-        check_positive(
-            lengths=self.lengths,
-            channels=self.channels,
-            memory_bytes=self.memory_bytes,
-            longest_s=self.longest_s,
-            seconds=self.seconds,
-        )
 
 
 class _Contestant:
     """One side."""
 
-    def __init__(self, side: Side, case: AttentionCase, device: torch.device) -> None:
+    def __init__(self, side: Side, case: AttentionOptions, device: torch.device) -> None:
         self.side, self.case, self.device = side, case, device
         self.length, self.taken_s = 0, 0.0
         """Of the last run."""
@@ -90,7 +84,7 @@ class _Contestant:
         return (seconds, "seconds") if seconds > self.case.longest_s else None
 
 
-def attention_rows(case: AttentionCase, group: Group, device: torch.device) -> list[Row]:
+def attention_rows(case: AttentionOptions, group: Group, device: torch.device) -> list[Row]:
     """Peak memory of one side in a process of its own, or the times of several in turn."""
     running = [_Contestant(side, case, device) for side in case.sides]
     measure = _memory if len(running) == 1 else partial(_times, group=group)
@@ -103,7 +97,7 @@ def attention_rows(case: AttentionCase, group: Group, device: torch.device) -> l
 _Found = Iterator[tuple[str, int, float, str, float | None]]
 
 
-def _memory(case: AttentionCase, running: list[_Contestant], device: torch.device) -> _Found:
+def _memory(case: AttentionOptions, running: list[_Contestant], device: torch.device) -> _Found:
     """Short N first, because the system does not get back all that was freed."""
     (one,) = running
     for length in sorted(case.lengths):
@@ -116,7 +110,7 @@ def _memory(case: AttentionCase, running: list[_Contestant], device: torch.devic
 
 
 def _times(
-    case: AttentionCase, running: list[_Contestant], device: torch.device, group: Group
+    case: AttentionOptions, running: list[_Contestant], device: torch.device, group: Group
 ) -> _Found:
     for length in sorted(case.lengths):
         running = [one for one in running if one.excess(length) is None]
@@ -132,11 +126,13 @@ def _times(
             yield f"{side}: time / {CONVOLUTION}", length, taken, "s", taken / base
 
 
-def _parts(case: AttentionCase) -> list[Part]:
-    together = Part("time", 1, replace(case, sides=SIDES))
+def _points(case: AttentionOptions) -> list[Point]:
+    together = Point(f"time_{joined(case.lengths)}", 1, replace(case, sides=SIDES))
     alone = [
-        Part(f"memory_{side.replace(' ', '_')}", 1, replace(case, sides=[side])) for side in SIDES
-    ]
+        Point(f"memory_{side.replace(' ', '_')}_{joined(case.lengths)}", 1,
+              replace(case, sides=[side]))
+        for side in SIDES
+    ]  # fmt: skip
     return [together, *alone]
 
 
@@ -153,7 +149,7 @@ def crossover(ratios: dict[int, float]) -> float | None:
     return left * (right / left) ** share
 
 
-def _conclude(_case: AttentionCase, rows: list[Row]) -> tuple[list[Row], str]:
+def _conclude(_case: AttentionOptions, rows: list[Row]) -> tuple[list[Row], str]:
     remarks = []
     for side in (PLAIN, BLOCKED):
         title = f"{side}: time / {CONVOLUTION}"
@@ -172,10 +168,4 @@ def _conclude(_case: AttentionCase, rows: list[Row]) -> tuple[list[Row], str]:
     return [r for r in rows if not r["case"].endswith("would take")], "\n".join(remarks)
 
 
-BENCH = Bench(
-    AttentionCase,
-    _parts,
-    attention_rows,
-    conclude=_conclude,
-    figure="vector attention and the vector long convolution, forward and backward",
-)
+BENCH = Experiment(AttentionOptions, _points, attention_rows, conclude=_conclude)

@@ -7,15 +7,19 @@ all 8 components throughout, weights expanded to the table.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
 from scaling.algebra.clifford import PATHS, CliffordMLP, embed, geometric_product
-from scaling.experiments.family import Bench, Part, Row, check_positive, row
+from scaling.experiments.experiment import Experiment, Point, joined, row
 from scaling.experiments.naive import clifford_mlp, dense_product
+from scaling.experiments.options import Checked, Count, Counts, Positive
 from scaling.experiments.timing import medians
 from scaling.parallel.collectives import Group
+from scaling.runs.identity import NotIdentity
+from scaling.runs.rows import Row
 
 IN, OUT = 17, 51
 """Channels of a Clifford MLP: those of phi in the paper's recall model."""
@@ -24,26 +28,22 @@ ERROR = "error against the dense table"
 
 
 @dataclass
-class CliffordCase:
+class CliffordOptions(Checked):
     """One rank; forward and backward in float32."""
 
-    lengths: list[int]
+    lengths: Annotated[Counts, NotIdentity()]
     """N, tokens of one row."""
-    channels: int = 128
+    channels: Count = 128
     """Of the product."""
-    hidden: list[int] = field(default_factory=lambda: [128, 16])
+    hidden: Counts = field(default_factory=lambda: [128, 16])
     """Channels inside Clifford MLPs."""
     compiled: bool = True
     """Compile ours too, with torch.compile."""
-    seconds: float = 5.0
+    seconds: Positive = 5.0
     """Of every comparison; at least three rounds."""
 
-    def __post_init__(self) -> None:
-        check_positive(lengths=self.lengths, channels=self.channels, hidden=self.hidden)
-        check_positive(seconds=self.seconds)
 
-
-def clifford_rows(case: CliffordCase, group: Group, device: torch.device) -> list[Row]:
+def clifford_rows(case: CliffordOptions, group: Group, device: torch.device) -> list[Row]:
     """The product's error, and speed-ups over the dense side, for every length."""
     torch.manual_seed(0)
     rows = []
@@ -72,7 +72,7 @@ Step = Callable[[], list[Tensor]]
 
 
 def _ours(
-    case: CliffordCase,
+    case: CliffordOptions,
     function: Callable[..., Tensor],
     given: list[Tensor],
     grad: Tensor,
@@ -145,4 +145,9 @@ GOALS = {
     f"product, eager: {ERROR}": ("<=", 1e-6),
     f"product, compiled: {ERROR}": ("<=", 1e-6),
 }
-BENCH = Bench(CliffordCase, lambda case: [Part("one_rank", 1, case)], clifford_rows, GOALS)
+BENCH = Experiment(
+    CliffordOptions,
+    lambda case: [Point(joined(case.lengths), 1, case)],
+    clifford_rows,
+    GOALS,
+)

@@ -1,4 +1,4 @@
-"""How fast sources become stores: python -m scaling.experiments.cases.convert [RESIDUES] [FOLDER]
+"""How fast sources become stores; the file lies where TMPDIR says.
 
 Grows synthetic backbones on random sequences, writes them as SideChainNet would (624 bytes a
 residue), and times plain unpickling and the conversion of that file in turn.
@@ -8,18 +8,24 @@ import pickle
 import resource
 import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
+import torch
 
 from data_pipeline.chains import RESIDUES
 from data_pipeline.sources.sidechainnet import SideChainNetSource
 from data_pipeline.sources.synthetic import grow
 from data_pipeline.store.build import build
+from scaling.experiments.experiment import Experiment, Point, row
+from scaling.experiments.options import Checked, Count
+from scaling.parallel.collectives import Group
+from scaling.runs.rows import Row
 
 _UNPICKLE = """
 import pickle, sys, time
@@ -61,29 +67,33 @@ def write_pickle(path: Path, residues: int) -> float:
     return sum(len(sequence) for _, sequence, _ in entries) / growing
 
 
-def main() -> None:
-    """Prints the rates, the ratio and the memory."""
-    residues = int(float(sys.argv[1])) if len(sys.argv) > 1 else 1_000_000
-    with tempfile.TemporaryDirectory(dir=sys.argv[2] if len(sys.argv) > 2 else None) as folder:
-        path = Path(folder, "made.pkl")
+@dataclass
+class ConvertOptions(Checked):
+    residues: Count = 1_000_000
+    """About so many; 624 bytes each on disk."""
+    turns: Count = 3
+
+
+def convert_rows(options: ConvertOptions, _group: Group, _device: torch.device) -> list[Row]:
+    """Rates, the conversion's time beside plain unpickling's, and memory."""
+    with TemporaryDirectory() as place:
+        path = Path(place, "made.pkl")
         # In a process of its own, whose memory is gone afterwards.
         with ProcessPoolExecutor(1, get_context("spawn")) as writer:
-            rate = writer.submit(write_pickle, path, residues).result()
-        print(f"synthetic backbones: {rate:,.0f} residues/s")
-        for turn in range(3):
+            rate = writer.submit(write_pickle, path, options.residues).result()
+        rows = [row("synthetic backbones", 1, 0, rate, "residues/s")]
+        for turn in range(options.turns):
             run = [sys.executable, "-c", _UNPICKLE, str(path)]
             plain = float(subprocess.run(run, capture_output=True, check=True).stdout)
             began = time.perf_counter()
-            manifest = build(Path(folder, str(turn)), SideChainNetSource(path))
+            build(Path(place, str(turn)), SideChainNetSource(path))
             took = time.perf_counter() - began
-            print(
-                f"{manifest['counts']['residues']:,} residues: unpickled in {plain:.2f} s, "
-                f"converted in {took:.2f} s, {took / plain:.2f} times as long"
-            )
+            rows.append(row("conversion: time / unpickling", 1, 0, took, "s", took / plain))
         own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(f"memory of the converting process: {own / 1e6:,.0f} MB, of the file: "
-              f"{path.stat().st_size / 1e6:,.0f} MB")  # fmt: skip
+        rows.append(row("conversion: memory of the process", 1, 0, own, "B"))
+        rows.append(row("conversion: size of the file", 1, 0, path.stat().st_size, "B"))
+    return rows
 
 
-if __name__ == "__main__":
-    main()
+GOALS = {"conversion: time / unpickling": ("<=", 2.0)}
+BENCH = Experiment(ConvertOptions, lambda options: [Point("made", 0, options)], convert_rows, GOALS)

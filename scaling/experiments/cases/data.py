@@ -4,15 +4,17 @@ The store is made for the measurement: random walks, no proteins. Reads are of c
 and warm caches of the operating system, on both sides.
 """
 
-import json
 import statistics
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
 import numpy as np
+import torch
 
 from data_pipeline.chains import Chain, Notes
 from data_pipeline.store.build import build
@@ -20,9 +22,12 @@ from data_pipeline.store.reader import Store, StoreMixture
 from data_pipeline.stream.stream import Stream
 from data_pipeline.tasks.denoising import Denoising
 from data_pipeline.tasks.packed import PackedBodies
+from scaling.experiments.experiment import Experiment, Point, row
+from scaling.experiments.options import Checked, Count
 from scaling.observe.memory import peak_bytes, reset_peak
+from scaling.parallel.collectives import Group
+from scaling.runs.rows import Row
 
-Row = dict[str, Any]
 ARRAYS = ("xyz", "residue", "segment")
 ATOMS = 3
 """Tokens of a residue: N, CA, C."""
@@ -47,32 +52,35 @@ class WalkSource:
             yield Chain(f"{i}", "A" * length, walk[first : first + length], cluster=f"{i}")
 
 
-def data_rows(folder: Path, chains: int = 9400, tokens: int = 1 << 20, sp: int = 8) -> list[Row]:
-    """Builds a store of `chains` in an empty folder and measures reading it.
-
-    Returns:
-        Rows of `measure`, `value`, `unit`, and where there is one `against` (the same of the
-        alternative) and `ratio` (how many times as fast as that).
+@dataclass
+class DataOptions(Checked):
     """
-    began = perf_counter()
-    manifest = build(folder / "large", WalkSource(chains))
-    seconds = perf_counter() - began
-    residues = manifest["counts"]["residues"]
-    build(folder / "small", WalkSource(chains // 2))
-    return [
-        {"measure": "write", "value": residues / seconds, "unit": "residues/s"},
-        *_slices(folder / "large", tokens, sp),
-        _random_chains(folder / "large"),
-        *_memory(folder),
-    ]
+    Args:
+        chains: in the larger store; the smaller has half as many.
+        tokens: of the packed sample.
+        sp: ranks that share it.
+    """
+
+    chains: Count = 9400
+    tokens: Count = 1 << 20
+    sp: Count = 8
 
 
-def data_wait_row(metrics: Path) -> Row:
-    """The share of a run's step time that its steps waited for data, from its metrics.jsonl."""
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    rows = [row for row in rows if row["split"] == "train"]
-    share = sum(row["data_wait_s"] for row in rows) / sum(row["step_s"] for row in rows)
-    return {"measure": "data wait of a step", "value": 100 * share, "unit": "%"}
+def data_rows(options: DataOptions, _group: Group, _device: torch.device) -> list[Row]:
+    """Builds stores and measures reading them; times are ours, ratios how many times as fast as
+    the alternative that the case names."""
+    with TemporaryDirectory() as place:
+        folder = Path(place)
+        began = perf_counter()
+        manifest = build(folder / "large", WalkSource(options.chains))
+        seconds = perf_counter() - began
+        build(folder / "small", WalkSource(options.chains // 2))
+        return [
+            row("write", 1, 0, manifest["counts"]["residues"] / seconds, "residues/s"),
+            *_slices(folder / "large", options.tokens, options.sp),
+            _random_chains(folder / "large"),
+            *_memory(folder),
+        ]
 
 
 def _slices(path: Path, tokens: int, sp: int) -> list[Row]:
@@ -108,10 +116,13 @@ def _slices(path: Path, tokens: int, sp: int) -> list[Row]:
     own, each = statistics.median(ours) * 1e3, statistics.median(mapped) * 1e3
     run, sample = statistics.median(runs) * 1e3, statistics.median(samples)
     what = f"1/{sp} of a packed sample of {length:,} tokens"
+    beside = (("the same chains", each), ("one run of as many rows", run))
     return [
-        _against(f"{what}, beside the same chains from numpy.memmap", own, each),
-        _against(f"{what}, beside one run of as many rows of numpy.memmap", own, run),
-        {"measure": f"{what}, made into inputs", "value": length / sp / sample, "unit": "tokens/s"},
+        *(
+            row(f"{what}, beside {other} of numpy.memmap", sp, length, own, "ms", theirs / own)
+            for other, theirs in beside
+        ),
+        row(f"{what}, made into inputs", sp, length, length / sp / sample, "tokens/s"),
     ]
 
 
@@ -129,7 +140,8 @@ def _random_chains(path: Path, count: int = 600) -> Row:
     ]
     loop = _seconds(lambda: [xyz[offsets[c] : offsets[c + 1]] for c in chosen], 1)
     what = f"{count} random chains of {len(lengths) // 2:,}, beside a slice for each"
-    return _against(what, statistics.median(ours) * 1e3, loop * 1e3)
+    own = statistics.median(ours)
+    return row(what, 1, 0, own * 1e3, "ms", loop / own)
 
 
 def _memory(folder: Path) -> list[Row]:
@@ -140,13 +152,11 @@ def _memory(folder: Path) -> list[Row]:
             peak = pool.apply(_streaming_peak, (str(folder / name),))
         residues = Store(folder / name).lengths.sum()
         what = f"memory to stream from {residues:,} residues"
-        rows.append({"measure": what, "value": peak / 1e6, "unit": "MB"})
+        rows.append(row(what, 1, 0, peak / 1e6, "MB"))
     return rows
 
 
 def _streaming_peak(path: str) -> float:
-    import torch
-
     device = torch.device("cpu")
     base = reset_peak(device)
     task = Denoising(path)
@@ -179,24 +189,4 @@ def _seconds(function: Callable[[], object], times: int = 3) -> float:
     return statistics.median(found)
 
 
-def _against(measure: str, milliseconds: float, other: float) -> Row:
-    return {
-        "measure": measure,
-        "value": milliseconds,
-        "unit": "ms",
-        "against": other,
-        "ratio": other / milliseconds,
-    }
-
-
-def main() -> None:
-    """Prints the rows: python -m scaling.experiments.cases.data"""
-    from tempfile import TemporaryDirectory
-
-    with TemporaryDirectory() as folder:
-        for row in data_rows(Path(folder)):
-            print(json.dumps(row))
-
-
-if __name__ == "__main__":
-    main()
+BENCH = Experiment(DataOptions, lambda options: [Point("stores", 0, options)], data_rows)

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from data_pipeline.errors import ConfigError
-from scaling.experiments.family import Bench, Part, Row, check_positive
+from data_pipeline.errors import OptionError
+from scaling.experiments.experiment import Experiment, Point, joined, row
+from scaling.experiments.options import Checked, Count, Counts, Positive
 from scaling.experiments.rivals import CROSS, channel_all_to_all_conv, expanded_conv, transforms
 from scaling.experiments.timing import medians
 from scaling.long_conv.form import fast_length
@@ -16,6 +18,8 @@ from scaling.ops import geometric_long_conv, vector_long_conv
 from scaling.parallel.collectives import Group, global_maxima
 from scaling.parallel.shard import SequenceShard
 from scaling.parallel.telemetry import measuring
+from scaling.runs.identity import NotIdentity
+from scaling.runs.rows import Row
 
 GOALS = {
     "vector, forward: speed-up over the listing": (">=", 4.5),
@@ -33,7 +37,7 @@ GOALS = {
 
 
 @dataclass
-class LongConvCase:
+class LongConvOptions(Checked):
     """
     Args:
         lengths: N, tokens; multiples of every number in sp.
@@ -43,23 +47,23 @@ class LongConvCase:
         seconds: of every comparison.
     """
 
-    lengths: list[int]
-    sp: list[int]
-    tokens: int = 1 << 22
-    seconds: float = 2.0
+    lengths: Annotated[Counts, NotIdentity()]
+    sp: Annotated[Counts, NotIdentity()]
+    tokens: Count = 1 << 22
+    seconds: Positive = 2.0
 
     def __post_init__(self) -> None:
-        check_positive(lengths=self.lengths, sp=self.sp, tokens=self.tokens, seconds=self.seconds)
-        uneven = [(n, sp) for n in self.lengths for sp in self.sp if n % sp]
-        if uneven:
-            length, sp = uneven[0]
-            raise ConfigError(
-                f"bench.lengths={length} is no multiple of bench.sp={sp}, which the channel"
-                f" all-to-all needs; try {length // sp * sp or sp}"
+        super().__post_init__()
+        for length, sp in ((n, sp) for n in self.lengths for sp in self.sp if n % sp):
+            raise OptionError(
+                "lengths",
+                length,
+                f"is no multiple of sp={sp}, which the channel all-to-all needs; try"
+                f" {length // sp * sp or sp}",
             )
 
 
-def long_conv_rows(case: LongConvCase, group: Group, device: torch.device) -> list[Row]:
+def long_conv_rows(case: LongConvOptions, group: Group, device: torch.device) -> list[Row]:
     """All comparisons that this number of ranks allows."""
     # Memory first, and short sequences first: what was freed is not given back to the system.
     rows = [_Bench(length, 1, group, device, 0.0).memory() for length in sorted(case.lengths)]
@@ -78,15 +82,15 @@ def memory_fit(rows: list[Row]) -> Row:
 
     `value` is the residual, `base` a in bytes, `per_token` b in bytes per local token.
     """
-    points = [row for row in rows if row["case"] == "memory"]
-    x = torch.tensor([row["length"] / row["sp"] for row in points]).double()
-    y = torch.tensor([row["value"] for row in points]).double()
+    points = [each for each in rows if each["case"] == "memory"]
+    x = torch.tensor([each["length"] / each["sp"] for each in points]).double()
+    y = torch.tensor([each["value"] for each in points]).double()
     design = torch.stack([torch.ones_like(x), x], 1)
     # Relative residuals count, so that short sequences do.
     a, b = torch.linalg.lstsq(design / y[:, None], torch.ones_like(y)[:, None]).solution[:, 0]
     residual = ((a + b * x - y).abs() / y).max().item()
-    fit = {"case": "memory: residual of a + b N/P", "value": residual, "unit": ""}
-    return fit | {"ratio": None, "sp": "all", "length": 0, "base": a.item(), "per_token": b.item()}
+    fit = row("memory: residual of a + b N/P", 0, 0, residual, "")
+    return fit | {"sp": "all", "base": a.item(), "per_token": b.item()}
 
 
 class _Bench:
@@ -105,8 +109,9 @@ class _Bench:
         return [torch.randn(shape, device=self.device) for shape in shapes]
 
     def row(self, case: str, value: float, unit: str = "s", ratio: float | None = None) -> Row:
-        where = {"sp": self.shard.size, "length": self.shard.length, "channels": self.channels}
-        return {"case": case} | where | {"value": value, "unit": unit, "ratio": ratio}
+        return row(
+            case, self.shard.size, self.shard.length, value, unit, ratio, channels=self.channels
+        )
 
     def against(self, case: str, times: dict[str, float], rival: str) -> Row:
         return self.row(case, times["ours"], ratio=times["ours"] / times[rival])
@@ -151,12 +156,8 @@ class _Bench:
             trainer(geometric, given, grads),
             bare=lambda: transforms([four, four, seven], [in_seven, in_four, in_four], n),
         )
-        ratio = times["ours"] / times["bare"]
-        rows.append(
-            self.row(
-                "geometric, forward + backward: time / its 30 FFTs", times["ours"], ratio=ratio
-            )
-        )
+        case = "geometric, forward + backward: time / its 30 FFTs"
+        rows.append(self.against(case, times, "bare"))
         a, b = self.tensors(self.channels, 3, 3, n=awkward_length(n))
         times = self.compare(lambda: vector_long_conv(a, b), fast=lambda: vector_long_conv(q, k))
         rows.append(self.against("vector, forward: time at an awkward N / at N", times, "fast"))
@@ -243,16 +244,19 @@ def awkward_length(n: int) -> int:
     return n
 
 
-def _parts(case: LongConvCase) -> list[Part]:
-    return [Part(f"sp{sp}", sp, replace(case, sp=[sp])) for sp in sorted(case.sp)]
+def _points(case: LongConvOptions) -> list[Point]:
+    return [
+        Point(f"sp{sp}_{joined(case.lengths)}", sp, replace(case, sp=[sp]))
+        for sp in sorted(case.sp)
+    ]
 
 
-def _conclude(_case: LongConvCase, rows: list[Row]) -> tuple[list[Row], str]:
+def _conclude(_case: LongConvOptions, rows: list[Row]) -> tuple[list[Row], str]:
     fit = memory_fit(rows)
-    return [*(row for row in rows if row["case"] != "memory"), fit], (
+    return [*(each for each in rows if each["case"] != "memory"), fit], (
         f"Peak memory of a rank: {fit['base'] / 1e6:,.0f} MB + {fit['per_token']:,.0f}"
         " bytes a local token (vector convolution of one channel, forward and backward)."
     )
 
 
-BENCH = Bench(LongConvCase, _parts, long_conv_rows, GOALS, _conclude)
+BENCH = Experiment(LongConvOptions, _points, long_conv_rows, GOALS, _conclude)

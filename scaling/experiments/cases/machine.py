@@ -9,19 +9,22 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from statistics import fmean
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed as dist
 
 from scaling.cost.work import Work, training_work
 from scaling.experiments.cases.train_step import StepCase, training_step
-from scaling.experiments.family import Bench, Part, Row, check_positive, row
+from scaling.experiments.experiment import Experiment, Point, joined, row
+from scaling.experiments.options import Checked, Counts, Positive
 from scaling.experiments.timing import medians, now
 from scaling.models import build
 from scaling.observe.metrics import WARMUP_STEPS
 from scaling.parallel.collectives import Group, group_size
 from scaling.parallel.telemetry import measuring
+from scaling.runs.identity import NotIdentity
+from scaling.runs.rows import Row
 
 Measured = Literal["peaks", "exchange", "step"]
 Call = Callable[[], object]
@@ -48,7 +51,7 @@ TRANSFORM = "real transform"
 
 
 @dataclass
-class MachineCase:
+class MachineOptions(Checked):
     """
     Args:
         models: sections like `model`, under names for the table.
@@ -57,23 +60,20 @@ class MachineCase:
         vectors: free vector channels of the input, besides the points.
         scalars: scalar channels of the input.
         seconds: of each group of peaks, and of the steps of one model and length.
-        threads: 0 is all cores; the bench's parts choose it, and what to measure.
+        threads: 0 is all cores; its points choose it, and what to measure.
     """
 
     models: dict[str, dict[str, Any]]
-    lengths: list[int]
-    transforms: list[int]
+    lengths: Annotated[Counts, NotIdentity()]
+    transforms: Counts
     vectors: int = 0
     scalars: int = 16
-    seconds: float = 4.0
+    seconds: Positive = 4.0
     threads: int = 1
     measured: Measured = "peaks"
 
-    def __post_init__(self) -> None:
-        check_positive(lengths=self.lengths, transforms=self.transforms, seconds=self.seconds)
 
-
-def machine_rows(case: MachineCase, group: Group, device: torch.device) -> list[Row]:
+def machine_rows(case: MachineOptions, group: Group, device: torch.device) -> list[Row]:
     """The peaks with some number of threads, of an exchange, or the parts of training steps."""
     if case.measured == "exchange":
         return _exchange(case, group, device)
@@ -86,7 +86,7 @@ def machine_rows(case: MachineCase, group: Group, device: torch.device) -> list[
         torch.set_num_threads(before)
 
 
-def _peaks(case: MachineCase, group: Group, device: torch.device) -> list[Row]:
+def _peaks(case: MachineOptions, group: Group, device: torch.device) -> list[Row]:
     normal = partial(torch.randn, device=device)
     who = f"{case.threads} thread" if case.threads else "all cores"
     rows: list[Row] = []
@@ -118,7 +118,7 @@ def _peaks(case: MachineCase, group: Group, device: torch.device) -> list[Row]:
     return rows
 
 
-def _exchange(case: MachineCase, group: Group, device: torch.device) -> list[Row]:
+def _exchange(case: MachineOptions, group: Group, device: torch.device) -> list[Row]:
     """An all-to-all of two ranks: of nearly nothing, and of much."""
     ranks = group_size(group)
     sides, sent = {}, {}
@@ -135,13 +135,15 @@ def _exchange(case: MachineCase, group: Group, device: torch.device) -> list[Row
     ]
 
 
-def _steps(case: MachineCase, group: Group, device: torch.device) -> list[Row]:
+def _steps(case: MachineOptions, group: Group, device: torch.device) -> list[Row]:
     """Times of the parts of a step, means over steps, and the work that they do."""
     rows = []
     for name, model in case.models.items():
         for length in sorted(case.lengths):
             step = training_step(
-                StepCase(model, length, vectors=case.vectors, scalars=case.scalars), group, device
+                StepCase(model=model, length=length, vectors=case.vectors, scalars=case.scalars),
+                group,
+                device,
             )
             for _ in range(WARMUP_STEPS):
                 step()
@@ -160,21 +162,21 @@ def _steps(case: MachineCase, group: Group, device: torch.device) -> list[Row]:
     return rows
 
 
-def _work(model: dict[str, Any], case: MachineCase, length: int) -> Work:
+def _work(model: dict[str, Any], case: MachineOptions, length: int) -> Work:
     options = {key: value for key, value in model.items() if key != "name"}
     return training_work(build(model["name"], case.vectors, case.scalars, **options), length)
 
 
-def _parts(case: MachineCase) -> list[Part]:
-    peaks = [
-        Part(f"peaks_{title}", 1, replace(case, threads=threads))
-        for title, threads in (("one_thread", 1), ("all_cores", 0))
+def _points(case: MachineOptions) -> list[Point]:
+    return [
+        Point("peaks_one_thread", 1, replace(case, threads=1)),
+        Point("peaks_all_cores", 1, replace(case, threads=0)),
+        Point("exchange", 2, replace(case, measured="exchange")),
+        Point(f"step_{joined(case.lengths)}", 1, replace(case, measured="step")),
     ]
-    exchange = Part("exchange", 2, replace(case, measured="exchange"))
-    return [*peaks, exchange, Part("step", 1, replace(case, measured="step"))]
 
 
-def _conclude(_case: MachineCase, rows: list[Row]) -> tuple[list[Row], str]:
+def _conclude(_case: MachineOptions, rows: list[Row]) -> tuple[list[Row], str]:
     """What share of a step its parts take, and of a part the least time of its work."""
     found = {(row["case"], row["length"]): row["value"] for row in rows}
     measured = [
@@ -221,4 +223,4 @@ REMARK = (
     "its work would take at the measured peak (float32). The work is scaling/cost/work.py's: "
     "the least, nothing twice, and no element-wise operation besides the products."
 )
-BENCH = Bench(MachineCase, _parts, machine_rows, conclude=_conclude)
+BENCH = Experiment(MachineOptions, _points, machine_rows, conclude=_conclude)

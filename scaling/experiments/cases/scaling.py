@@ -4,14 +4,18 @@ import math
 import os
 import statistics
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge
 
-from data_pipeline.errors import ConfigError
+from scaling.execution import Execution
 from scaling.experiments.cases.train_step import StepCase, measure_step
-from scaling.experiments.family import Bench, Part, Row, check_positive, row
+from scaling.experiments.experiment import Experiment, Point, row
+from scaling.experiments.options import Checked, Count, Counts
 from scaling.parallel.collectives import Group, group_size
+from scaling.runs.identity import NotIdentity
+from scaling.runs.rows import Row
 
 CROWDED = ", oversubscribed"
 """Marks what was measured with more threads than cores."""
@@ -19,7 +23,7 @@ GOALS = {"strong: 2 ranks, speed-up over one": (">=", 1.7)}
 
 
 @dataclass
-class ScalingCase:
+class ScalingOptions(Checked):
     """
     Args:
         model: section like `model`.
@@ -32,32 +36,20 @@ class ScalingCase:
         rounds: of fresh processes, every point once in each; medians over rounds count.
         steps: timed steps of a process; their median counts.
         execution: how the model runs: fields of `Execution`.
-        length: of the point that a process measures; the bench's parts choose it.
+        length: of the point that a process measures; its points choose it.
     """
 
     model: dict[str, Any]
-    strong_lengths: list[int]
-    strong_sp: list[int]
-    weak_tokens: int
-    weak_sp: list[int]
+    strong_lengths: Annotated[Counts, NotIdentity()]
+    strong_sp: Annotated[Counts, NotIdentity()]
+    weak_tokens: Annotated[int, Ge(2), NotIdentity()]  # an FFT of 1 is no work
+    weak_sp: Annotated[Counts, NotIdentity()]
     vectors: int = 1
     scalars: int = 4
-    rounds: int = 3
-    steps: int = 3
+    rounds: Annotated[Count, NotIdentity()] = 3
+    steps: Count = 3
     execution: dict[str, Any] = field(default_factory=dict)
     length: int = 0
-
-    def __post_init__(self) -> None:
-        check_positive(
-            strong_lengths=self.strong_lengths,
-            strong_sp=self.strong_sp,
-            weak_tokens=self.weak_tokens,
-            weak_sp=self.weak_sp,
-            rounds=self.rounds,
-            steps=self.steps,
-        )
-        if self.weak_tokens == 1:
-            raise ConfigError("bench.weak_tokens=1: must be at least 2, an FFT of 1 is no work")
 
     def strong(self) -> list[tuple[int, int]]:
         """(N, sp)."""
@@ -67,13 +59,13 @@ class ScalingCase:
         return [(self.weak_tokens * sp, sp) for sp in sorted({1, *self.weak_sp})]
 
 
-def scaling_rows(case: ScalingCase, group: Group, device: torch.device) -> list[Row]:
+def scaling_rows(case: ScalingOptions, group: Group, device: torch.device) -> list[Row]:
     """Step and exposed communication of one point."""
     cost = measure_step(
         StepCase(
-            case.model,
-            case.length,
-            case.execution,
+            model=case.model,
+            length=case.length,
+            execution=Execution(**case.execution),
             vectors=case.vectors,
             scalars=case.scalars,
             steps=case.steps,
@@ -92,17 +84,17 @@ def scaling_rows(case: ScalingCase, group: Group, device: torch.device) -> list[
     ]
 
 
-def _parts(case: ScalingCase) -> list[Part]:
+def _points(case: ScalingOptions) -> list[Point]:
     """Rounds of all points, so that whatever else the machine does meets all alike."""
     points = dict.fromkeys([*case.strong(), *case.weak()])
     return [
-        Part(f"round{number}_N{length}_sp{sp}", sp, replace(case, length=length))
+        Point(f"round{number}_N{length}_sp{sp}", sp, replace(case, length=length))
         for number in range(1, case.rounds + 1)
         for length, sp in points
     ]
 
 
-def _conclude(case: ScalingCase, rows: list[Row]) -> tuple[list[Row], str]:
+def _conclude(case: ScalingOptions, rows: list[Row]) -> tuple[list[Row], str]:
     def median(what: str, length: int, sp: int) -> float:
         return statistics.median(
             r["value"]
@@ -140,4 +132,4 @@ def _conclude(case: ScalingCase, rows: list[Row]) -> tuple[list[Row], str]:
     )
 
 
-BENCH = Bench(ScalingCase, _parts, scaling_rows, GOALS, _conclude)
+BENCH = Experiment(ScalingOptions, _points, scaling_rows, GOALS, _conclude)

@@ -4,7 +4,7 @@ import gc
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,9 @@ from data_pipeline.batch import GeometricBatch
 from scaling.engine.build import build_engine
 from scaling.engine.loss import engine_loss
 from scaling.execution import Execution
-from scaling.experiments.family import Bench, Part, Row, check_positive, row
+from scaling.experiments.experiment import Experiment, Point, row
 from scaling.experiments.naive import straightforward
+from scaling.experiments.options import Checked, Counts, Positive, StepOptions
 from scaling.experiments.timing import medians, now
 from scaling.models import build
 from scaling.observe.memory import peak_bytes, reset_peak
@@ -22,6 +23,8 @@ from scaling.ops.tiles import set_execution
 from scaling.parallel.collectives import Group, global_maxima
 from scaling.parallel.shard import SequenceShard, redistribute_batch
 from scaling.parallel.telemetry import measuring
+from scaling.runs.identity import NotIdentity
+from scaling.runs.rows import Row
 
 Side = Literal["ours", "straightforward"]
 SIDES: Sequence[Side] = get_args(Side)
@@ -30,23 +33,15 @@ REDUCTIONS = {"sum", "lengths"}
 """Operators that exchange by all-reduce; all others by one all-to-all a call."""
 
 
-@dataclass
-class StepCase:
+@dataclass(kw_only=True)
+class StepCase(StepOptions):
     """A model and an input; all ranks share each sequence."""
 
     model: dict[str, Any]
     """`name` and options."""
     length: int
     """Tokens of a sequence."""
-    execution: dict[str, Any] = field(default_factory=dict)
-    rows: int = 1
-    """Sequences."""
-    vectors: int = 1
-    scalars: int = 4
-    warmup_steps: int = 1
-    steps: int = 5
-    """Timed steps; times are medians."""
-    seed: int = 0
+    execution: Execution = field(default_factory=Execution)
 
 
 @dataclass
@@ -66,14 +61,24 @@ class StepCost:
     """Memory before the first step: interpreter, libraries, parameters."""
 
 
-def training_step(case: StepCase, group: Group, device: torch.device) -> Callable[[], None]:
-    """Forward, backward and AdamW of a new model on a random batch; all ranks call it together."""
+def training_step(
+    case: StepCase,
+    group: Group,
+    device: torch.device,
+    change: Callable[[nn.Module], object] = lambda model: None,
+) -> Callable[[], None]:
+    """Forward, backward and AdamW of a new model on a random batch; all ranks call it together.
+
+    Args:
+        change: is done to the model first.
+    """
     torch.manual_seed(case.seed)
     natural = SequenceShard(case.length, group, "contiguous")
     batch = _random_batch(case, natural, device)
     options = {key: value for key, value in case.model.items() if key != "name"}
     model = build(case.model["name"], case.vectors, case.scalars, **options).to(device)
-    set_execution(model, Execution(**case.execution))
+    set_execution(model, case.execution)
+    change(model)
     engine = build_engine(
         "ddp",
         _MeanSquare(model, natural, SequenceShard(case.length, group)),
@@ -120,7 +125,7 @@ def measure_step(case: StepCase, group: Group, device: torch.device) -> StepCost
 
 
 @dataclass
-class TrainStepCase:
+class TrainStepOptions(Checked):
     """
     Args:
         models: sections like `model`, under names for the table.
@@ -129,68 +134,57 @@ class TrainStepCase:
         scalars: scalar channels of the input.
         seconds: of every comparison; at least three rounds.
         execution: how our side runs: fields of `Execution`.
-        sides: those that one process measures; the bench's parts choose them.
+        sides: those that one process measures; its points choose them.
     """
 
     models: dict[str, dict[str, Any]]
-    lengths: list[int]
+    lengths: Annotated[Counts, NotIdentity()]
     vectors: int = 0
     scalars: int = 16
-    seconds: float = 10.0
+    seconds: Positive = 10.0
     execution: dict[str, Any] = field(default_factory=dict)
     sides: Sequence[Side] = SIDES
 
-    def __post_init__(self) -> None:
-        check_positive(lengths=self.lengths, seconds=self.seconds)
+
+def _points(options: TrainStepOptions) -> list[Point]:
+    """Memory is a process's own, so each side has one."""
+    return [
+        Point(f"{name}_N{n}_{what}", 1,
+              replace(options, models={name: model}, lengths=[n], sides=sides))
+        for name, model in options.models.items()
+        for n in sorted(options.lengths)
+        for what, sides in [("time", SIDES), *((f"memory_{side}", [side]) for side in SIDES)]
+    ]  # fmt: skip
 
 
-def train_step_rows(case: TrainStepCase, group: Group, device: torch.device) -> list[Row]:
-    """Both sides in turn, or the memory of one side in a process of its own."""
-    rows = []
-    for name, model in case.models.items():
-        for length in sorted(case.lengths):
-            step_case = StepCase(model, length, case.execution, 1, case.vectors, case.scalars)
-            steps = {}
-            for side in case.sides:
-                step = training_step(step_case, group, device)
-                steps[side] = step if side == "ours" else _straightforward(step)
-            if len(steps) > 1:
-                times = medians(steps, group, device, case.seconds)
-                speed_up = times["straightforward"] / times["ours"]
-                title = f"{name}: speed-up over the straightforward step"
-                rows.append(row(title, 1, length, times["ours"], "s", speed_up))
-                rows += [row(f"{name}: step, {side}", 1, length, times[side]) for side in SIDES]
-                continue
-            ((side, step),) = steps.items()
-            reset_peak(device)
-            step()
-            step()  # now with the optimiser's state
-            rows.append(row(f"{name}: memory, {side}", 1, length, peak_bytes(device), "B"))
-    return rows
+def train_step_rows(options: TrainStepOptions, group: Group, device: torch.device) -> list[Row]:
+    """Of one model and length: both sides in turn, or the memory of one side."""
+    ((name, model),), (length,) = options.models.items(), options.lengths
+    case = StepCase(
+        model=model,
+        length=length,
+        execution=Execution(**options.execution),
+        vectors=options.vectors,
+        scalars=options.scalars,
+    )
+    changes = {"ours": lambda model: None, "straightforward": straightforward}
+    steps = {side: training_step(case, group, device, changes[side]) for side in options.sides}
+    if len(steps) > 1:
+        times = medians(steps, group, device, options.seconds)
+        speed_up = times["straightforward"] / times["ours"]
+        title = f"{name}: speed-up over the straightforward step"
+        return [
+            row(title, 1, length, times["ours"], "s", speed_up),
+            *(row(f"{name}: step, {side}", 1, length, times[side]) for side in SIDES),
+        ]
+    ((side, step),) = steps.items()
+    reset_peak(device)
+    step()
+    step()  # now with the optimiser's state
+    return [row(f"{name}: memory, {side}", 1, length, peak_bytes(device), "B")]
 
 
-def _straightforward(step: Callable[[], None]) -> Callable[[], None]:
-    def slow() -> None:
-        with straightforward():
-            step()
-
-    return slow
-
-
-def _parts(case: TrainStepCase) -> list[Part]:
-    """Memory is a process's own, so each side and length has one."""
-    parts = []
-    for name, model in case.models.items():
-        here = replace(case, models={name: model})
-        parts.append(Part(f"{name}_time", 1, replace(here, sides=SIDES)))
-        for side in SIDES:
-            for n in sorted(case.lengths):
-                one = replace(here, sides=[side], lengths=[n])
-                parts.append(Part(f"{name}_memory_{side}_N{n}", 1, one))
-    return parts
-
-
-def _conclude(_case: TrainStepCase, rows: list[Row]) -> tuple[list[Row], str]:
+def _conclude(_options: TrainStepOptions, rows: list[Row]) -> tuple[list[Row], str]:
     """How much more memory the straightforward step takes."""
     found = list(rows)
     for name, length in dict.fromkeys((r["case"].partition(":")[0], r["length"]) for r in rows):
@@ -206,7 +200,7 @@ def _conclude(_case: TrainStepCase, rows: list[Row]) -> tuple[list[Row], str]:
 GOALS = {
     f"{name}: speed-up over the straightforward step": (">=", 3.0) for name in ("paper", "default")
 }
-BENCH = Bench(TrainStepCase, _parts, train_step_rows, GOALS, _conclude)
+BENCH = Experiment(TrainStepOptions, _points, train_step_rows, GOALS, _conclude)
 
 
 class _MeanSquare(nn.Module):

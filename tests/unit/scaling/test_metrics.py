@@ -3,6 +3,7 @@
 import gzip
 import math
 import mmap
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +21,6 @@ from scaling.observe.progress import Progress, summarise
 from scaling.observe.sinks import TensorBoardSink
 from scaling.parallel.mesh import Mesh
 from scaling.parallel.telemetry import exchanging, is_traced, timed
-from scaling.runs.rows import MetricsFile
 from scaling.train.evaluate import Evaluation
 from scaling.train.objective import Objective
 from scaling.train.optim import optimizer_maker
@@ -34,35 +34,42 @@ def train_row(step: int, **values) -> dict:
     return row | {"tokens_per_s": 100.0 * step, "step_s": 0.1, "data_wait_s": 0.0} | values
 
 
-def test_rows_after_a_step_go_and_half_a_row_is_none(tmp_path):
-    file = MetricsFile(tmp_path / "metrics.jsonl")
-    assert file.rows() == [] and file.truncate(0) == []
-    for step in (1, 2, 3):
-        file.append(train_row(step))
-    with file.path.open("a") as stream:
-        stream.write('{"step": 4, "spl')
-    assert [row["step"] for row in file.rows()] == [1, 2, 3]
-    assert [row["step"] for row in file.truncate(2)] == [1, 2]
-    file.append(train_row(3, loss=math.pi))
-    assert [row["step"] for row in file.rows()] == [1, 2, 3]
-    assert file.rows()[2]["loss"] == math.pi
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+def curve(folder: Path) -> list[tuple[int, float, float]]:
+    """Step, value and time that TensorBoard shows of the training loss."""
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return [(e.step, e.value, e.wall_time) for e in events.Scalars("train/loss")]
 
 
-def test_tensorboard_shows_each_row_once(tmp_path):
-    sink = TensorBoardSink(tmp_path, [])
-    for step in (1, 2, 3, 4):
-        sink.write(train_row(step, loss=-1.0))
-    sink.close()
-    sink = TensorBoardSink(tmp_path, [train_row(1), train_row(2)])  # resumed after step 2
-    sink.write(train_row(3))
-    sink.write({"step": 3, "split": "validation", "loss": 0.5, "equivariance_error": 1e-6})
-    sink.close()
+def test_tensorboard_shows_each_row_once_at_its_time(tmp_path):
+    """Also after a resume, and after a second start."""
+    rows = [train_row(step, time=1e9 + 60 * step) for step in range(1, 5)]
+    shown = [(row["step"], pytest.approx(row["loss"]), row["time"]) for row in rows]
+
+    def start(known: list[dict], *further: dict) -> set[Path]:
+        sink = TensorBoardSink(tmp_path, known)
+        for row in further:
+            sink.write(row)
+        sink.close()
+        return set(tmp_path.iterdir())
+
+    start([], *rows[:3], train_row(4, loss=-1.0, time=5e9))
+    resumed = start(rows[:2], rows[2])  # after step 2: what came later goes
+    assert len(resumed) == 1 and curve(tmp_path) == shown[:3]
+    assert start(rows[:3]) == resumed  # right already: nothing is written
+    validation = {"step": 4, "split": "validation", "loss": 0.5, "equivariance_error": 1e-6}
+    gone_on = start(rows[:3], rows[3], validation)
+    assert gone_on > resumed and curve(tmp_path) == shown
     events = EventAccumulator(str(tmp_path))
     events.Reload()
-    scalars = [(event.step, event.value) for event in events.Scalars("train/loss")]
-    assert scalars == [(step, pytest.approx(1 / step)) for step in (1, 2, 3)]
     assert {"speed/tokens_per_s", "time/step_s", "validation/loss"} <= set(events.Tags()["scalars"])
+    assert not any(tag.partition("/")[2] == "time" for tag in events.Tags()["scalars"])
+
+
+def test_rows_of_early_versions_have_no_time(tmp_path):
+    for _ in range(2):
+        TensorBoardSink(tmp_path, [train_row(1), train_row(2, loss=math.nan)]).close()
+        assert [step for step, *_ in curve(tmp_path)] == [1, 2]
     assert len(list(tmp_path.iterdir())) == 1
 
 
@@ -161,7 +168,7 @@ def test_plain_lines_and_summary_say_what_matters(tmp_path, capsys):
     assert summary.tokens_per_s == 1100  # median of all rows but the first
     assert "0.2500  (identity 1.0000)" in text and "20 MiB" in text
     assert " projection 75%, other 25%" in text
-    assert text.endswith(f"tensorboard --logdir {tmp_path / 'tensorboard'}")
+    assert text.endswith(f"tensorboard --logdir {tmp_path.parent}")
     assert "-" in "\n".join(summarise(tmp_path, [], {}, 0, "interrupted").lines())
 
 

@@ -1,0 +1,100 @@
+"""A measurement in fresh processes of this machine: the one way into them, and what they run."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+
+from data_pipeline.errors import LongfoldError
+from scaling.experiments.registry import EXPERIMENTS
+from scaling.runs.rows import Row
+
+
+def measure_case(case_file: Path, device: torch.device) -> list[Row]:
+    """What each rank runs: the point that `case.json` describes; the same on every rank.
+
+    Raises:
+        LongfoldError: among others, out of memory.
+    """
+    case = json.loads(case_file.read_text())
+    experiment = EXPERIMENTS[case["experiment"]]
+    try:
+        options = TypeAdapter(experiment.options).validate_python(case["options"])
+        return experiment.measure(options, None, device)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or "memory" in str(error):
+            raise LongfoldError(f"out of memory: {str(error).partition(chr(10))[0]}") from None
+        raise
+
+
+def measure(
+    experiment: str,
+    options: dict[str, Any],
+    place: Path,
+    ranks: int,
+    *,
+    entry: Sequence[str],
+    threads: int,
+    timeout_s: float,
+    device: str,
+) -> tuple[str, list[Row]]:
+    """Measures a point; "ok" and its rows, or why there are none.
+
+    The folder `place` gets the case, the result and what the ranks said.
+
+    Args:
+        ranks: fresh processes, under torchrun; 0: this process.
+        entry: arguments of torchrun that start one rank, before case.json, result.json and device.
+    """
+    place.mkdir(parents=True, exist_ok=True)
+    case_file, result, log = place / "case.json", place / "result.json", place / "log.txt"
+    case_file.write_text(json.dumps({"experiment": experiment, "options": options}))
+    if ranks == 0:
+        try:
+            return "ok", measure_case(case_file, torch.device("cpu"))
+        except LongfoldError as error:
+            return str(error), []
+    result.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+               str(ranks), *entry, str(case_file), str(result), device]  # fmt: skip
+    with log.open("w") as output:
+        began = time.monotonic()
+        # Told to stop, this process would leave its ranks running.
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        environ = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environ)
+        try:
+            code = child.wait(timeout_s)
+        except BaseException as error:
+            # torchrun ends its ranks on SIGTERM; SIGKILL would leave them running.
+            child.send_signal(signal.SIGTERM)
+            child.wait()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            return f"time-out after {time.monotonic() - began:.0f} s", []
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    if code != 0 or not result.exists():
+        return reason(log.read_text()), []
+    return "ok", json.loads(result.read_text())
+
+
+def reason(log: str) -> str:
+    """Why a measurement failed, from what its ranks and torchrun said."""
+    if died := re.search(r"Signal \d+ \((SIGKILL|SIGABRT|SIGSEGV|SIGBUS)\)", log):
+        guess = ", probably out of memory" if died[1] == "SIGKILL" else ""
+        return f"a rank died of {died[1]}{guess}"
+    said = re.findall(r"error: (.+)|^\w*Error: (.+)", log, re.MULTILINE)
+    reasons = [ours or others for ours, others in said]
+    # A rank that lost its partner is not the cause.
+    reasons.sort(key=lambda reason: reason.startswith("another rank"))
+    return reasons[0] if reasons else "failed without a word"

@@ -1,0 +1,208 @@
+"""A run's folder: read by anybody at any time, written by one process.
+
+config.yaml         the whole configuration of the latest start
+identity.json       the part of it that defines the result; another one is refused
+environment.json    versions, host, ranks, command line, git commit
+status.json         state (running, finished, failed, interrupted), step, process, error
+metrics.jsonl       rows: see rows.py                   tensorboard/    a view of them
+checkpoints/        see checkpoint/checkpoint.py        profile/        see observe/profile.py
+STOP                put there by a person: save, stop, and remove it
+Experiments have points/ (what their processes were told and said) and tables instead of the latter.
+"""
+
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from time import time
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from data_pipeline.disk import locked, write_atomically
+from data_pipeline.errors import RunError
+from scaling.runs.identity import Identity
+from scaling.runs.rows import Row, as_lines, of_split, read_rows
+
+State = Literal["running", "finished", "failed", "interrupted"]
+
+
+class RunFolder:
+    """Reads a run, also while another process writes it; changes nothing."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.tensorboard = self.path / "tensorboard"
+        self.stop_file = self.path / "STOP"
+        self._rows_file = self.path / "metrics.jsonl"
+
+    def config(self) -> dict[str, Any]:
+        """The whole configuration of the latest start; empty before the first."""
+        return self._read(
+            "config.yaml", lambda text: OmegaConf.to_container(OmegaConf.create(text))
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """The part of the configuration that defines the result."""
+        return self._read("identity.json", json.loads)
+
+    def status(self) -> dict[str, Any]:
+        """What status.json says; empty before the first start."""
+        return self._read("status.json", json.loads)
+
+    def environment(self) -> dict[str, Any]:
+        """Of the latest start."""
+        return self._read("environment.json", json.loads)
+
+    def rows(self) -> list[Row]:
+        """All whole rows so far."""
+        return read_rows(self._rows_file)
+
+    def evaluated(self, step: int) -> bool:
+        """Whether the rows hold the validation of this step."""
+        return any(row["step"] == step for row in of_split(self.rows(), "validation"))
+
+    def _read(self, name: str, parse: Callable[[str], Any]) -> dict[str, Any]:
+        path = self.path / name
+        try:
+            content = parse(path.read_text())
+            if not isinstance(content, dict):
+                raise ValueError("no mapping")
+        except FileNotFoundError:
+            return {}
+        except (ValueError, YAMLError, OmegaConfBaseException) as error:
+            reason = " ".join(str(error).split())
+            raise RunError(f"{path} is damaged ({reason}); remove it and start again") from error
+        return content
+
+
+def _read_yaml(text: str) -> Any:
+    return OmegaConf.to_container(OmegaConf.create(text))
+
+
+class RunWriter(RunFolder):
+    """The one process that writes; see `claimed`."""
+
+    step = 0
+    """How far the run is."""
+
+    def append(self, *rows: Row) -> list[Row]:
+        """Adds rows, with the time; they are on disk when it returns."""
+        stamped = [{"time": time()} | row for row in rows]
+        with self.writing(), self._rows_file.open("a") as file:
+            file.write(as_lines(stamped))
+            file.flush()
+            os.fsync(file.fileno())
+        return stamped
+
+    def keep(self, wanted: Callable[[Row], bool]) -> list[Row]:
+        """Drops the other rows and half a last line, at once or not at all. Returns the rest."""
+        rows = [row for row in self.rows() if wanted(row)]
+        self.write("metrics.jsonl", as_lines(rows))
+        return rows
+
+    def set_status(
+        self, state: State, error: str | None = None, summary: Mapping[str, Any] | None = None
+    ) -> None:
+        """Rewrites status.json."""
+        status = {
+            "state": state,
+            "step": self.step,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "error": error,
+            "summary": summary,
+        }
+        self.write("status.json", json.dumps(status, indent=1, default=str) + "\n")
+
+    def write(self, name: str, text: str) -> None:
+        """A file of the folder, replaced at once, and only if it would change."""
+        path = self.path / name
+        with self.writing():
+            if not path.exists() or path.read_text() != text:
+                write_atomically(path, text)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Every write goes through here: a full disk, or a removed folder, is one line."""
+        try:
+            yield
+        except OSError as error:
+            raise RunError(
+                f"cannot write to the run {self.path}: {error}; make room, or start again if it "
+                "was removed"
+            ) from error
+
+
+@contextmanager
+def claimed(
+    path: Path | str,
+    identity: Identity,
+    config: Mapping[str, Any],
+    environment: Mapping[str, Any],
+    parent: str = "runs",
+) -> Iterator[RunWriter]:
+    """Opens or creates a run's folder for writing; only one process at a time gets it.
+
+    An error that leaves the body is noted in status.json, unless the run had finished.
+
+    Args:
+        config: the whole configuration, nested.
+        parent: the key that chooses the folder around it.
+
+    Raises:
+        RunError: not writable, in use by another process, or of another identity (differing keys
+            are named with both values).
+    """
+    run = RunWriter(path)
+    lock = run.path / ".lock"
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+        lock.touch()
+    except OSError as error:
+        raise RunError(
+            f"the run directory {run.path} cannot be written ({error.strerror}); choose another by "
+            f"{parent}=..., or change its permissions"
+        ) from error
+    with _alone(run.path, lock):
+        earlier = run.identity()
+        if earlier and (differing := identity.differences(earlier)):
+            raise RunError(
+                f"the run {run.path} belongs to another configuration: {'; '.join(differing)}; "
+                "use those values, or choose another name=..."
+            )
+        run.write("identity.json", json.dumps(identity.values(), indent=1) + "\n")
+        run.write("config.yaml", OmegaConf.to_yaml(config))
+        run.write("environment.json", json.dumps(environment, indent=1) + "\n")
+        try:
+            yield run
+        except BaseException as error:
+            text = " ".join(f"{type(error).__name__}: {error}".split())
+            try:
+                if run.status().get("state") != "finished":
+                    run.set_status("failed", error=text[:500])
+            except RunError:
+                pass  # the first error says more
+            raise
+
+
+@contextmanager
+def _alone(path: Path, lock: Path) -> Iterator[None]:
+    with ExitStack() as stack:
+        try:
+            sure = stack.enter_context(locked(lock, wait=False))
+        except BlockingIOError as error:
+            owner = lock.read_text().strip() or "another process"
+            raise RunError(
+                f"the run {path} is being written by {owner}; wait for it, stop it, or choose "
+                "another name=..."
+            ) from error
+        if not sure:
+            raise RunError(f"the file system of {path} has no locks; choose another folder")
+        lock.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+        yield
