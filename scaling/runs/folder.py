@@ -20,8 +20,6 @@ from time import time
 from typing import Any, Literal
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from data_pipeline.disk import locked, write_atomically
 from data_pipeline.errors import RunError
@@ -43,9 +41,7 @@ class RunFolder:
 
     def config(self) -> dict[str, Any]:
         """The whole configuration of the latest start; empty before the first."""
-        return self._read(
-            "config.yaml", lambda text: OmegaConf.to_container(OmegaConf.create(text))
-        )
+        return self._read("config.yaml", _read_yaml)
 
     def identity(self) -> dict[str, Any]:
         """The part of the configuration that defines the result."""
@@ -75,14 +71,17 @@ class RunFolder:
                 raise ValueError("no mapping")
         except FileNotFoundError:
             return {}
-        except (ValueError, YAMLError, OmegaConfBaseException) as error:
+        except ValueError as error:
             reason = " ".join(str(error).split())
             raise RunError(f"{path} is damaged ({reason}); remove it and start again") from error
         return content
 
 
 def _read_yaml(text: str) -> Any:
-    return OmegaConf.to_container(OmegaConf.create(text))
+    try:
+        return OmegaConf.to_container(OmegaConf.create(text))
+    except Exception as error:  # of the YAML parser's own kinds
+        raise ValueError(error) from error
 
 
 class RunWriter(RunFolder):

@@ -166,6 +166,9 @@ def test_a_damaged_file_is_named(tmp_path, content):
         (tmp_path / f"{name}.json").write_text(content)
         with pytest.raises(RunError, match=rf"{name}\.json is damaged .* remove it"):
             read(RunFolder(tmp_path))
+    (tmp_path / "config.yaml").write_text("a: [1" if content else "[1]")
+    with pytest.raises(RunError, match=r"config\.yaml is damaged .* remove it"):
+        RunFolder(tmp_path).config()
     (tmp_path / "identity.json").write_text(content)
     with pytest.raises(RunError, match=r"identity\.json is damaged .* remove it"):
         open_and_close(tmp_path)
