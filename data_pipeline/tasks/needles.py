@@ -12,7 +12,7 @@ from typing import Annotated
 
 import numpy as np
 from annotated_types import Ge, Le
-from jaxtyping import Float32, Float64, Int64
+from jaxtyping import Float64, Int64
 
 from data_pipeline.batch import Sample
 from data_pipeline.counter_rng import hash64, normals, rotations, uniforms
@@ -72,9 +72,6 @@ class Needles(ProceduralTask):
         self.unit = 7 / 9 / self.keys
         """Mean square of a target's coordinate: the third of E m² for m in U[1, 2], if asked."""
 
-    def length(self, split: str, item: int) -> int:
-        return self.tokens
-
     def sample(
         self, split: str, items: Sequence[int | None], keys: Sequence[int], start: int, stop: int
     ) -> Sample:
@@ -83,9 +80,24 @@ class Needles(ProceduralTask):
         vectors, marks, target = (window.zeros(3) for _ in range(3))
         end = max(min(stop, self.tokens), start)
         for row, item in enumerate(items):
-            if item is not None:
-                own = hash64(self.seed, split, item)
-                self._write(own, start, end, vectors[row], marks[row], target[row])
+            if item is None:
+                continue
+            own = hash64(self.seed, split, item)
+            noise = _directions(hash64("noise", own), start, end)
+            vectors[row, :, : end - start] = self.noise * noise.T
+            axes = rotations(hash64("keys", own), 0, 1)[0]
+            words = np.concatenate([axes, -axes])[: self.keys]
+            pairs = self._pairs(own, *self._reach(start, end))
+            for mark, place, content in (
+                (0, np.zeros(1, np.int64), words[:1]),
+                (1, pairs.place, words[pairs.key]),
+                (2, pairs.place + 1, pairs.value),
+            ):
+                here = (start <= place) & (place < end)
+                marks[row, mark, place[here] - start] = 1
+                vectors[row, :, place[here] - start] = content[here]
+            # The last of these, values, answer if their key is asked for.
+            target[row, :, place[here] - start] = (content * (pairs.key == 0)[:, None])[here]
         return window.sample(target, marks[:, 2], vectors=vectors[:, None], scalars=marks)
 
     def baselines(self, split: str) -> dict[str, float]:
@@ -99,32 +111,6 @@ class Needles(ProceduralTask):
             share += float((squares * (asked - 1 / self.keys) ** 2).sum())
             weight += 3 * len(squares) * self.unit
         return {"zero": zero / weight, "share of every value": share / weight}
-
-    def _write(
-        self,
-        own: int,
-        start: int,
-        end: int,
-        vectors: Float32[np.ndarray, "3 n"],
-        marks: Float32[np.ndarray, "3 n"],
-        target: Float32[np.ndarray, "3 n"],
-    ) -> None:
-        """Fills in the tokens [start, end) of the sequence of that key."""
-        vectors[:, : end - start] = self.noise * _directions(hash64("noise", own), start, end).T
-        axes = rotations(hash64("keys", own), 0, 1)[0]
-        words = np.concatenate([axes, -axes])[: self.keys]
-        pairs = self._pairs(own, *self._reach(start, end))
-        asked = pairs.key == 0
-        for place, mark, content in (
-            (np.zeros(1, np.int64), 0, words[:1]),
-            (pairs.place, 1, words[pairs.key]),
-            (pairs.place + 1, 2, pairs.value),
-        ):
-            here = (start <= place) & (place < end)
-            vectors[:, place[here] - start] = content[here].T
-            marks[mark, place[here] - start] = 1
-            if mark == 2:
-                target[:, place[here] - start] = (content * asked[:, None])[here].T
 
     def _reach(self, start: int, end: int) -> tuple[int, int]:
         """The pairs [first, last) that may touch tokens [start, end)."""
