@@ -25,17 +25,6 @@ MOST_KEYS = 6
 
 
 @dataclass
-class _Pairs:
-    """Some pairs of a sequence; the value stands behind the key."""
-
-    place: Int64[np.ndarray, " p"]
-    """Of the key."""
-    key: Int64[np.ndarray, " p"]
-    """Which of the sequence's keys; 0 is the one that is asked for."""
-    value: Float64[np.ndarray, "p 3"]
-
-
-@dataclass
 class Needles(ProceduralTask):
     """Sequences that follow from their number alone, made slice by slice.
 
@@ -87,17 +76,17 @@ class Needles(ProceduralTask):
             vectors[row, :, : end - start] = self.noise * noise.T
             axes = rotations(hash64("keys", own), 0, 1)[0]
             words = np.concatenate([axes, -axes])[: self.keys]
-            pairs = self._pairs(own, *self._reach(start, end))
+            places, chosen, values = self._pairs(own, *self._reach(start, end))
             for mark, place, content in (
                 (0, np.zeros(1, np.int64), words[:1]),
-                (1, pairs.place, words[pairs.key]),
-                (2, pairs.place + 1, pairs.value),
+                (1, places, words[chosen]),
+                (2, places + 1, values),
             ):
                 here = (start <= place) & (place < end)
                 marks[row, mark, place[here] - start] = 1
                 vectors[row, :, place[here] - start] = content[here]
             # The last of these, values, answer if their key is asked for.
-            target[row, :, place[here] - start] = (content * (pairs.key == 0)[:, None])[here]
+            target[row, :, place[here] - start] = (content * (chosen == 0)[:, None])[here]
         return window.sample(target, marks[:, 2], vectors=vectors[:, None], scalars=marks)
 
     def baselines(self, split: str) -> dict[str, float]:
@@ -105,8 +94,9 @@ class Needles(ProceduralTask):
         answer that does not look at the question: every value's own share."""
         zero = share = weight = 0.0
         for item in range(min(self.size(split), self.held_out_size)):
-            pairs = self._pairs(hash64(self.seed, split, item), 0, self.pairs)
-            squares, asked = (pairs.value**2).sum(1), pairs.key == 0
+            own = hash64(self.seed, split, item)
+            _, chosen, values = self._pairs(own, 0, self.pairs)
+            squares, asked = (values**2).sum(1), chosen == 0
             zero += float((squares * asked).sum())
             share += float((squares * (asked - 1 / self.keys) ** 2).sum())
             weight += 3 * len(squares) * self.unit
@@ -118,16 +108,16 @@ class Needles(ProceduralTask):
         first, last = (max((token * self.pairs - 1) // body, 0) for token in (start, end))
         return first, min(last + 1, self.pairs) if end > start else first
 
-    def _pairs(self, own: int, first: int, last: int) -> _Pairs:
-        """Pairs [first, last) of the sequence of that key."""
+    def _pairs(
+        self, own: int, first: int, last: int
+    ) -> tuple[Int64[np.ndarray, " p"], Int64[np.ndarray, " p"], Float64[np.ndarray, "p 3"]]:
+        """Of pairs [first, last) of a sequence: the place of the key, behind which the value
+        stands; which of the sequence's keys, 0 is asked for; the value."""
         u = uniforms(hash64("pairs", own), first, last)
         bounds = 1 + np.arange(first, last + 1) * (self.tokens - 1) // self.pairs
-        room = np.diff(bounds) - 1
-        return _Pairs(
-            place=bounds[:-1] + (u[:, 0] * room).astype(np.int64),
-            key=(u[:, 1] * self.keys).astype(np.int64),
-            value=(1 + u[:, 2:3]) * _directions(hash64("values", own), first, last),
-        )
+        places = bounds[:-1] + (u[:, 0] * (np.diff(bounds) - 1)).astype(np.int64)
+        values = (1 + u[:, 2:3]) * _directions(hash64("values", own), first, last)
+        return places, (u[:, 1] * self.keys).astype(np.int64), values
 
 
 def _directions(key: int, start: int, stop: int) -> Float64[np.ndarray, "n 3"]:
