@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from data_pipeline.batch import Sample
 from data_pipeline.errors import RunError
-from data_pipeline.options import check_options
 from data_pipeline.stream.stream import Stream, check_lengths
 from data_pipeline.tasks.protocol import Task
 from scaling.checkpoint.checkpoint import Checkpoints
@@ -156,8 +155,6 @@ def build_trainer(
     device: torch.device,
 ) -> Trainer:
     """Engine, stream and meter of one rank."""
-    for settings in (train, optim, engine):
-        check_options(settings)
     check_lengths(task, "validation", train.max_length)  # now, not at the first evaluation
     stream = Stream(
         task,
