@@ -2,7 +2,7 @@
 
 import torch.distributed as dist
 
-from data_pipeline.errors import ConfigError
+from data_pipeline.errors import OptionError
 from data_pipeline.stream.slot import DataSlot
 from scaling.parallel.collectives import Group, group_rank, group_size
 
@@ -17,7 +17,7 @@ class Mesh:
         sequence_group: the ranks that share this rank's sequences.
 
     Raises:
-        ConfigError: dp · sp is not the number of ranks.
+        OptionError: dp · sp is not the number of ranks.
     """
 
     def __init__(self, dp: int, sp: int) -> None:
@@ -33,17 +33,13 @@ class Mesh:
 
 
 def check_sizes(dp: int, sp: int, world: int) -> None:
-    """Raises ConfigError unless dp · sp is the number of ranks."""
-    if dp < 1 or sp < 1 or dp * sp != world:
-        raise ConfigError(
-            f"dp({dp}) * sp({sp}) = {dp * sp}, but the world has {world} rank"
-            f"{'s' * (world != 1)}; {_ways_out(dp, sp, world)}"
-        )
-
-
-def _ways_out(dp: int, sp: int, world: int) -> str:
+    """Raises OptionError unless dp · sp is the number of ranks."""
+    if min(dp, sp) >= 1 and dp * sp == world:
+        return
+    way = f"try dp=1 sp={world}"
     if dp >= 1 and world % dp == 0:
-        return f"try parallel.sp={world // dp}, or start {max(dp * sp, 1)} ranks"
-    if sp >= 1 and world % sp == 0:
-        return f"try parallel.dp={world // sp}, or start {max(dp * sp, 1)} ranks"
-    return f"try parallel.dp=1 parallel.sp={world}"
+        way = f"try sp={world // dp}, or start {max(dp * sp, 1)} ranks"
+    elif sp >= 1 and world % sp == 0:
+        way = f"try dp={world // sp}, or start {max(dp * sp, 1)} ranks"
+    have = f"the world has {world} rank{'s' * (world != 1)}"
+    raise OptionError("sp", sp, f"dp({dp}) * sp({sp}) = {dp * sp}, but {have}; {way}")

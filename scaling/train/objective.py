@@ -7,6 +7,7 @@ business (engine/loss.py).
 """
 
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -55,7 +56,8 @@ class Objective(nn.Module):
     def enter(self, sample: Sample) -> tuple[Sample, SequenceShard]:
         """The door: this rank's contiguous tokens become those that the model works on, inputs,
         targets and weights together; and which these are. The host does not wait."""
-        group, layout = self.mesh.sequence_group, getattr(self.model, "layout", "cyclic")
+        group = self.mesh.sequence_group
+        layout: Any = getattr(self.model, "layout", "cyclic")
         natural = SequenceShard(sample.length, group, "contiguous")
         shard = SequenceShard(sample.length, group, layout)
         return redistribute_sample(sample, natural, shard), shard

@@ -60,13 +60,15 @@ def one_process(name: str, dtype: torch.dtype) -> dict[str, Tensor]:
 
 def on_a_mesh(mesh: Mesh, name: str, engine_name: str, stage: int, dtype: torch.dtype):
     sample = whole_sample(dtype)
-    shard = SequenceShard(max(LENGTHS), mesh.sequence_group, "contiguous")
     rows = slice(mesh.slot.dp_rank, None, mesh.slot.dp)
-    part = Sample(
-        sample.inputs.replace(lengths=tuple(LENGTHS[rows])).map(lambda x: shard.scatter(x[rows])),
-        shard.scatter(sample.target[rows]),
-        shard.scatter(sample.weight[rows]),
-    )
+    lengths = tuple(LENGTHS[rows])
+    shard = SequenceShard(max(lengths), mesh.sequence_group, "contiguous")
+
+    def cut(x: Tensor) -> Tensor:
+        return shard.scatter(x[rows, ..., : max(lengths)])
+
+    inputs = sample.inputs.map(cut).replace(lengths=lengths)
+    part = Sample(inputs, cut(sample.target), cut(sample.weight))
     objective = Objective(small_model(name, dtype, **SMALL), mesh)
     engine = build_engine(
         engine_name,

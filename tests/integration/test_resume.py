@@ -246,11 +246,11 @@ def test_a_step_is_kept_though_its_evaluation_fails_and_is_evaluated_later(
 
 
 def test_what_validation_cannot_read_is_said_before_the_first_step(tmp_path, monkeypatch):
-    longest = Recall.length
+    lengths = Recall.lengths
     monkeypatch.setattr(
-        Recall, "length", lambda *a: longest(*a) + (100 if a[1] == "validation" else 0)
+        Recall, "lengths", lambda *a: lengths(*a) + (100 if a[1] == "validation" else 0)
     )
-    with pytest.raises(ConfigError, match=r"109 tokens, more than train\.max_length=50"):
+    with pytest.raises(ConfigError, match="max_length=50: sequence 0 of validation has 109"):
         train(tmp_path, max_length=50)
     assert not (tmp_path / "metrics.jsonl").exists()
 
