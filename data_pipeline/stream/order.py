@@ -1,9 +1,10 @@
 """The order of samples as arithmetic: which item comes at which place of an endless run."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
+from jaxtyping import Int
 
 from data_pipeline.counter_rng import hash64, permuted, raw64
 
@@ -22,7 +23,7 @@ class Order:
     Args:
         parts: (number of items, weight) of each part; items are numbered through them.
         key: whatever decides the order: seed, split, digest.
-        length: of an item; asked for where there are buckets.
+        lengths: of the items, for buckets.
     """
 
     def __init__(
@@ -31,12 +32,12 @@ class Order:
         key: tuple[int | str, ...],
         batch_size: int = 1,
         bucket: int = 1,
-        length: Callable[[int], int] = lambda item: 1,
+        lengths: Int[np.ndarray, " items"] | None = None,
     ):
         self._sizes = [size for size, _ in parts]
         self._bases = np.cumsum([0, *self._sizes])
         self._weights = [weight for _, weight in parts]
-        self._key, self._length = key, length
+        self._key, self._lengths = key, lengths
         self._batch_size, self._window_size = batch_size, batch_size * bucket
         self._buckets = bucket > 1
         self._round = lru_cache(16)(self._mix)
@@ -81,7 +82,8 @@ class Order:
     def _sort(self, start: int, stop: int) -> np.ndarray:
         """The places of a window in the order in which they come."""
         places = np.arange(start, stop)
-        lengths = [self._length(self.item(place)) for place in places.tolist()]
+        assert self._lengths is not None
+        lengths = self._lengths[[self.item(place) for place in places.tolist()]]
         places = places[np.argsort(lengths, kind="stable")]
         # Batches begin at multiples of their size; the window's ends may cut one.
         grid = range(start // self._batch_size * self._batch_size, stop, self._batch_size)

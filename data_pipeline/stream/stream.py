@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
+
 from data_pipeline.batch import Sample
 from data_pipeline.counter_rng import evaluation_key, hash64
 from data_pipeline.errors import ConfigError, OptionError, RunError
@@ -63,7 +65,7 @@ class Stream:
             (seed, split, task.digest),
             batch_size,
             bucket_steps,
-            lambda item: task.length(split, item),
+            task.lengths(split),
         )
         self._batch_size, self._micro = batch_size, micro_batch_size
         self._slot, self._cursor = slot, 0
@@ -103,8 +105,8 @@ class Stream:
             if state.get(key) != mine.get(key):
                 raise RunError(
                     f"the checkpoint's data {key} is {state.get(key)}, this run's is "
-                    f"{mine.get(key)}: start "
-                    "another run, or go back to the data and task options of the checkpoint"
+                    f"{mine.get(key)}: start another run, or go back to the checkpoint's data and "
+                    "task options"
                 )
         self._forget()
         self._cursor = state["cursor"]
@@ -155,7 +157,7 @@ def evaluation_batches(
     """
     check_lengths(task, split, max_length)
     # Rows of like length together need little padding.
-    order = sorted(range(task.size(split)), key=lambda item: -task.length(split, item))
+    order = np.argsort(-task.lengths(split), kind="stable").tolist()
     samples: list[tuple[int | None, int]] = [(i, evaluation_key(split, i)) for i in order]
     samples += [(None, 0)] * (-len(samples) % (slot.dp * micro_batch_size))
     for row in slot.rows(len(samples), micro_batch_size):
@@ -176,37 +178,24 @@ def check_lengths(task: Task, split: str, max_length: int) -> None:
     Raises:
         ConfigError: the split is empty or its longest item exceeds max_length (names it).
     """
-    if min(size for size, _ in task.parts(split)) < 1 and task.size(split) > 0:
+    if min(size for size, _ in task.parts(split)) < 1:
         raise ConfigError(
-            f"one of the stores of task {task.name} has no {split} samples; leave it out of the "
-            "mixture, or build it with a split that gives it some"
+            f"{split} of task {task.name} holds no samples, or a store of its mixture none; leave "
+            "that out, or give the task data or options that make one or more"
         )
-    if task.size(split) < 1:
-        raise ConfigError(
-            f"the {split} split of task {task.name} holds {task.size(split)} samples; "
-            "give the task data or options that make one or more"
-        )
-    item = task.longest(split)
-    length = task.length(split, item)
+    length = task.length(split, item := task.longest(split))
     if length > max_length:
-        raise OptionError(
-            "max_length",
-            max_length,
-            f"{task.describe(split, item)} has {length} tokens; raise it to {length}, or leave the "
-            "sample out",
+        rule = (
+            f"{task.describe(split, item)} has {length} tokens; raise it, or leave the sample out"
         )
+        raise OptionError("max_length", max_length, rule)
 
 
 def check_batches(batch_size: int, micro_batch_size: int, dp: int) -> None:
     """Raises OptionError unless a batch is the same number of micro-batches on every rank."""
     together = max(dp * micro_batch_size, 1)
-    if batch_size >= 1 and micro_batch_size >= 1 and batch_size % together == 0:
-        return
-    less = max(batch_size // together, 1) * together
-    more = (batch_size // together + 1) * together
-    raise OptionError(
-        "batch_size",
-        batch_size,
-        f"must be a multiple of dp({dp}) * micro_batch_size({micro_batch_size}); try "
-        f"{' or '.join(map(str, sorted({less, more})))}",
-    )
+    if batch_size < 1 or micro_batch_size < 1 or batch_size % together:
+        times = batch_size // together
+        near = [str(n * together) for n in (times, times + 1) if n > 0]
+        rule = f"must be a multiple of dp({dp}) * micro_batch_size({micro_batch_size}); try "
+        raise OptionError("batch_size", batch_size, rule + " or ".join(near))

@@ -5,8 +5,6 @@ well here: the task shows that training works, not that long context is used. Wi
 sample is many chains, one behind the other, up to the whole store.
 """
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -25,6 +23,7 @@ from data_pipeline.store.mixture import StoreMixture
 from data_pipeline.store.reader import before
 from data_pipeline.tasks.features import EDGES, edges
 from data_pipeline.tasks.packed import PackedBodies, Pieces, join
+from data_pipeline.tasks.protocol import Task
 from data_pipeline.tasks.window import Window
 
 UNKNOWN = len(RESIDUES)
@@ -33,12 +32,14 @@ BUNDLED = "stores/bundled"
 """Where training looks for the data that come with the package."""
 SPREAD = 100.0
 """Å: standard deviation of the translations of packed chains."""
+Span = tuple[int, int, int, Pieces]
+"""Of a row: its key, its first token in a slice and the one behind its last, what they are of."""
 _AT_ONCE = 1 << 16
 """Tokens of which the baselines hold the samples at once."""
 
 
 @dataclass
-class Denoising:
+class Denoising(Task):
     """Noised backbones with what a conformation shows locally.
 
     points: noised atoms, Å. vectors: differences of noised positions to the tokens i-k..i-1 and
@@ -97,34 +98,26 @@ class Denoising:
         }
         self._columns = [known.index(atom) for atom in self.atoms]
         kinds = self._stores.kinds
-        self._extra = {name: kinds[name][1] for name in ("vectors", "scalars") if name in kinds}
-        extra = {name: shape[0] for name, shape in self._extra.items()}
-        self.vectors = 2 * self.neighbours + extra.get("vectors", 0)
-        self.scalars = len(RESIDUES) + 1 + len(self.atoms) + EDGES + extra.get("scalars", 0)
+        channels = {name: kinds[name][1][0] for name in ("vectors", "scalars") if name in kinds}
+        self._stored_scalars = channels.get("scalars", 0)
+        self.vectors = 2 * self.neighbours + channels.get("vectors", 0)
+        self.scalars = len(RESIDUES) + 1 + len(self.atoms) + EDGES + self._stored_scalars
         self.unit = self.sigma**2
-        options: list[Any] = [self.name, self._stores.digest, self.sigma, list(self.atoms)]
-        options.append(self.neighbours)
-        if packed:
-            options.append({"packed_length": self.packed_length})
-        if self.packed_copies > 1:
-            options.append({"packed_copies": self.packed_copies})
-        if packed and self.bodies == "apart":
-            options.append({"bodies": self.bodies})
-        if len(paths) > 1:
-            options.append({"weights": self._weights})
-        self.digest = hashlib.sha256(json.dumps(options).encode()).hexdigest()
+        later = {  # options that came one by one: each changes the digest where it does something
+            "packed_length": (self.packed_length, packed),
+            "packed_copies": (self.packed_copies, self.packed_copies > 1),
+            "bodies": (self.bodies, packed and self.bodies == "apart"),
+            "weights": (self._weights, len(paths) > 1),
+        }
+        options = [self._stores.digest, self.sigma, list(self.atoms), self.neighbours]
+        options += [{name: value} for name, (value, counts) in later.items() if counts]
+        self.digest = self.hash(*options)
 
-    def size(self, split: str) -> int:
-        return len(self._items[split].lengths)
+    def lengths(self, split: str) -> np.ndarray:
+        return self._items[split].lengths
 
-    def parts(self, split: str) -> list[tuple[int, int]]:
+    def parts(self, split: str) -> Sequence[tuple[int, int]]:
         return list(zip(self._items[split].sizes, self._weights, strict=True))
-
-    def length(self, split: str, item: int) -> int:
-        return int(self._items[split].lengths[item])
-
-    def longest(self, split: str) -> int:
-        return int(np.argmax(self._items[split].lengths))
 
     def describe(self, split: str, item: int) -> str:
         return self._items[split].describe(item)
@@ -132,63 +125,49 @@ class Denoising:
     def sample(
         self, split: str, items: Sequence[int | None], keys: Sequence[int], start: int, stop: int
     ) -> Sample:
-        k, items_of = self.neighbours, self._items[split]
+        k, packed = self.neighbours, self._items[split]
         window = Window(self, split, items, start, stop)
-        wide = Window(self, split, items, start - k, stop + k)  # k tokens more on each side
-        clean = np.full_like(wide.zeros(3), np.nan)
-        residue = np.full(wide.index.shape, UNKNOWN, np.uint8)
-        segment = np.full(wide.index.shape, -1, np.int64)
-        index, ends = wide.index, np.zeros_like(wide.index)  # each in its own chain
-        extra = {name: wide.zeros(*shape) for name, shape in self._extra.items()}
+        wide = Window(self, split, items, start - k, stop + k)  # differences reach so far
         spans = [
-            (key, low, high, items_of.pieces(item, key, low, high))
+            (key, low, high, packed.pieces(item, key, low, high))
             for item, key, length in zip(items, keys, window.lengths, strict=True)
             if item is not None and (low := max(start - k, 0)) < (high := min(stop + k, length))
         ]
-        pieces = join([own for *_, own in spans])
-        tokens = self._read(pieces)
-        if self.packed_length is not None:
-            _move(tokens, pieces, [(key, own) for key, *_, own in spans])
-        # Rows' tokens come one after another, as True values of the mask do.
-        _tokens_first(clean)[wide.mask] = tokens["xyz"]
-        noise = wide.zeros(3)
-        _tokens_first(noise)[wide.mask] = np.concatenate(
-            [np.zeros((0, 3))]
-            + [normals(hash64("noise", key), low, high)[:, :3] for key, low, high, _ in spans]
-        )
-        residue[wide.mask] = tokens["residue"]
-        segment[wide.mask] = (pieces.per_token(pieces.body) << 32) + tokens["segment"]
-        index[wide.mask] = pieces.places
-        ends[wide.mask] = pieces.per_token(pieces.lengths)
-        for name, array in extra.items():
-            _tokens_first(array)[wide.mask] = tokens[name]
-        observed = np.all(np.isfinite(clean), axis=1)
-        clean = np.where(observed[:, None], clean, 0)
-        noised = clean + np.float32(self.sigma) * noise * observed[:, None]
+        arrays = {
+            "xyz": np.full_like(wide.zeros(3), np.nan),
+            "noise": wide.zeros(3),
+            "residue": np.full(wide.index.shape, UNKNOWN, np.uint8),
+            "segment": np.full_like(wide.index, -1),
+            "place": wide.index.copy(),
+            "end": np.zeros_like(wide.index),
+            "vectors": wide.zeros(self.vectors - 2 * k, 3),
+            "scalars": wide.zeros(self._stored_scalars),
+        }
+        row, column = wide.mask.nonzero()
+        for name, x in self._tokens(spans).items() if spans else ():
+            np.moveaxis(arrays[name], -1, 1)[row, column] = x
+        xyz, noise, residue, segment, place, end, vectors, scalars = arrays.values()
+        observed = np.all(np.isfinite(xyz), axis=1)
+        xyz = np.where(observed[:, None], xyz, 0)
+        noised = xyz + np.float32(self.sigma) * noise * observed[:, None]
         differences = self._differences(noised, observed, segment)
         inner = slice(k, k + stop - start)
-        index, mask = index[:, inner], observed[:, inner]
-        given = {
-            "vectors": [differences],
-            "scalars": [self._features(index, ends[:, inner], residue[:, inner])],
-        }
-        for name, array in extra.items():
-            given[name].append(array[..., inner])
+        place, mask = place[:, inner], observed[:, inner]
+        features = self._features(place, end[:, inner], residue[:, inner])
         bodies = None
         if self.packed_length is not None and self.bodies == "apart":
-            bodies = tuple(
-                () if item is None else items_of.bodies(item, key)
-                for item, key in zip(items, keys, strict=True)
-            )
+            rows = zip(items, keys, strict=True)
+            bodies = tuple(() if i is None else packed.bodies(i, key) for i, key in rows)
         return window.sample(
-            clean[..., inner],
+            xyz[..., inner],
             mask,
             bodies=bodies,
             points=noised[..., inner],
-            index=index,
+            vectors=np.concatenate([differences, vectors[..., inner]], 1),
+            scalars=np.concatenate([features, scalars[..., inner]], 1),
+            index=place,
             mask=mask,
             segment=segment[:, inner],
-            **{name: np.concatenate(arrays, 1) for name, arrays in given.items()},
         )
 
     def baselines(self, split: str) -> dict[str, float]:
@@ -228,19 +207,23 @@ class Denoising:
                 count += 3 * int(sample.weight[:, kind::atoms].sum())
         return total, count
 
-    def _read(self, pieces: Pieces) -> dict[str, np.ndarray]:
-        """The arrays' rows for each token."""
-        atoms = len(self.atoms)
+    def _tokens(self, spans: Sequence[Span]) -> dict[str, np.ndarray]:
+        """What the stores and the keys say of every token of the spans."""
+        pieces, atoms = join([own for *_, own in spans]), len(self.atoms)
         first, last = pieces.starts // atoms, -(-pieces.stops // atoms)
         # Residues that a slice cuts are read whole: of every token, its place among what is read.
         skipped = before(last - first) * atoms + pieces.starts - first * atoms
         place = np.arange(pieces.tokens.sum()) + pieces.per_token(skipped - before(pieces.tokens))
-        rows = {
-            name: self._stores.gather(name, pieces.chains, first, last)
-            for name in ("xyz", "residue", "segment", *self._extra)
-        }
-        xyz = rows.pop("xyz")[:, self._columns].reshape(-1, 3)
-        return {name: x[place // atoms] for name, x in rows.items()} | {"xyz": xyz[place]}
+        names = ["xyz", "residue", "segment", *({"vectors", "scalars"} & self._stores.kinds.keys())]
+        rows = {n: self._stores.gather(n, pieces.chains, first, last) for n in names}
+        xyz = rows.pop("xyz")[:, self._columns].reshape(-1, 3)[place]
+        tokens = {name: x[place // atoms] for name, x in rows.items()} | {"xyz": xyz}
+        if self.packed_length is not None:
+            _move(tokens, pieces, spans)
+        tokens["segment"] = tokens["segment"] + (pieces.per_token(pieces.body) << 32)
+        noise = [normals(hash64("noise", key), low, high)[:, :3] for key, low, high, _ in spans]
+        tokens["noise"] = np.concatenate(noise)
+        return tokens | {"place": pieces.places, "end": pieces.per_token(pieces.lengths)}
 
     def _differences(self, x: np.ndarray, observed: np.ndarray, segment: np.ndarray) -> np.ndarray:
         """(b, 2k, 3, n) from windows of n + 2k tokens."""
@@ -263,24 +246,17 @@ class Denoising:
         return np.concatenate(parts, axis=1, dtype=np.float32)
 
 
-def _move(
-    tokens: dict[str, np.ndarray], pieces: Pieces, rows: Sequence[tuple[int, Pieces]]
-) -> None:
+def _move(tokens: dict[str, np.ndarray], pieces: Pieces, spans: Sequence[Span]) -> None:
     """Turns and shifts each chain by a motion that its row's key and its place there give."""
-    ranges = [(key, int(own.body[0]), int(own.body[-1]) + 1) for key, own in rows]
-    turns = [np.zeros((0, 3, 3))] + [rotations(hash64("motion", key), *r) for key, *r in ranges]
-    shifts = [np.zeros((0, 3))] + [normals(hash64("shift", key), *r)[:, :3] for key, *r in ranges]
-    turn = pieces.per_token(np.concatenate(turns))
-    for name in tokens.keys() & {"xyz", "vectors"}:
-        x = tokens[name].astype(np.float64)
-        columns = turn.transpose(2, 0, 1) if name == "xyz" else turn.transpose(2, 0, 1)[:, :, None]
-        # Term by term, so that no slicing changes how the sum is rounded.
-        turned = columns[0] * x[..., :1] + columns[1] * x[..., 1:2] + columns[2] * x[..., 2:]
-        if name == "xyz":
-            turned = turned + SPREAD * pieces.per_token(np.concatenate(shifts))
-        tokens[name] = turned.astype(np.float32)
-
-
-def _tokens_first(x: np.ndarray) -> np.ndarray:
-    """(rows, ..., tokens) as a view (rows, tokens, ...)."""
-    return np.moveaxis(x, -1, 1)
+    ranges = [(key, int(own.body[0]), int(own.body[-1]) + 1) for key, *_, own in spans]
+    turns = [rotations(hash64("motion", key), *bodies) for key, *bodies in ranges]
+    shifts = [normals(hash64("shift", key), *bodies)[:, :3] for key, *bodies in ranges]
+    turn = pieces.per_token(np.concatenate(turns)).transpose(2, 0, 1)
+    for name, columns in {"xyz": turn, "vectors": turn[:, :, None]}.items():
+        if name in tokens:
+            x = tokens[name].astype(np.float64)
+            # Term by term, so that no slicing changes how the sum is rounded.
+            x = columns[0] * x[..., :1] + columns[1] * x[..., 1:2] + columns[2] * x[..., 2:]
+            if name == "xyz":
+                x = x + SPREAD * pieces.per_token(np.concatenate(shifts))
+            tokens[name] = x.astype(np.float32)

@@ -70,12 +70,9 @@ class NBody(ProceduralTask):
             raise OptionError("particles", self.particles, rule)
         if not (self.strength or self.spring):
             raise OptionError("spring", self.spring, "this and strength must not both be 0")
-        self.scalars = 1 + EDGES * bool(self.spring)
+        self.tokens, self.scalars = self.particles, 1 + EDGES * bool(self.spring)
         self._paths: OrderedDict[tuple[str, int], np.ndarray] = OrderedDict()
         self._lock = Lock()
-
-    def length(self, split: str, item: int) -> int:
-        return self.particles
 
     def sample(
         self, split: str, items: Sequence[int | None], keys: Sequence[int], start: int, stop: int

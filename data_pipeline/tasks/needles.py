@@ -12,7 +12,7 @@ from typing import Annotated
 
 import numpy as np
 from annotated_types import Ge, Le
-from jaxtyping import Float32, Float64, Int64
+from jaxtyping import Float64, Int64
 
 from data_pipeline.batch import Sample
 from data_pipeline.counter_rng import hash64, normals, rotations, uniforms
@@ -22,17 +22,6 @@ from data_pipeline.tasks.window import Window
 
 MOST_KEYS = 6
 """Both ways along three axes."""
-
-
-@dataclass
-class _Pairs:
-    """Some pairs of a sequence; the value stands behind the key."""
-
-    place: Int64[np.ndarray, " p"]
-    """Of the key."""
-    key: Int64[np.ndarray, " p"]
-    """Which of the sequence's keys; 0 is the one that is asked for."""
-    value: Float64[np.ndarray, "p 3"]
 
 
 @dataclass
@@ -72,9 +61,6 @@ class Needles(ProceduralTask):
         self.unit = 7 / 9 / self.keys
         """Mean square of a target's coordinate: the third of E m² for m in U[1, 2], if asked."""
 
-    def length(self, split: str, item: int) -> int:
-        return self.tokens
-
     def sample(
         self, split: str, items: Sequence[int | None], keys: Sequence[int], start: int, stop: int
     ) -> Sample:
@@ -83,9 +69,24 @@ class Needles(ProceduralTask):
         vectors, marks, target = (window.zeros(3) for _ in range(3))
         end = max(min(stop, self.tokens), start)
         for row, item in enumerate(items):
-            if item is not None:
-                own = hash64(self.seed, split, item)
-                self._write(own, start, end, vectors[row], marks[row], target[row])
+            if item is None:
+                continue
+            own = hash64(self.seed, split, item)
+            noise = _directions(hash64("noise", own), start, end)
+            vectors[row, :, : end - start] = self.noise * noise.T
+            axes = rotations(hash64("keys", own), 0, 1)[0]
+            words = np.concatenate([axes, -axes])[: self.keys]
+            places, chosen, values = self._pairs(own, *self._reach(start, end))
+            for mark, place, content in (
+                (0, np.zeros(1, np.int64), words[:1]),
+                (1, places, words[chosen]),
+                (2, places + 1, values),
+            ):
+                here = (start <= place) & (place < end)
+                marks[row, mark, place[here] - start] = 1
+                vectors[row, :, place[here] - start] = content[here]
+            # The last of these, values, answer if their key is asked for.
+            target[row, :, place[here] - start] = (content * (chosen == 0)[:, None])[here]
         return window.sample(target, marks[:, 2], vectors=vectors[:, None], scalars=marks)
 
     def baselines(self, split: str) -> dict[str, float]:
@@ -93,38 +94,13 @@ class Needles(ProceduralTask):
         answer that does not look at the question: every value's own share."""
         zero = share = weight = 0.0
         for item in range(min(self.size(split), self.held_out_size)):
-            pairs = self._pairs(hash64(self.seed, split, item), 0, self.pairs)
-            squares, asked = (pairs.value**2).sum(1), pairs.key == 0
+            own = hash64(self.seed, split, item)
+            _, chosen, values = self._pairs(own, 0, self.pairs)
+            squares, asked = (values**2).sum(1), chosen == 0
             zero += float((squares * asked).sum())
             share += float((squares * (asked - 1 / self.keys) ** 2).sum())
             weight += 3 * len(squares) * self.unit
         return {"zero": zero / weight, "share of every value": share / weight}
-
-    def _write(
-        self,
-        own: int,
-        start: int,
-        end: int,
-        vectors: Float32[np.ndarray, "3 n"],
-        marks: Float32[np.ndarray, "3 n"],
-        target: Float32[np.ndarray, "3 n"],
-    ) -> None:
-        """Fills in the tokens [start, end) of the sequence of that key."""
-        vectors[:, : end - start] = self.noise * _directions(hash64("noise", own), start, end).T
-        axes = rotations(hash64("keys", own), 0, 1)[0]
-        words = np.concatenate([axes, -axes])[: self.keys]
-        pairs = self._pairs(own, *self._reach(start, end))
-        asked = pairs.key == 0
-        for place, mark, content in (
-            (np.zeros(1, np.int64), 0, words[:1]),
-            (pairs.place, 1, words[pairs.key]),
-            (pairs.place + 1, 2, pairs.value),
-        ):
-            here = (start <= place) & (place < end)
-            vectors[:, place[here] - start] = content[here].T
-            marks[mark, place[here] - start] = 1
-            if mark == 2:
-                target[:, place[here] - start] = (content * asked[:, None])[here].T
 
     def _reach(self, start: int, end: int) -> tuple[int, int]:
         """The pairs [first, last) that may touch tokens [start, end)."""
@@ -132,16 +108,16 @@ class Needles(ProceduralTask):
         first, last = (max((token * self.pairs - 1) // body, 0) for token in (start, end))
         return first, min(last + 1, self.pairs) if end > start else first
 
-    def _pairs(self, own: int, first: int, last: int) -> _Pairs:
-        """Pairs [first, last) of the sequence of that key."""
+    def _pairs(
+        self, own: int, first: int, last: int
+    ) -> tuple[Int64[np.ndarray, " p"], Int64[np.ndarray, " p"], Float64[np.ndarray, "p 3"]]:
+        """Of pairs [first, last) of a sequence: the place of the key, behind which the value
+        stands; which of the sequence's keys, 0 is asked for; the value."""
         u = uniforms(hash64("pairs", own), first, last)
         bounds = 1 + np.arange(first, last + 1) * (self.tokens - 1) // self.pairs
-        room = np.diff(bounds) - 1
-        return _Pairs(
-            place=bounds[:-1] + (u[:, 0] * room).astype(np.int64),
-            key=(u[:, 1] * self.keys).astype(np.int64),
-            value=(1 + u[:, 2:3]) * _directions(hash64("values", own), first, last),
-        )
+        places = bounds[:-1] + (u[:, 0] * (np.diff(bounds) - 1)).astype(np.int64)
+        values = (1 + u[:, 2:3]) * _directions(hash64("values", own), first, last)
+        return places, (u[:, 1] * self.keys).astype(np.int64), values
 
 
 def _directions(key: int, start: int, stop: int) -> Float64[np.ndarray, "n 3"]:

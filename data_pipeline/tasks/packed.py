@@ -75,20 +75,12 @@ class PackedBodies:
         longest = int(np.argmax(stores.lengths))
         tokens = int(stores.lengths[longest]) * atoms
         if packed_length is not None and tokens > packed_length:
-            raise OptionError(
-                "packed_length",
-                packed_length,
-                f"the longest chain, {stores.name(longest)}, has {tokens} tokens; raise it to "
-                f"{tokens} or more",
-            )
+            rule = f"the longest chain, {stores.name(longest)}, has {tokens} tokens; raise it"
+            raise OptionError("packed_length", packed_length, f"{rule} to {tokens} or more")
         parts = stores.chains(split)
         if copies > 1 and (chains := sum(map(len, parts))) * copies > MOST_COPIES:
-            raise OptionError(
-                "packed_copies",
-                copies,
-                f"of {chains} {split} chains are more than {MOST_COPIES}; use at most "
-                f"{max(MOST_COPIES // chains, 1)}",
-            )
+            rule = f"of {chains} {split} chains are more than {MOST_COPIES}; use at most"
+            raise OptionError("packed_copies", copies, f"{rule} {max(MOST_COPIES // chains, 1)}")
         parts = [np.tile(part, copies) for part in parts]
         self._chains = np.concatenate(parts)
         self._lengths = stores.lengths[self._chains] * atoms
@@ -115,16 +107,10 @@ class PackedBodies:
         chains, lengths = self._in_order(item, key)
         ends = np.cumsum(lengths)
         starts = ends - lengths
-        body = np.arange(
-            np.searchsorted(ends, start, side="right"), np.searchsorted(starts, stop, side="left")
-        )
-        return Pieces(
-            chains[body],
-            body,
-            np.maximum(start - starts[body], 0),
-            np.minimum(stop - starts[body], lengths[body]),
-            lengths[body],
-        )
+        body = np.flatnonzero((ends > start) & (starts < stop))
+        chains, lengths, starts = chains[body], lengths[body], starts[body]
+        first, last = np.maximum(start - starts, 0), np.minimum(stop - starts, lengths)
+        return Pieces(chains, body, first, last, lengths)
 
     def _in_order(self, item: int, key: int) -> tuple[np.ndarray, np.ndarray]:
         """Chains of an item, and their tokens."""

@@ -1,22 +1,21 @@
 """What tasks of made sequences share: items are numbers, and all have one length."""
 
-import hashlib
-import json
 from dataclasses import asdict
 from typing import Any, ClassVar, cast
 
 import numpy as np
 
 from data_pipeline.options import check_options
+from data_pipeline.tasks.protocol import Task
 
 
-class ProceduralTask:
+class ProceduralTask(Task):
     """For dataclasses whose samples follow from their options and the item's number."""
 
-    name: str
+    tokens: int
+    """Length of every sequence."""
     train_size: int
     held_out_size: int
-    digest: str
     came_later: ClassVar[dict[str, Any]] = {}
     """Options that earlier versions had not, and what those did: with it, their runs go on."""
 
@@ -27,8 +26,7 @@ class ProceduralTask:
             OptionError: one breaks the bounds at its field.
         """
         check_options(self)
-        text = json.dumps([self.name, self.options()])
-        self.digest = hashlib.sha256(text.encode()).hexdigest()
+        self.digest = self.hash(self.options())
 
     def options(self) -> dict[str, Any]:
         """What the samples follow from."""
@@ -39,14 +37,7 @@ class ProceduralTask:
         """What answers, and at which tokens, if not the points at all of them."""
         return {}
 
-    def size(self, split: str) -> int:
-        return self.train_size if split == "train" else self.held_out_size
-
-    def parts(self, split: str) -> list[tuple[int, int]]:
-        return [(self.size(split), 1)]
-
-    def longest(self, split: str) -> int:
-        return 0
-
-    def describe(self, split: str, item: int) -> str:
-        return f"sequence {item} of {split}"
+    def lengths(self, split: str) -> np.ndarray:
+        return np.broadcast_to(
+            self.tokens, self.train_size if split == "train" else self.held_out_size
+        )

@@ -1,13 +1,18 @@
 """What a training task gives: samples by number, in slices, and what trivial answers score."""
 
+import hashlib
+import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
 
 from data_pipeline.batch import Sample
 
 
-@runtime_checkable
-class Task(Protocol):
+class Task(ABC):
     """Splits ("train", "validation", "test") of items 0 .. size - 1."""
 
     name: str
@@ -20,35 +25,44 @@ class Task(Protocol):
     digest: str
     """Hash of all that the samples follow from."""
 
-    def size(self, split: str) -> int: ...
+    @abstractmethod
+    def lengths(self, split: str) -> Int[np.ndarray, " items"]:
+        """Tokens of each item."""
 
-    def parts(self, split: str) -> Sequence[tuple[int, int]]:
-        """Items and weight of each source that is mixed into the split: in training, `weight`
-        samples of each in every round. Items are numbered through the sources."""
-        ...
-
-    def length(self, split: str, item: int) -> int:
-        """Tokens of an item."""
-        ...
-
-    def longest(self, split: str) -> int:
-        """An item that no other exceeds in length."""
-        ...
-
-    def describe(self, split: str, item: int) -> str:
-        """An item's name in messages."""
-        ...
-
+    @abstractmethod
     def sample(
         self, split: str, items: Sequence[int | None], keys: Sequence[int], start: int, stop: int
     ) -> Sample:
         """Tokens [start, stop) of one row per item, padded behind its end (mask False, weight 0).
 
         None is an empty row. Random parts are functions of (key, item, token), so that slices of
-        any cut join to the same rows. Per-sequence targets and weights come with every slice.
+        any cut join to the same rows. With every slice come the lengths and bodies of whole rows,
+        and targets and weights per sequence.
         """
-        ...
 
+    @abstractmethod
     def baselines(self, split: str) -> dict[str, float]:
         """What trivial answers score on the evaluation's samples, in `unit`."""
-        ...
+
+    def hash(self, *options: Any) -> str:
+        """A digest of the task's name and of whatever else its samples follow from."""
+        return hashlib.sha256(json.dumps([self.name, *options]).encode()).hexdigest()
+
+    def size(self, split: str) -> int:
+        return len(self.lengths(split))
+
+    def length(self, split: str, item: int) -> int:
+        return int(self.lengths(split)[item])
+
+    def longest(self, split: str) -> int:
+        """An item that no other exceeds in length."""
+        return int(np.argmax(self.lengths(split)))
+
+    def parts(self, split: str) -> Sequence[tuple[int, int]]:
+        """Items and weight of each source that is mixed into the split: in training, `weight`
+        samples of each in every round. Items are numbered through the sources."""
+        return [(self.size(split), 1)]
+
+    def describe(self, split: str, item: int) -> str:
+        """An item's name in messages."""
+        return f"sequence {item} of {split}"

@@ -60,9 +60,6 @@ class Recall(ProceduralTask):
         self._front = 1 - self.tokens % 2
         self._occurrences = (self.tokens - 1 - self._front) // 2
 
-    def length(self, split: str, item: int) -> int:
-        return self.tokens
-
     def sample(
         self, split: str, items: Sequence[int | None], keys: Sequence[int], start: int, stop: int
     ) -> Sample:

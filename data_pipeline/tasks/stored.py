@@ -1,13 +1,10 @@
 """Tasks whose samples follow from their number, written into a store and read from there."""
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from data_pipeline.batch import Sample
 from data_pipeline.chains import Chain, Notes
@@ -16,6 +13,7 @@ from data_pipeline.errors import OptionError
 from data_pipeline.store.clusters import SPLITS
 from data_pipeline.store.reader import Store
 from data_pipeline.tasks.nbody import NBody
+from data_pipeline.tasks.protocol import Task
 from data_pipeline.tasks.recall import Recall
 from data_pipeline.tasks.window import Window
 
@@ -39,42 +37,26 @@ class ProceduralSource:
     def chains(self, notes: Notes) -> Iterator[Chain]:
         """Samples with `vectors`, `scalars` and `target`, one for a sequence in all its rows."""
         for split in SPLITS:
-            size = self.task.size(split)
-            for first in range(0, size, _TOGETHER):
-                items = range(first, min(first + _TOGETHER, size))
+            for first in range(0, self.task.size(split), _TOGETHER):
+                items = range(first, min(first + _TOGETHER, self.task.size(split)))
                 keys = [evaluation_key(split, item) for item in items]
-                length = max(self.task.length(split, item) for item in items)
-                sample = self.task.sample(split, items, keys, 0, length)
+                sample = self.task.sample(split, items, keys, 0, self.task.tokens)
                 for row, item in enumerate(items):
                     yield _chain(f"{split}/{item}", split, sample, row)
 
 
 def _chain(name: str, split: str, sample: Sample, row: int) -> Chain:
-    inputs, target = sample.inputs, sample.target[row]
-    length = int(inputs.mask[row].sum())
-    if not sample.per_token:
-        target = target[:, None].expand(3, length)
-
-    def tokens_first(x: torch.Tensor) -> np.ndarray:
-        return np.ascontiguousarray(x[..., :length].movedim(-1, 0).numpy())
-
-    return Chain(
-        name,
-        "X" * length,
-        tokens_first(inputs.points[row])[:, None],
-        cluster=name,
-        split=split,
-        segment=np.zeros(length, np.int64),
-        extra={
-            "vectors": tokens_first(inputs.vectors[row]),
-            "scalars": tokens_first(inputs.scalars[row]),
-            "target": tokens_first(target),
-        },
-    )
+    inputs, length = sample.inputs, sample.length
+    target = sample.target if sample.per_token else sample.target[..., None].expand(-1, -1, length)
+    arrays = {"vectors": inputs.vectors, "scalars": inputs.scalars, "target": target}
+    extra = {name: x[row].movedim(-1, 0).contiguous().numpy() for name, x in arrays.items()}
+    points = inputs.points[row].T[:, None].contiguous().numpy()
+    none = np.zeros(length, np.int64)
+    return Chain(name, "X" * length, points, cluster=name, split=split, segment=none, extra=extra)
 
 
 @dataclass
-class Materialised:
+class Materialised(Task):
     """A generated task's samples out of the store that `prepare source=<task>` wrote."""
 
     store: str
@@ -89,22 +71,13 @@ class Materialised:
             raise OptionError("store", self.store, f"{rule}; choose task=denoising for it")
         self._made = PROCEDURAL[source["kind"]](**source["task"])
         self._chains = {split: self._store.chains(split) for split in SPLITS}
+        self._lengths = {split: self._store.lengths[c] for split, c in self._chains.items()}
         self.vectors, self.scalars = self._made.vectors, self._made.scalars
         self.unit = self._made.unit
-        options = [self.name, self._store.digest]
-        self.digest = hashlib.sha256(json.dumps(options).encode()).hexdigest()
+        self.digest = self.hash(self._store.digest)
 
-    def size(self, split: str) -> int:
-        return len(self._chains[split])
-
-    def parts(self, split: str) -> list[tuple[int, int]]:
-        return [(self.size(split), 1)]
-
-    def length(self, split: str, item: int) -> int:
-        return int(self._store.lengths[self._chains[split][item]])
-
-    def longest(self, split: str) -> int:
-        return int(np.argmax(self._store.lengths[self._chains[split]]))
+    def lengths(self, split: str) -> np.ndarray:
+        return self._lengths[split]
 
     def describe(self, split: str, item: int) -> str:
         return self._store.name(int(self._chains[split][item]))

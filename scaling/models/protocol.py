@@ -36,7 +36,7 @@ class Model(Tiled, ABC):
 
     symmetry: Symmetry = "E(3)"
     """Motions under which the output moves with the input; options may leave fewer."""
-    layout: ClassVar[Layout] = "cyclic"
+    layout: Layout = "cyclic"
     """Of the shards that it works on; others are brought into it, and the result back."""
     width: ClassVar[str]
     """The option that `build(parameters=...)` chooses."""

@@ -155,7 +155,7 @@ class PaperOperator(HyenaBlock):
             total += convolution_work(form, channels, length, ranks, circular=True)
         return total
 
-    def _embed(self, f: Scalars, x: Vectors) -> Float[Tensor, "b 4 c n"]:
+    def _embed(self, f: Scalars, x: Vectors) -> Float[Tensor, "b 4 m n"]:
         """Scalars and vectors as multivector channels of their own: (b, 4, S + V, n)."""
         rows, vectors, _, n = x.shape
         no_vectors, no_scalars = (

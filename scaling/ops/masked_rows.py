@@ -137,7 +137,10 @@ class MaskedRows:
         return torch.searchsorted(self._of_bodies(ends, _BEHIND), places, right=True)
 
     def _of_bodies(
-        self, values: Sequence[Sequence[float]], rest: float, dtype: torch.dtype = torch.long
+        self,
+        values: Sequence[Sequence[int | float]],
+        rest: int | float,
+        dtype: torch.dtype = torch.long,
     ) -> Shaped[Tensor, "b m"]:
         """A number for each body of each row, and `rest` for those that a row lacks and for what
         lies behind its last one."""
@@ -182,6 +185,6 @@ def _over(total: Float[Tensor, "b ..."], counts: Int[Tensor, "b ..."]) -> Float[
 def _on_device(values: Sequence[Any], dtype: torch.dtype, like: Tensor) -> Tensor:
     """Numbers of the host as a tensor beside `like`, without waiting for the device."""
     tensor = torch.tensor(values, dtype=dtype)
-    if like.device.type == "cuda":
-        return tensor.pin_memory().to(like.device, non_blocking=True)
-    return tensor.to(like.device)
+    if like.device.type == "cuda":  # from other memory the host would wait for the copy
+        tensor = tensor.pin_memory()
+    return tensor.to(like.device, non_blocking=True)

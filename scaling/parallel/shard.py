@@ -109,15 +109,16 @@ def redistribute(
         raise ShapeError(f"{source} holds {source.n_local} tokens, not {tuple(x.shape)}")
     if source.layout == target.layout or source.size == 1:
         return x
-    natural, cyclic = _counts(source.length, source.rank, source.size)
-    rows = x.movedim(-1, 0)
-    if target.layout == "cyclic":
-        rows = rows.index_select(0, _by_cyclic_rank(source, x.device))
-        received = all_to_all(rows, natural, cyclic, source.group, "redistribute")
+    rows, natural = x.movedim(-1, 0), source if source.layout == "contiguous" else target
+    own, cyclic = _counts(source.length, source.rank, source.size)
+    order = _sorted_by_rank(natural._tokens(natural.rank), natural.size, x.device)
+    if natural is source:
+        rows = rows.index_select(0, order)
+        rows = all_to_all(rows, own, cyclic, source.group, "redistribute")
     else:
-        received = all_to_all(rows, cyclic, natural, source.group, "redistribute")
-        received = received.index_select(0, _by_cyclic_rank(target, x.device).argsort())
-    return received.movedim(0, -1)
+        rows = all_to_all(rows, cyclic, own, source.group, "redistribute")
+        rows = rows.index_select(0, order.argsort())
+    return rows.movedim(0, -1)
 
 
 def redistribute_batch(
@@ -165,10 +166,6 @@ def _counts(length: int, rank: int, size: int) -> tuple[list[int], list[int]]:
 
     ranks = range(size)
     return [shared(rank, other) for other in ranks], [shared(other, rank) for other in ranks]
-
-
-def _by_cyclic_rank(contiguous: SequenceShard, device: torch.device) -> Int[Tensor, " n"]:
-    return _sorted_by_rank(contiguous._tokens(contiguous.rank), contiguous.size, device)
 
 
 @lru_cache(16)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,10 +28,7 @@ def learning_rate(step: int, steps: int, optim: OptimSettings) -> float:
 
 def optimizer_maker(optim: OptimSettings) -> Callable[[Iterable[nn.Parameter]], Optimizer]:
     """Makes the optimiser once the parameters are where they stay."""
+    options: dict[str, Any] = {"lr": optim.lr, "weight_decay": optim.weight_decay}
     if optim.name == "sgd":
-        return lambda parameters: torch.optim.SGD(
-            parameters, lr=optim.lr, weight_decay=optim.weight_decay
-        )
-    return lambda parameters: torch.optim.AdamW(
-        parameters, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay
-    )
+        return lambda parameters: torch.optim.SGD(parameters, **options)
+    return lambda parameters: torch.optim.AdamW(parameters, betas=optim.betas, **options)

@@ -83,7 +83,7 @@ def test_inputs_follow_from_the_store_and_the_noise(gappy):
     xyz = store.read("xyz", chain, 0, length // 3)[:, :3].reshape(-1, 3)
     segment = store.read("segment", chain, 0, length // 3).repeat(3)
     residue = store.read("residue", chain, 0, length // 3).repeat(3)
-    inputs, seen = sample.inputs, np.isfinite(xyz).all(1, keepdims=True)[:, 0]
+    inputs, seen = sample.inputs, np.all(np.isfinite(xyz), axis=1)
     assert 0 < (~seen).sum() < 5 and segment.max() >= 1
     np.testing.assert_array_equal(inputs.mask[0].numpy(), seen)
     np.testing.assert_array_equal(sample.weight[0].numpy(), seen)

@@ -7,10 +7,13 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 
+from data_pipeline.counter_rng import evaluation_key
 from data_pipeline.errors import ConfigError
+from data_pipeline.store.build import build
 from data_pipeline.tasks.features import edges
 from data_pipeline.tasks.recall import Recall
 from data_pipeline.tasks.registry import build_task
+from data_pipeline.tasks.stored import ProceduralSource
 
 
 @pytest.mark.parametrize("tokens", [3, 4, 5, 32, 33, 200])
@@ -77,6 +80,23 @@ def test_vocabularies_are_fresh_or_fixed_and_turned():
     assert not torch.allclose(
         lengths(words(fresh, "train", 0, 1)), lengths(words(fresh, "train", 1, 1)), atol=0.01
     )
+
+
+def test_a_marked_read_out_marks_the_query_and_changes_nothing_else(tmp_path):
+    """Also out of a store; an option that came later leaves the digest of earlier runs alone."""
+    mean, marked = Recall(9, train_size=3), Recall(9, train_size=3, readout="marked")
+    build(tmp_path / "store", ProceduralSource(marked))
+    stored = build_task("materialised", store=str(tmp_path / "store"))
+    keys = [evaluation_key("test", item) for item in (1, 0)]
+    plain = mean.sample("test", [1, None, 0], [keys[0], 0, keys[1]], 4, 12)
+    assert plain.marked is None and plain.answer == "vectors"
+    for task in (marked, stored):
+        sample = task.sample("test", [1, None, 0], [keys[0], 0, keys[1]], 4, 12)
+        assert sample.marked is not None and sample.answer == "vectors"
+        assert sample.marked.nonzero().tolist() == [[0, 4], [2, 4]]
+        assert sample.inputs.lengths == (9, 0, 9) and torch.equal(sample.target, plain.target)
+        assert torch.equal(sample.inputs.vectors, plain.inputs.vectors)
+    assert Recall().digest.startswith("ed94ed0cdb09") and mean.digest != marked.digest
 
 
 def test_baselines_and_the_unit():
