@@ -7,12 +7,14 @@ when it composes a configuration. What depends on several options raises OptionE
 """
 
 import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from data_pipeline.errors import OptionError
+from data_pipeline.errors import ConfigError, OptionError
 
 
 def check_options(options: Any) -> None:
@@ -23,6 +25,23 @@ def check_options(options: Any) -> None:
             _adapters(type(options))[field.name].validate_python(value)
         except ValidationError as error:
             raise OptionError(field.name, value, rule_of(error)) from None
+
+
+def check_arguments(what: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Raises unless a function takes these keyword arguments, by its signature's annotations.
+
+    Raises:
+        ConfigError: an argument that it does not have; names those that it has.
+        OptionError: a value that its annotation forbids.
+    """
+    parameters = inspect.signature(function, eval_str=True).parameters
+    for key, value in options.items():
+        if key not in parameters:
+            raise ConfigError(f"{what} has no option {key}; it has {', '.join(parameters)}")
+        try:
+            TypeAdapter(parameters[key].annotation).validate_python(value, strict=True)
+        except ValidationError as error:
+            raise OptionError(key, value, rule_of(error)) from None
 
 
 def rule_of(error: ValidationError) -> str:

@@ -1,24 +1,45 @@
 """Small models and batches that several tests share."""
 
+from typing import Any
+
 import torch
-from torch import nn
 
 from data_pipeline.batch import GeometricBatch
-from scaling.models import build
+from scaling.models import MODELS, Model, build
+from scaling.models.work import Work
+from scaling.parallel.shard import Layout
 
-SMALL = {
-    "se3_hyena": {"channels": 4, "hidden": 4, "gate_hidden": 4, "operators": 2},
-    "se3_hyena_paper": {"hidden": 6, "gate_hidden": 4, "operators": 2},
-}
 VECTORS, SCALARS = 2, 4
 
 
-def small_model(name: str, dtype: torch.dtype = torch.float64, **options: object) -> nn.Module:
+class PlainModel(Model):
+    """For tests that need a model of a few lines: they define `forward` alone."""
+
+    def __init__(self, layout: Layout = "cyclic") -> None:
+        super().__init__(0, 0)
+        self.layout = layout
+
+    @classmethod
+    def tiny(cls) -> dict[str, Any]:
+        return {}
+
+    def move(self, batch: Any, shard: Any) -> Any:
+        return self.forward(batch, shard)
+
+    def work(self, length: int, ranks: int = 1) -> Work:
+        return Work()
+
+
+def small_model(name: str, dtype: torch.dtype = torch.float64, **options: Any) -> Model:
     torch.manual_seed(1)
-    return build(name, VECTORS, SCALARS, **(SMALL[name] | options)).to(dtype)
+    return build(name, VECTORS, SCALARS, **(MODELS[name].tiny() | options)).to(dtype)
 
 
-def small_batch(lengths: list[int], dtype: torch.dtype = torch.float64) -> GeometricBatch:
+def small_batch(
+    lengths: list[int],
+    dtype: torch.dtype = torch.float64,
+    bodies: tuple[tuple[int, ...], ...] | None = None,
+) -> GeometricBatch:
     """Rows of the given lengths, with a missing token inside the first and NaN in the padding."""
     n, rows = max(lengths), len(lengths)
     generator = torch.Generator().manual_seed(n)
@@ -30,4 +51,4 @@ def small_batch(lengths: list[int], dtype: torch.dtype = torch.float64) -> Geome
     if n > 2:
         mask[0, 1] = False
     points = (3 * random(3)).masked_fill(~mask[:, None], torch.nan)
-    return GeometricBatch(points, random(VECTORS, 3), random(SCALARS), mask=mask)
+    return GeometricBatch(points, random(VECTORS, 3), random(SCALARS), mask=mask, bodies=bodies)

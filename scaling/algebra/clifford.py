@@ -40,6 +40,13 @@ def grade_1(x: Multivector) -> Float[Tensor, "b c 3 n"]:
     return x[:, 1:4].transpose(1, 2)
 
 
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """What autocast computes in; None where it is off, as on devices that do not know it."""
+    known = device_type in ("cpu", "cuda")
+    on = known and torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if on else None
+
+
 class MVLinear(nn.Module):
     """Mixes channels, one matrix a grade: y_n = sum_m W[grade, n, m] x_m; bias on scalars.
 
@@ -56,9 +63,8 @@ class MVLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1, channels_out, 1)) if bias else None
 
     def forward(self, x: Float[Tensor, "b d i n"]) -> Float[Tensor, "b e o n"]:
-        weight, bias, device = self.weight, self.bias, x.device.type
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
+        weight, bias = self.weight, self.bias
+        if dtype := autocast_dtype(x.device.type):
             x, weight = x.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
         if not torch.compiler.is_compiling():

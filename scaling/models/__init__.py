@@ -1,44 +1,67 @@
 """One file a model; models hold no process group."""
 
-from typing import get_args
+from typing import Any
 
-from torch import nn
+import torch
 
-from data_pipeline.errors import ConfigError
-from scaling.long_conv.operators import Padding
+from data_pipeline.errors import ConfigError, OptionError
+from data_pipeline.options import check_arguments
+from scaling.models.protocol import Model as Model
+from scaling.models.protocol import equivariance_error as equivariance_error
 from scaling.models.se3_hyena import SE3Hyena
 from scaling.models.se3_hyena_paper import SE3HyenaPaper
 
-MODELS: dict[str, type[nn.Module]] = {
+MODELS: dict[str, type[Model]] = {
     "se3_hyena": SE3Hyena,
     "se3_hyena_paper": SE3HyenaPaper,
 }
 
-SIZES = {"channels", "hidden", "operators", "gate_hidden"}
-PADDINGS = get_args(Padding)
 
-
-def build(name: str, vectors: int, scalars: int, **options: object) -> nn.Module:
+def build(
+    name: str, vectors: int, scalars: int, parameters: int | None = None, **options: Any
+) -> Model:
     """A model by name. model(batch, shard=None) gives new points, vectors and scalars.
 
     Args:
         vectors: free vector channels Cv of the batches it will see.
         scalars: scalar channels Cs.
+        parameters: choose the model's width so that it has about this many.
         options: the model's own keyword arguments.
 
     Raises:
-        ConfigError: no such model, no such option, or a size that cannot be.
+        ConfigError: no such model, no such option, or a value that cannot be.
     """
     if name not in MODELS:
         raise ConfigError(f"unknown model {name!r}; there are {', '.join(MODELS)}")
-    if vectors < 0 or scalars < 0:
-        raise ConfigError(f"vectors={vectors} and scalars={scalars} cannot be negative")
-    for option in SIZES & options.keys():
-        if not isinstance(size := options[option], int) or size < 1:
-            raise ConfigError(f"model.{option}={size}: {name} needs a whole number from 1")
-    if (padding := options.get("padding", PADDINGS[0])) not in PADDINGS:
-        raise ConfigError(f"model.padding={padding!r}: use one of {', '.join(PADDINGS)}")
-    try:
-        return MODELS[name](vectors=vectors, scalars=scalars, **options)
-    except TypeError as error:
-        raise ConfigError(f"model {name!r}: {error}") from error
+    chosen: dict[str, Any] = {"vectors": vectors, "scalars": scalars, **options}
+    check_arguments(f"model {name}", MODELS[name], chosen)
+    if parameters is not None:
+        chosen[MODELS[name].width] = nearest_width(name, parameters, chosen)
+    return MODELS[name](**chosen)
+
+
+def nearest_width(name: str, parameters: int, options: dict[str, Any]) -> int:
+    """The width with which a model's number of parameters comes nearest to `parameters`.
+
+    Raises:
+        OptionError: the width is given too, or `parameters` is not positive.
+    """
+    width = MODELS[name].width
+    if width in options:
+        raise OptionError("parameters", parameters, f"chooses {width}; give one of the two")
+    if parameters < 1:
+        raise OptionError("parameters", parameters, "must be at least 1")
+
+    def count(value: int) -> int:
+        with torch.device("meta"):
+            model = MODELS[name](**(options | {width: value}))
+        return sum(p.numel() for p in model.parameters())
+
+    high = 1
+    while count(high) < parameters:
+        high *= 2
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if count(middle) < parameters else (low, middle)
+    return min((max(low, 1), high), key=lambda value: abs(count(value) - parameters))

@@ -25,27 +25,38 @@ Vectors enter with their predecessors' (a key has to meet the next token) and wi
 scalars, so that magnitudes survive the norms inside the Clifford MLPs.
 """
 
+from typing import Annotated, Any
+
 import torch
-from jaxtyping import Bool, Float
+from annotated_types import Ge
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from data_pipeline.batch import GeometricBatch
-from data_pipeline.errors import ConfigError
+from data_pipeline.errors import OptionError
 from scaling.algebra.clifford import CliffordMLP, embed, grade_0, grade_1
 from scaling.algebra.norms import smooth_sqrt
 from scaling.algebra.vectors import cross
+from scaling.long_conv.form import PRODUCTS, trilinear_form
 from scaling.long_conv.operators import Padding, geometric_long_conv
+from scaling.models.hyena import HyenaBlock, Mask, Scalars, Vectors
+from scaling.models.protocol import Channels, Model
+from scaling.models.work import (
+    NUMBER,
+    Work,
+    check_length,
+    convolution_work,
+    matrix_work,
+    pointwise_work,
+    shift_work,
+    sum_work,
+)
 from scaling.ops.masked_rows import MaskedRows, zero_invalid
 from scaling.ops.offload import offloading
-from scaling.ops.tiles import Tiled
 from scaling.parallel.shard import SequenceShard
 
-Scalars = Float[Tensor, "b c n"]
-Vectors = Float[Tensor, "b c 3 n"]
-Mask = Bool[Tensor, "b n"]
 
-
-class SE3Hyena(Tiled):
+class SE3Hyena(Model):
     """
     Args:
         vectors: free vector channels of the input, besides the points.
@@ -59,27 +70,28 @@ class SE3Hyena(Tiled):
         salience: weigh the tokens of q by their standardised scalars.
 
     Raises:
-        ConfigError: salience without scalars.
+        OptionError: salience without scalars.
     """
 
-    gathers_whole = False
+    width = "hidden"
 
     def __init__(
         self,
-        vectors: int,
-        scalars: int,
-        channels: int = 16,
-        hidden: int = 16,
-        operators: int = 2,
-        gate_hidden: int = 8,
+        vectors: Channels,
+        scalars: Channels,
+        channels: Annotated[int, Ge(1)] = 16,
+        hidden: Annotated[int, Ge(1)] = 16,
+        operators: Annotated[int, Ge(1)] = 2,
+        gate_hidden: Annotated[int, Ge(1)] = 8,
         padding: Padding = "circular",
         chiral: bool = False,
         readout: float = 1.0,
         salience: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(vectors, scalars)
         if salience and not scalars:
-            raise ConfigError("model.salience=true needs scalars, and the task gives none")
+            raise OptionError("salience", True, "needs scalars, and the task gives none")
+        self.symmetry = "SE(3)" if chiral else "E(3)"
         self.salience = salience
         inputs = 1 + vectors
         self.embed_vectors = ChannelLinear(2 * inputs, channels)
@@ -91,41 +103,59 @@ class SE3Hyena(Tiled):
         self.read_vectors = ChannelLinear(channels, inputs, gain=readout)
         self.read_scalars = ChannelLinear(channels, scalars, bias=True, gain=readout)
 
-    def forward(self, batch: GeometricBatch, shard: SequenceShard | None = None) -> GeometricBatch:
-        tokens = MaskedRows(batch.mask, shard)
-        given = tokens.zero_invalid(torch.cat([batch.points.unsqueeze(1), batch.vectors], 1))
-        centred, _ = tokens.centre(given[:, 0])
-        given = torch.cat([centred.unsqueeze(1), given[:, 1:]], 1)
+    @classmethod
+    def tiny(cls) -> dict[str, Any]:
+        return {"channels": 4, "hidden": 4, "gate_hidden": 4, "operators": 2}
+
+    def move(self, batch: GeometricBatch, shard: SequenceShard | None) -> GeometricBatch:
+        rows = MaskedRows.of(batch, shard)
+        inputs = rows.zero_invalid(torch.cat([batch.points.unsqueeze(1), batch.vectors], 1))
+        centred, _ = rows.centre(inputs[:, 0])
+        inputs = torch.cat([centred.unsqueeze(1), inputs[:, 1:]], 1)
         with offloading(self.execution):
             f, x = self.in_tiles(
-                self.enter, given, tokens.previous(given), batch.scalars, batch.mask
+                self.enter, inputs, rows.previous(inputs), batch.scalars, batch.mask
             )
-            s = tokens.standardise(batch.scalars) if self.salience else batch.scalars[:, :0]
+            s = rows.standardise(batch.scalars) if self.salience else batch.scalars[:, :0]
             for operator in self.operators:
-                f, x = operator(f, x, s, tokens)
+                f, x = operator(f, x, rows, s)
             step, scalars = self.in_tiles(self.leave, f, x, batch.mask)
-        points, vectors = tokens.zero_invalid(batch.points), tokens.zero_invalid(batch.vectors)
         return batch.replace(
-            points=points + step[:, 0],
-            vectors=vectors + step[:, 1:],
-            scalars=tokens.zero_invalid(batch.scalars) + scalars,
+            points=rows.zero_invalid(batch.points) + step[:, 0],
+            vectors=rows.zero_invalid(batch.vectors) + step[:, 1:],
+            scalars=rows.zero_invalid(batch.scalars) + scalars,
         )
 
     def enter(
-        self, given: Vectors, previous: Vectors, scalars: Float[Tensor, "b s n"], mask: Mask
+        self, inputs: Vectors, previous: Vectors, scalars: Float[Tensor, "b s n"], mask: Mask
     ) -> tuple[Tensor, Tensor]:
         """The streams of the first operator."""
-        norms = torch.log1p(smooth_sqrt(given.square().sum(2)))
-        x = self.embed_vectors(torch.cat([given, previous], 1))
+        norms = torch.log1p(smooth_sqrt(inputs.square().sum(2)))
+        x = self.embed_vectors(torch.cat([inputs, previous], 1))
         return self.embed_scalars(torch.cat([zero_invalid(scalars, mask), norms], 1)), x
 
     def leave(self, f: Scalars, x: Vectors, mask: Mask) -> tuple[Tensor, Tensor]:
         """What the last operator's streams add to the input."""
         return zero_invalid(self.read_vectors(x), mask), zero_invalid(self.read_scalars(f), mask)
 
+    def work(self, length: int, ranks: int = 1) -> Work:
+        check_length(length, ranks)
+        ends = [each for each in self.children() if isinstance(each, ChannelLinear)]
+        total = sum((each.work() for each in ends), Work())
+        total += shift_work(3 * (1 + self.vectors), length, ranks, backward=False)
+        scalars = NUMBER * self.scalars * self.salience
+        for size in (8, *[3 * NUMBER] * 2, *[scalars] * 3):  # the count, means, salience
+            total += sum_work(size, length, ranks, backward=False)
+        for operator in self.operators:
+            assert isinstance(operator, HyenaOperator)
+            total += operator.work(length, ranks)
+        return total
 
-class HyenaOperator(Tiled):
+
+class HyenaOperator(HyenaBlock):
     """One block: project, convolve, mix."""
+
+    power = -0.5
 
     def __init__(
         self,
@@ -147,40 +177,24 @@ class HyenaOperator(Tiled):
         listens = torch.eye(scalars)[torch.arange(channels) % scalars] if scalars else None
         self.salience = None if listens is None else nn.Parameter(listens)
 
-    def forward(
-        self, f: Scalars, x: Vectors, s: Float[Tensor, "b s n"], tokens: MaskedRows
-    ) -> tuple[Scalars, Vectors]:
-        def block(f: Scalars, x: Vectors, s: Tensor) -> tuple[Scalars, Vectors]:
-            qs, ks, vs, q, k, v = self.in_tiles(self.project, f, x, s, tokens.mask)
-            a, u, axial = geometric_long_conv(
-                (qs, q),
-                (ks, k),
-                tokens.shard,
-                self.padding,
-                tokens.lengths,
-                workspace_bytes=self.execution.workspace_bytes,
-            )
-            z = tokens.lengths.clamp(min=1).to(f.dtype).rsqrt().reshape(-1, 1, 1)
-            return self.in_tiles(self.mix, f, x, vs, v, a, u, axial, z)
-
-        return (
-            self.recompute(block, f, x, s) if self.execution.recompute_operators else block(f, x, s)
-        )
-
     def project(
         self, f: Scalars, x: Vectors, s: Float[Tensor, "b s n"], mask: Mask
     ) -> tuple[Tensor, ...]:
-        """Queries, keys and values: qs, ks, vs and q, k, v."""
         projected = self.phi(embed(f, x))
-        scalars, vectors = (
-            zero_invalid(grade_0(projected), mask),
-            zero_invalid(grade_1(projected), mask),
-        )
-        (qs, ks, vs), (q, k, v) = scalars.chunk(3, 1), vectors.chunk(3, 1)
+        qs, ks, vs = zero_invalid(grade_0(projected), mask).chunk(3, 1)
+        q, k, v = zero_invalid(grade_1(projected), mask).chunk(3, 1)
         if self.salience is not None:
             weight = self.salience @ s
             qs, q = weight * qs, weight.unsqueeze(2) * q
         return qs, ks, vs, q, k, v
+
+    def convolve(
+        self, qs: Scalars, ks: Scalars, q: Vectors, k: Vectors, rows: MaskedRows
+    ) -> tuple[Tensor, ...]:
+        budget = self.execution.workspace_bytes
+        return geometric_long_conv(
+            (qs, q), (ks, k), padding=self.padding, workspace_bytes=budget, **rows.spans
+        )
 
     def mix(
         self,
@@ -188,12 +202,11 @@ class HyenaOperator(Tiled):
         x: Vectors,
         vs: Scalars,
         v: Vectors,
+        z: Float[Tensor, "b 1 #n"],
         a: Scalars,
         u: Vectors,
         axial: Vectors,
-        z: Float[Tensor, "b 1 1"],
     ) -> tuple[Scalars, Vectors]:
-        """Gates the convolutions, multiplies by values, and adds what xi makes of it."""
         a, u, axial = z * a, z.unsqueeze(2) * u, z.unsqueeze(2) * axial
         gate_a, gate_u = torch.sigmoid(grade_0(self.gamma(embed(a, u)))).chunk(2, 1)
         a, u, axial = gate_a * a, gate_u.unsqueeze(2) * u, gate_u.unsqueeze(2) * axial
@@ -205,6 +218,16 @@ class HyenaOperator(Tiled):
             y = y + w[5].unsqueeze(1) * axial
         update = self.xi(embed(g, y))
         return f + grade_0(update), x + grade_1(update)
+
+    def work(self, length: int, ranks: int) -> Work:
+        channels, circular = self.w.shape[1], self.padding == "circular"
+        form = trilinear_form((True, True), (True, True), PRODUCTS)
+        total = convolution_work(form, channels, length, ranks, circular)
+        if self.salience is None:
+            return total + self.blocks_work(4 * channels, 7 * channels)
+        scalars = self.salience.shape[1]
+        total += self.blocks_work(4 * channels, 7 * channels, scalars)
+        return total + matrix_work(scalars, channels)
 
 
 class ChannelLinear(nn.Module):
@@ -221,3 +244,9 @@ class ChannelLinear(nn.Module):
     def forward(self, x: Float[Tensor, "b i ... n"]) -> Float[Tensor, "b o ... n"]:
         y = (self.weight @ x.flatten(2)).unflatten(2, x.shape[2:])
         return y if self.bias is None else y + self.bias
+
+    def work(self) -> Work:
+        channels_out, channels_in = self.weight.shape
+        components = 3 if self.bias is None else 1  # vectors have none
+        moved = pointwise_work(components * channels_in, components * channels_out)
+        return matrix_work(channels_in, channels_out, components) + moved

@@ -24,25 +24,27 @@ How its ambiguities are read here:
 vector q, k and v are parallel to it token by token. The default model, SE3Hyena, mends both.
 """
 
+from typing import Annotated, Any
+
 import torch
-from jaxtyping import Bool, Float
+from annotated_types import Ge
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from data_pipeline.batch import GeometricBatch
 from scaling.algebra.clifford import CliffordMLP, embed, grade_0, grade_1
 from scaling.algebra.vectors import cross
+from scaling.long_conv.form import trilinear_form
 from scaling.long_conv.operators import scalar_long_conv, vector_long_conv
+from scaling.models.hyena import HyenaBlock, Mask, Scalars, Vectors
+from scaling.models.protocol import Channels, Model
+from scaling.models.work import NUMBER, Work, check_length, convolution_work, sum_work
 from scaling.ops.masked_rows import MaskedRows, zero_invalid
 from scaling.ops.offload import offloading
-from scaling.ops.tiles import Tiled
 from scaling.parallel.shard import SequenceShard
 
-Scalars = Float[Tensor, "b s n"]
-Vectors = Float[Tensor, "b v 3 n"]
-Mask = Bool[Tensor, "b n"]
 
-
-class SE3HyenaPaper(Tiled):
+class SE3HyenaPaper(Model):
     """
     Args:
         vectors: free vector channels of the input, besides the points.
@@ -54,70 +56,79 @@ class SE3HyenaPaper(Tiled):
         final: a last linear map in phi and xi.
     """
 
-    gathers_whole = False
+    width = "hidden"
 
     def __init__(
         self,
-        vectors: int,
-        scalars: int,
-        hidden: int = 16,
-        gate_hidden: int = 8,
-        operators: int = 3,
+        vectors: Channels,
+        scalars: Channels,
+        hidden: Annotated[int, Ge(1)] = 16,
+        gate_hidden: Annotated[int, Ge(1)] = 8,
+        operators: Annotated[int, Ge(1)] = 3,
         residual: bool = False,
         final: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(vectors, scalars)
         self.operators = nn.ModuleList(
             PaperOperator(scalars, 1 + vectors, hidden, gate_hidden, residual, final)
             for _ in range(operators)
         )
 
-    def forward(self, batch: GeometricBatch, shard: SequenceShard | None = None) -> GeometricBatch:
-        tokens = MaskedRows(batch.mask, shard)
-        f = tokens.zero_invalid(batch.scalars)
-        x = tokens.zero_invalid(torch.cat([batch.points.unsqueeze(1), batch.vectors], 1))
+    @classmethod
+    def tiny(cls) -> dict[str, Any]:
+        return {"hidden": 6, "gate_hidden": 4, "operators": 2}
+
+    def move(self, batch: GeometricBatch, shard: SequenceShard | None) -> GeometricBatch:
+        rows = MaskedRows.of(batch, shard)
+        f = rows.zero_invalid(batch.scalars)
+        x = rows.zero_invalid(torch.cat([batch.points.unsqueeze(1), batch.vectors], 1))
         with offloading(self.execution):
             for operator in self.operators:
-                positions, centre = tokens.centre(x[:, :1])
-                f, y = operator(f, torch.cat([positions, x[:, 1:]], 1), tokens)
-                x = tokens.zero_invalid(torch.cat([y[:, :1] + centre, y[:, 1:]], 1))
-        return batch.replace(points=x[:, 0], vectors=x[:, 1:], scalars=tokens.zero_invalid(f))
+                positions, centre = rows.centre(x[:, :1])
+                f, y = operator(f, torch.cat([positions, x[:, 1:]], 1), rows)
+                x = rows.zero_invalid(torch.cat([y[:, :1] + centre, y[:, 1:]], 1))
+        return batch.replace(points=x[:, 0], vectors=x[:, 1:], scalars=rows.zero_invalid(f))
+
+    def work(self, length: int, ranks: int = 1) -> Work:
+        check_length(length, ranks)
+        total = sum_work(8, length, ranks, backward=False)
+        for number, operator in enumerate(self.operators):
+            assert isinstance(operator, PaperOperator)
+            mean = sum_work(3 * NUMBER, length, ranks, backward=number > 0)
+            total += mean + mean + operator.work(length, ranks)
+        return total
 
 
-class PaperOperator(Tiled):
+class PaperOperator(HyenaBlock):
     """Algorithm 1 on S scalars and V centred vectors."""
+
+    power = -1.0
 
     def __init__(
         self, scalars: int, vectors: int, hidden: int, gate_hidden: int, residual: bool, final: bool
     ) -> None:
         super().__init__()
-        self.scalars = scalars
+        self.scalars, self.vectors = scalars, vectors
         self.residual = residual
         channels = scalars + vectors
         self.phi = CliffordMLP(channels, hidden, 3 * channels, final=final, grades=2)
         self.gamma = CliffordMLP(channels, gate_hidden, 2, final=final, grades=1)
         self.xi = CliffordMLP(channels, hidden, channels, final=final, grades=2)
 
-    def forward(self, f: Scalars, x: Vectors, tokens: MaskedRows) -> tuple[Scalars, Vectors]:
-        def block(f: Scalars, x: Vectors) -> tuple[Scalars, Vectors]:
-            qs, ks, vs, q, k, v = self.in_tiles(self.project, f, x, tokens.mask)
-            shared = {
-                "shard": tokens.shard,
-                "lengths": tokens.lengths,
-                "workspace_bytes": self.execution.workspace_bytes,
-            }
-            a, u = scalar_long_conv(qs, ks, **shared), vector_long_conv(q, k, **shared)
-            z = 1 / tokens.lengths.clamp(min=1).to(f.dtype).reshape(-1, 1, 1)
-            return self.in_tiles(self.mix, f, x, vs, v, a, u, z)
-
-        return self.recompute(block, f, x) if self.execution.recompute_operators else block(f, x)
-
     def project(self, f: Scalars, x: Vectors, mask: Mask) -> tuple[Tensor, ...]:
-        """Queries, keys and values: qs, ks, vs and q, k, v."""
         projected = self.phi(self._embed(f, x))
         scalars = zero_invalid(grade_0(projected[:, :, : 3 * self.scalars]), mask)
         vectors = zero_invalid(grade_1(projected[:, :, 3 * self.scalars :]), mask)
         return *scalars.chunk(3, 1), *vectors.chunk(3, 1)
+
+    def convolve(
+        self, qs: Scalars, ks: Scalars, q: Vectors, k: Vectors, rows: MaskedRows
+    ) -> tuple[Tensor, ...]:
+        budget, spans = self.execution.workspace_bytes, rows.spans
+        return (
+            scalar_long_conv(qs, ks, workspace_bytes=budget, **spans),
+            vector_long_conv(q, k, workspace_bytes=budget, **spans),
+        )
 
     def mix(
         self,
@@ -125,11 +136,10 @@ class PaperOperator(Tiled):
         x: Vectors,
         vs: Scalars,
         v: Vectors,
+        z: Float[Tensor, "b 1 #n"],
         a: Scalars,
         u: Vectors,
-        z: Float[Tensor, "b 1 1"],
     ) -> tuple[Scalars, Vectors]:
-        """Gates the convolutions, multiplies by values, and what xi makes of it."""
         u = z.unsqueeze(2) * u
         gate_a, gate_u = torch.sigmoid(grade_0(self.gamma(self._embed(a, u)))).chunk(2, 1)
         a, u = gate_a * a, gate_u.unsqueeze(2) * u
@@ -137,7 +147,15 @@ class PaperOperator(Tiled):
         g, y = grade_0(mixed[:, :, : self.scalars]), grade_1(mixed[:, :, self.scalars :])
         return (f + g, x + y) if self.residual else (g, y)
 
-    def _embed(self, f: Scalars, x: Vectors) -> Float[Tensor, "b 4 c n"]:
+    def work(self, length: int, ranks: int) -> Work:
+        total = self.blocks_work(*[self.scalars + 3 * self.vectors] * 2)
+        scalar = trilinear_form((True, True), (False, False), ("scalar",))
+        vector = trilinear_form((False, False), (True, True), ("cross",))
+        for form, channels in ((scalar, self.scalars), (vector, self.vectors)):
+            total += convolution_work(form, channels, length, ranks, circular=True)
+        return total
+
+    def _embed(self, f: Scalars, x: Vectors) -> Float[Tensor, "b 4 m n"]:
         """Scalars and vectors as multivector channels of their own: (b, 4, S + V, n)."""
         rows, vectors, _, n = x.shape
         no_vectors, no_scalars = (

@@ -1,81 +1,190 @@
-"""Sums, means and lengths over the valid tokens of whole rows, and the previous token.
+"""Sums, means and lengths over the valid tokens of bodies and rows, and the previous token.
 
-With a shard they are global: every rank gets the same number for a row, and gradients flow back to
-the tokens of all ranks.
+A row is one body, or several that do not see each other. With a shard, sums are global: every rank
+gets the same number for a body, and gradients flow back to the tokens of all ranks; any number of
+bodies takes as many exchanges as one row.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from data_pipeline.batch import GeometricBatch
 from scaling.parallel.collectives import all_reduce_max, all_reduce_sum
 from scaling.parallel.shard import SequenceShard
 from scaling.parallel.shift import previous as sharded_previous
 
+_BEHIND = torch.iinfo(torch.long).max
+"""A place that no token has."""
+
 
 @dataclass
 class MaskedRows:
-    """Which local tokens are valid, and what is computed over all of a row's."""
+    """Which local tokens are valid, and what is computed over all of a body's or a row's."""
 
     mask: Bool[Tensor, "b n"]
     shard: SequenceShard | None = None
+    known_lengths: Sequence[int] | None = None
+    """Tokens of each whole row, where they are known; else the mask tells, and the host waits."""
+    bodies: Sequence[Sequence[int]] | None = None
+    """For each whole row the lengths of its bodies, in order. None: one body a row."""
 
-    def zero_invalid(self, x: Float[Tensor, "b ... n"]) -> Float[Tensor, "b ... n"]:
+    @classmethod
+    def of(cls, batch: GeometricBatch, shard: SequenceShard | None) -> "MaskedRows":
+        """Those of a batch; rows of one body each need no list of bodies."""
+        several = batch.bodies is not None and any(len(row) > 1 for row in batch.bodies)
+        return cls(batch.mask, shard, batch.lengths, batch.bodies if several else None)
+
+    def zero_invalid(self, x: Shaped[Tensor, "b ... n"]) -> Shaped[Tensor, "b ... n"]:
         """x with 0 at tokens that are not valid, whatever they hold."""
         return zero_invalid(x, self.mask)
 
     def sum(self, x: Float[Tensor, "b ... n"]) -> Float[Tensor, "b ..."]:
         """Sum over the valid tokens of the whole row."""
-        total = self.zero_invalid(x).sum(-1)
-        return total if self.shard is None else all_reduce_sum(total, self.shard.group, "sum")
+        return self._all_ranks(self.zero_invalid(x).sum(-1))
 
     def mean(self, x: Float[Tensor, "b ... n"]) -> Float[Tensor, "b ..."]:
         """Mean over the valid tokens of the whole row; 0 for a row without any."""
-        total = self.sum(x)
-        return total / self.counts.clamp(min=1).to(x.dtype).reshape(-1, *[1] * (total.ndim - 1))
+        return _over(self.sum(x), self._all_ranks(self.mask.sum(-1)))
+
+    def body_mean(self, x: Float[Tensor, "b ... n"]) -> Float[Tensor, "b ... #n"]:
+        """Mean over the valid tokens of each token's own body, (..., 1) where rows are one body."""
+        if self.bodies is None:
+            return _over(self.sum(x), self._counts).unsqueeze(-1)
+        return self._at_tokens(_over(self._sums(self.zero_invalid(x)), self._counts))
 
     def centre(self, x: Float[Tensor, "b ... n"]) -> tuple[Tensor, Tensor]:
-        """x without the mean over its row, 0 at tokens that are not valid, and the mean (..., 1).
+        """x without the mean over its body, 0 at tokens that are not valid, and that mean.
 
         Done twice: a mean far from 0 is rounded, and what that leaves is the same in all tokens.
         """
-        first = self.mean(x).unsqueeze(-1)
+        first = self.body_mean(x)
         rest = self.zero_invalid(x - first)
-        second = self.mean(rest).unsqueeze(-1)
+        second = self.body_mean(rest)
         return self.zero_invalid(rest - second), first + second
 
     def standardise(self, x: Float[Tensor, "b ... n"]) -> Float[Tensor, "b ... n"]:
-        """x with mean 0 and rms 1 over its row, 0 at tokens that are not valid; what does not
-        differ within a row becomes 0."""
+        """x with mean 0 and rms 1 over its body, 0 at tokens that are not valid; what does not
+        differ within a body becomes 0."""
         centred, _ = self.centre(x)
-        return centred * (self.mean(centred.square()) + 1e-12).rsqrt().unsqueeze(-1)
-
-    @cached_property
-    def counts(self) -> Int[Tensor, " b"]:
-        """Valid tokens of each row."""
-        count = self.mask.sum(-1)
-        return count if self.shard is None else all_reduce_sum(count, self.shard.group, "sum")
-
-    @cached_property
-    def lengths(self) -> Int[Tensor, " b"]:
-        """Length of each row: its last valid token's place, plus one; gaps inside count."""
-        shard = self.shard
-        index = torch.arange(self.mask.shape[-1]) if shard is None else shard.index
-        places = torch.where(self.mask, index.to(self.mask.device) + 1, 0)
-        last = places.amax(-1) if places.shape[-1] else places.new_zeros(len(places))
-        return last if shard is None else all_reduce_max(last, shard.group, "lengths")
+        return centred * (self.body_mean(centred.square()) + 1e-12).rsqrt()
 
     def previous(self, x: Float[Tensor, "b ... n"]) -> Float[Tensor, "b ... n"]:
-        """Each token's predecessor's valid value; 0 where there is none."""
-        return sharded_previous(self.zero_invalid(x), self.shard)
+        """Each token's predecessor's valid value; 0 where there is none in its body."""
+        before = sharded_previous(self.zero_invalid(x), self.shard)
+        if self.bodies is None:
+            return before
+        starts = [[sum(row[:body]) for body in range(len(row))] for row in self.bodies]
+        first = self._of_bodies(starts, -1).gather(1, self._body) == self._index
+        return before.masked_fill(_as_tokens(first, before), 0)
+
+    def length_to(self, power: float, like: Tensor) -> Float[Tensor, "b 1 #n"]:
+        """The length of each token's body to that power, of `like`'s dtype and device."""
+        if self.bodies is None:
+            return _on_device([[[max(n, 1) ** power]] for n in self.lengths], like.dtype, like)
+        powers = [[max(n, 1) ** power for n in row] for row in self.bodies]
+        return self._of_bodies(powers, 0, like.dtype).gather(1, self._body).unsqueeze(1)
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Length of each row. Where it is not known, its last valid token's place plus one, gaps
+        inside counted: then the host waits for the device."""
+        if self.known_lengths is not None:
+            return tuple(self.known_lengths)
+        places = torch.where(self.mask, self._index + 1, 0)
+        last = places.amax(-1) if places.shape[-1] else places.new_zeros(len(places))
+        if self.shard is not None:
+            last = all_reduce_max(last, self.shard.group, "lengths")
+        return tuple(last.tolist())
+
+    @property
+    def spans(self) -> dict[str, Any]:
+        """What a long convolution is told of the rows: their bodies, or their lengths."""
+        if self.bodies is not None:
+            return {"shard": self.shard, "segments": self.bodies}
+        return {"shard": self.shard, "lengths": torch.tensor(self.lengths)}
+
+    @cached_property
+    def _counts(self) -> Int[Tensor, "b ..."]:
+        """Valid tokens of each row, or of each of its bodies."""
+        if self.bodies is None:
+            return self._all_ranks(self.mask.sum(-1))
+        return self._sums(self.mask.long())
+
+    @cached_property
+    def _index(self) -> Int[Tensor, " n"]:
+        """Place of each local token in the whole rows."""
+        if self.shard is None:
+            return torch.arange(self.mask.shape[-1], device=self.mask.device)
+        return self.shard.index_on(self.mask.device)
+
+    @cached_property
+    def _most(self) -> int:
+        """Bodies of the row that has most."""
+        return max((len(row) for row in self.bodies or ()), default=0)
+
+    @cached_property
+    def _body(self) -> Int[Tensor, "b n"]:
+        """Number of each token's body in its row; tokens behind the last one count as one more."""
+        assert self.bodies is not None
+        ends = [[sum(row[: body + 1]) for body in range(len(row))] for row in self.bodies]
+        places = self._index.expand(self.mask.shape).contiguous()
+        return torch.searchsorted(self._of_bodies(ends, _BEHIND), places, right=True)
+
+    def _of_bodies(
+        self,
+        values: Sequence[Sequence[int | float]],
+        rest: int | float,
+        dtype: torch.dtype = torch.long,
+    ) -> Shaped[Tensor, "b m"]:
+        """A number for each body of each row, and `rest` for those that a row lacks and for what
+        lies behind its last one."""
+        full = [[*row, *[rest] * (self._most + 1 - len(row))] for row in values]
+        return _on_device(full, dtype, self.mask)
+
+    def _sums(self, x: Shaped[Tensor, "b ... n"]) -> Shaped[Tensor, "b ... m"]:
+        """Sums over each body, of all ranks."""
+        total = x.new_zeros(*x.shape[:-1], self._most + 1)
+        return self._all_ranks(total.scatter_add(-1, _as_tokens(self._body, x), x))
+
+    def _at_tokens(self, values: Shaped[Tensor, "b ... m"]) -> Shaped[Tensor, "b ... n"]:
+        """Each token's body's number."""
+        shape = (*values.shape[:-1], self.mask.shape[-1])
+        return values.gather(-1, _as_tokens(self._body, values).expand(shape))
+
+    def _all_ranks(self, total: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+        return total if self.shard is None else all_reduce_sum(total, self.shard.group, "sum")
 
 
 def zero_invalid(
-    x: Float[Tensor, "b ... n"], mask: Bool[Tensor, "b n"]
-) -> Float[Tensor, "b ... n"]:
+    x: Shaped[Tensor, "b ... n"], mask: Bool[Tensor, "b n"]
+) -> Shaped[Tensor, "b ... n"]:
     """x with 0 at tokens that are not valid, whatever they hold."""
-    rows, n = mask.shape
-    return x.masked_fill(~mask.reshape(rows, *[1] * (x.ndim - 2), n), 0)
+    return x.masked_fill(_as_tokens(~mask, x), 0)
+
+
+def _as_tokens(values: Shaped[Tensor, "b n"], x: Shaped[Tensor, "b ... n"]) -> Tensor:
+    """A number a token, alike for all channels of x: (b, 1, ..., n), or expanded to x's shape."""
+    rows, n = values.shape
+    view = values.reshape(rows, *[1] * (x.ndim - 2), n)
+    return view if values.dtype == torch.bool else view.expand(*x.shape[:-1], n)
+
+
+def _over(total: Float[Tensor, "b ..."], counts: Int[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
+    """total / counts, 0 where nothing is counted; counts (b,) or (b, m) for total (b, ..., m)."""
+    rows, *bodies = counts.shape
+    shape = (rows, *[1] * (total.ndim - 1 - len(bodies)), *bodies)
+    return total / counts.clamp(min=1).to(total.dtype).reshape(shape)
+
+
+def _on_device(values: Sequence[Any], dtype: torch.dtype, like: Tensor) -> Tensor:
+    """Numbers of the host as a tensor beside `like`, without waiting for the device."""
+    tensor = torch.tensor(values, dtype=dtype)
+    if like.device.type == "cuda":  # from other memory the host would wait for the copy
+        tensor = tensor.pin_memory()
+    return tensor.to(like.device, non_blocking=True)

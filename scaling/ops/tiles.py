@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from scaling.algebra.clifford import autocast_dtype
 from scaling.execution import Execution
 from scaling.parallel.telemetry import timed, timed_both_ways
 
@@ -97,7 +98,7 @@ class Tiled(nn.Module):
         device = tensors[0].device.type
         budget = self.execution.tile_budget(device)
         shapes = tuple((x.shape[:-1], x.dtype) for x in tensors)
-        key = (part.__name__, shapes, torch.is_autocast_enabled(device))
+        key = (part.__name__, shapes, autocast_dtype(device))
         if key not in self._kept:
             self._kept[key] = kept_per_token(part, tensors)
         most = max(int(budget / max(self._kept[key], 1.0)), 1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float64
-from torch import Tensor, nn
+from torch import Tensor
 
 from data_pipeline.batch import Sample
 from data_pipeline.errors import RunError
@@ -17,6 +17,7 @@ from scaling.checkpoint.checkpoint import Checkpoints
 from scaling.engine.base import Engine
 from scaling.engine.build import build_engine
 from scaling.engine.loss import check_weight, engine_loss
+from scaling.models import Model
 from scaling.observe.metrics import StepMeter
 from scaling.observe.profile import StepProfiler
 from scaling.observe.progress import Summary
@@ -35,7 +36,7 @@ from scaling.train.stop import StopRequest
 
 
 def fit(
-    model: nn.Module,
+    model: Model,
     task: Task,
     mesh: Mesh,
     train: TrainSettings,
@@ -145,7 +146,7 @@ class Trainer:
 
 
 def build_trainer(
-    model: nn.Module,
+    model: Model,
     task: Task,
     mesh: Mesh,
     train: TrainSettings,

@@ -7,13 +7,13 @@ business (engine/loss.py).
 """
 
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from data_pipeline.batch import GeometricBatch, Sample
+from scaling.models import Model
 from scaling.ops.masked_rows import MaskedRows
 from scaling.parallel.mesh import Mesh
 from scaling.parallel.shard import SequenceShard, redistribute_sample
@@ -32,7 +32,7 @@ class Objective(nn.Module):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Model,
         mesh: Mesh,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
@@ -56,8 +56,7 @@ class Objective(nn.Module):
     def enter(self, sample: Sample) -> tuple[Sample, SequenceShard]:
         """The door: this rank's contiguous tokens become those that the model works on, inputs,
         targets and weights together; and which these are. The host does not wait."""
-        group = self.mesh.sequence_group
-        layout: Any = getattr(self.model, "layout", "cyclic")
+        group, layout = self.mesh.sequence_group, self.model.layout
         natural = SequenceShard(sample.length, group, "contiguous")
         shard = SequenceShard(sample.length, group, layout)
         return redistribute_sample(sample, natural, shard), shard

@@ -15,6 +15,7 @@ from scaling.models import MODELS
 from scaling.ops.tiles import set_execution
 from scaling.parallel.shard import SequenceShard
 from tests.small_models import small_batch, small_model
+from tests.threaded_ranks import run_threaded
 
 
 def loss_of(out: GeometricBatch, given: GeometricBatch) -> Tensor:
@@ -33,7 +34,8 @@ def run(name, lengths, dtype, options, steps, group=None, sharded=False) -> list
     parameters after `steps` of SGD."""
     options = dict(options)
     execution = options.pop("execution", Execution())
-    model, batch = small_model(name, dtype, **options), small_batch(lengths, dtype)
+    bodies = options.pop("bodies", None)
+    model, batch = small_model(name, dtype, **options), small_batch(lengths, dtype, bodies)
     set_execution(model, execution)
     shard = SequenceShard(max(lengths), group) if sharded else None
     given = batch.map(shard.scatter) if shard else batch
@@ -77,11 +79,13 @@ def compare_with_one_process(group, case, expected):
 
 
 AGAIN = Execution(tile_bytes=1, recompute_operators=True, workspace_bytes=1, offload="file")
-SMALLEST = {"operators": 1, "hidden": 4}
+SMALLEST = {"operators": 1}
+PACKED = {"bodies": ((6, 1, 9), (5,), (4, 5))}
 CASES = [
     # unequal rows with a missing token and NaN in the padding; rows shorter than the group
     *[(name, [13, 5, 9], torch.float64, {}, 0, 1e-10) for name in MODELS],
     *[(name, [2, 1], torch.float64, {}, 0, 1e-10) for name in MODELS],
+    *[(name, [16, 5, 9], torch.float64, PACKED, 0, 1e-10) for name in MODELS],
     *[(name, [16, 11], torch.float64, SMALLEST, 20, 1e-10) for name in MODELS],
     *[(name, [16, 11], torch.float32, SMALLEST, 20, 1e-5) for name in MODELS],
     ("se3_hyena", [11, 11], torch.float64, {"padding": "causal", "chiral": True}, 0, 1e-10),
@@ -92,7 +96,14 @@ CASES = [
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
-def test_outputs_gradients_and_training_equal_one_process(distributed, world):
+def test_outputs_gradients_and_training_equal_one_process(world):
     for case in range(len(CASES)):
-        for error in distributed(compare_with_one_process, world, case, one_process(case)):
+        for error in run_threaded(compare_with_one_process, world, case, one_process(case)):
+            assert error < CASES[case][-1], CASES[case]
+
+
+def test_real_processes_too(distributed):
+    """In a group that does not begin at rank 0."""
+    for case in range(0, len(CASES), 3):
+        for error in distributed(compare_with_one_process, 3, case, one_process(case)):
             assert error < CASES[case][-1], CASES[case]

@@ -1,6 +1,6 @@
 """The door of a micro-batch: contiguous slices in, the model's layout out, by two exchanges."""
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -10,18 +10,19 @@ from data_pipeline.stream.slot import DataSlot
 from data_pipeline.tasks.registry import build_task
 from scaling.engine.build import build_engine
 from scaling.parallel import Mesh, SequenceShard
+from scaling.parallel.shard import Layout
 from scaling.parallel.telemetry import measuring
 from scaling.train.evaluate import Evaluation
 from scaling.train.objective import Objective
 from scaling.train.settings import TrainSettings
+from tests.small_models import PlainModel
 
 
-class Still(torch.nn.Module):
+class Still(PlainModel):
     """Moves points along the vectors; `layout` as asked."""
 
-    def __init__(self, layout: str) -> None:
-        super().__init__()
-        self.layout = layout
+    def __init__(self, layout: Layout) -> None:
+        super().__init__(layout)
         self.weight = torch.nn.Parameter(torch.tensor(0.5))
 
     def forward(self, batch: GeometricBatch, shard: SequenceShard) -> GeometricBatch:
@@ -64,7 +65,7 @@ def sliced(sample: Sample, shard: SequenceShard) -> Sample:
 def door(group: Any, rank: int, ranks: int) -> None:
     """What enters is the layout's share of everything; loss and gradient are one process's."""
     mesh = mesh_of(group, rank, ranks)
-    for layout in ("cyclic", "contiguous"):
+    for layout in get_args(Layout):
         for length in (1, 5, 8, 23):
             for per_token in (True, False):
                 whole = sample_of(length, per_token)

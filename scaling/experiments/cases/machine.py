@@ -14,12 +14,12 @@ from typing import Annotated, Any, Literal
 import torch
 import torch.distributed as dist
 
-from scaling.cost.work import Work, training_work
 from scaling.experiments.cases.train_step import StepCase, training_step
 from scaling.experiments.experiment import Experiment, Point, joined, row
 from scaling.experiments.options import Checked, Counts, Positive
 from scaling.experiments.timing import medians, now
 from scaling.models import build
+from scaling.models.work import Work
 from scaling.observe.metrics import WARMUP_STEPS
 from scaling.parallel.collectives import Group, group_size
 from scaling.parallel.telemetry import measuring
@@ -164,7 +164,7 @@ def _steps(case: MachineOptions, group: Group, device: torch.device) -> list[Row
 
 def _work(model: dict[str, Any], case: MachineOptions, length: int) -> Work:
     options = {key: value for key, value in model.items() if key != "name"}
-    return training_work(build(model["name"], case.vectors, case.scalars, **options), length)
+    return build(model["name"], case.vectors, case.scalars, **options).work(length)
 
 
 def _points(case: MachineOptions) -> list[Point]:
@@ -220,7 +220,7 @@ BOUNDS = (  # part, work, peak
 )
 REMARK = (
     "The last rows, of one thread: what share of a step a part takes, and what share of the part "
-    "its work would take at the measured peak (float32). The work is scaling/cost/work.py's: "
+    "its work would take at the measured peak (float32). The work is scaling/models/work.py's: "
     "the least, nothing twice, and no element-wise operation besides the products."
 )
 BENCH = Experiment(MachineOptions, _points, machine_rows, conclude=_conclude)

@@ -25,6 +25,7 @@ from scaling.train.evaluate import Evaluation
 from scaling.train.objective import Objective
 from scaling.train.optim import optimizer_maker
 from scaling.train.settings import OptimSettings, TrainSettings
+from tests.small_models import PlainModel
 
 CPU = torch.device("cpu")
 
@@ -172,7 +173,7 @@ def test_plain_lines_and_summary_say_what_matters(tmp_path, capsys):
     assert "-" in "\n".join(summarise(tmp_path, [], {}, 0, "interrupted").lines())
 
 
-class Crooked(torch.nn.Module):
+class Crooked(PlainModel):
     """Not equivariant: the first axis is special. One parameter."""
 
     def __init__(self) -> None:
@@ -185,7 +186,7 @@ class Crooked(torch.nn.Module):
         return batch.replace(vectors=vectors)
 
 
-def evaluation(model: torch.nn.Module, rows: int) -> Evaluation:
+def evaluation(model: PlainModel, rows: int) -> Evaluation:
     task = build_task("recall", tokens=9, held_out_size=5)
     objective = Objective(model, Mesh(1, 1))
     engine = build_engine(

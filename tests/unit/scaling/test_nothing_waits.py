@@ -1,8 +1,6 @@
 """A step's micro-batches, forward and backward, ask the device for nothing: counted on one that
 has no values to give, as rank 3 of 8."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -16,31 +14,28 @@ from data_pipeline.stream.slot import DataSlot
 from data_pipeline.stream.stream import Stream
 from data_pipeline.tasks.registry import build_task
 from scaling.engine.ddp import DistributedDataParallelEngine
+from scaling.models import MODELS, build
 from scaling.observe.metrics import StepMeter
 from scaling.ops.masked_rows import MaskedRows
 from scaling.parallel.mesh import Mesh
+from scaling.parallel.telemetry import innermost_range, measuring
 from scaling.train.loop import Trainer
 from scaling.train.objective import Objective
 from scaling.train.settings import OptimSettings, TrainSettings
+from tests.small_models import PlainModel
 
 RANK, RANKS = 3, 8
 META = torch.device("meta")
+COPIES = ("_to_copy", "copy_")
 
 
 class Waits(TorchDispatchMode):
-    """What makes the host wait: a value asked for; inside a part, a copy to the device too, for
-    which it waits as long as the memory is not pinned."""
+    """What makes the host wait: a value asked for; in forward and backward a copy to the device,
+    too, unless it is told not to wait (from pinned memory)."""
 
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
-        self.inside = False
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        self.inside = True
-        yield
-        self.inside = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
@@ -50,12 +45,13 @@ class Waits(TorchDispatchMode):
             return 1.0
         result = func(*args, **kwargs or {})
         made = result.device.type if isinstance(result, torch.Tensor) else "meta"
-        if name in ("_to_copy", "copy_") and self.inside and len({*given, made}) > 1:
+        waits = not (kwargs or {}).get("non_blocking", False)
+        if waits and innermost_range() and name in COPIES and len({*given, made}) > 1:
             self.found.append(f"{name} {given} -> {made}")
         return result
 
 
-class Centred(torch.nn.Module):
+class Centred(PlainModel):
     """Centring, and the token before: what models do with whole rows.
     `asks`: for what the host waits."""
 
@@ -89,10 +85,12 @@ def one_of_many():
     dist.destroy_process_group()
 
 
-def waits(task: Any, rows: int, asks: str = "") -> list[str]:
-    """Of the micro-batches of one optimiser step."""
+def waits(task: Any, rows: int, asks: str = "", name: str = "") -> list[str]:
+    """Of the micro-batches of one optimiser step, with the model of that name."""
     with torch.device(META):
-        model = Centred(task.vectors, asks)
+        model: Any = Centred(task.vectors, asks)
+        if name:
+            model = build(name, task.vectors, task.scalars, **MODELS[name].tiny())
     mesh = Mesh(1, RANKS)
     objective = Objective(model, mesh, META, torch.float32)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -101,7 +99,6 @@ def waits(task: Any, rows: int, asks: str = "") -> list[str]:
     engine = DistributedDataParallelEngine(objective, optimizer, 0.0, alone)
     seen = Waits()
     meter = StepMeter(META)
-    meter.part = seen.part
     stream: Any = Stream(
         task, "train", batch_size=2 * rows, micro_batch_size=rows, seed=0, max_length=1 << 20,
         slot=mesh.slot,
@@ -110,10 +107,10 @@ def waits(task: Any, rows: int, asks: str = "") -> list[str]:
     stream.close()
     assert len(window) == 2 and mesh.slot == DataSlot(0, 1, RANK, RANKS)
     trainer = Trainer(engine, objective, stream, task, TrainSettings(), OptimSettings(), meter)
-    with seen:
+    with measuring(), seen:
         numbers = trainer.add_gradients(window, stop=False)
     assert numbers.shape == (4,) and numbers.device == META
-    assert model.weight.grad is not None
+    assert all(p.grad is not None for p in model.parameters())
     return seen.found
 
 
@@ -123,9 +120,13 @@ def bundled(tmp_path_factory, **options: Any) -> Any:
     return build_task("denoising", store=path, **options)
 
 
-def test_padded_and_packed_micro_batches_wait_for_nothing(tmp_path_factory):
-    assert waits(bundled(tmp_path_factory), 3) == []
-    assert waits(bundled(tmp_path_factory, packed_length=8000), 1) == []
+@pytest.mark.parametrize("name", ["", *MODELS])
+def test_padded_and_packed_micro_batches_wait_for_nothing(tmp_path_factory, name):
+    assert waits(bundled(tmp_path_factory), 3, name=name) == []
+    assert waits(bundled(tmp_path_factory, packed_length=8000), 1, name=name) == []
+
+
+def test_read_outs_wait_for_nothing():
     assert waits(build_task("recall", readout="marked"), 4) == []
     assert waits(build_task("recall", tokens=5), 2) == []  # shorter than the ranks are many
 

@@ -8,9 +8,10 @@ from data_pipeline.errors import RunError
 from scaling.engine.loss import engine_loss
 from scaling.parallel.mesh import Mesh
 from scaling.train.objective import Objective
+from tests.small_models import PlainModel
 
 
-class Shift(torch.nn.Module):
+class Shift(PlainModel):
     """Moves points along the first vector; one parameter."""
 
     def __init__(self) -> None:

@@ -6,8 +6,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data_pipeline.batch import GeometricBatch
 from data_pipeline.errors import ConfigError
-from scaling.cost.work import training_work
-from scaling.models import build
+from scaling.models import MODELS, build
+from scaling.parallel.shard import SequenceShard
+from scaling.parallel.telemetry import measuring
+from tests.small_models import small_batch, small_model
 
 N = 24
 
@@ -24,26 +26,26 @@ N = 24
 def test_matrix_products_are_those_that_are_executed(name, options):
     model = build(name, vectors=1, scalars=3, operators=2, **options)
     fields = [torch.randn(2, *shape, N, requires_grad=True) for shape in ((3,), (1, 3), (3,))]
-    batch = GeometricBatch(*fields, torch.arange(N).expand(2, -1).contiguous())
+    batch = GeometricBatch(fields[0], fields[1], fields[2])
     with FlopCounterMode(display=False) as counter:
         out = model(batch)
         (out.points.sum() + out.vectors.sum() + out.scalars.sum()).backward()
-    assert counter.get_total_flops() == 2 * N * training_work(model, N).matrix_flops
+    assert counter.get_total_flops() == 2 * N * model.work(N).matrix_flops
 
 
 def test_transforms_follow_their_definitions():
     """Scalar 7.5 n log2 n + 3 n, vector 22.5 n log2 n + 21 n flops forward, the first again and
     the second twice backward; other lengths are padded, other ranks share."""
     model = build("se3_hyena_paper", vectors=1, scalars=3, operators=1)
-    work = training_work(model, 64)
+    work = model.work(64)
     assert work.transform_flops == 2 * (3 * 7.5 + 2 * 22.5) * 6
     assert work.frequency_flops == 3 * (3 * 3 + 2 * 21)
-    assert training_work(model, 64, ranks=2) == work
-    padded = training_work(model, 67)  # 134 tokens -> 135
+    assert model.work(64, ranks=2) == work
+    padded = model.work(67)  # 134 tokens -> 135
     assert padded.frequency_flops / work.frequency_flops == pytest.approx(135 / 67)
     assert padded.matrix_flops == work.matrix_flops
-    with pytest.raises(ConfigError, match="the work of Linear is not known"):
-        training_work(torch.nn.Linear(2, 2), 64)
+    with pytest.raises(ConfigError, match="length=0"):
+        model.work(0)
 
 
 def test_geometric_products_have_a_term_for_each_pair_of_components():
@@ -51,4 +53,22 @@ def test_geometric_products_have_a_term_for_each_pair_of_components():
     8, 2; of xi 1, 1."""
     model = build("se3_hyena_paper", vectors=0, scalars=1, operators=1, hidden=1)
     terms = 16 * (1 + 8 + 1) + 49 * (6 + 2 + 2)
-    assert training_work(model, 64).product_flops == 6 * terms
+    assert model.work(64).product_flops == 6 * terms
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("length", [48, 53])
+@pytest.mark.parametrize("name", MODELS)
+def test_exchanged_bytes_are_those_that_are_counted(distributed, name, length, world):
+    """Of all ranks together, in a training step of one row whose length is known."""
+    sent = sum(distributed(bytes_of_a_step, world, name, length))
+    assert sent == round(small_model(name).work(length, world).exchange_bytes * length)
+
+
+def bytes_of_a_step(group, name, length) -> int:
+    batch = small_batch([length], torch.float32).replace(lengths=(length,))
+    shard = SequenceShard(length, group)
+    with measuring() as measured:
+        out = small_model(name, torch.float32)(batch.map(shard.scatter), shard)
+        (out.points.sum() + out.vectors.sum() + out.scalars.sum()).backward()
+    return measured.sent_bytes
