@@ -39,7 +39,6 @@ def test_builds_reuses_verifies_and_shows(tmp_path, capsys, monkeypatch):
     assert sum(int(row[1]) for row in rows.values()) == 115
     again = run(capsys, store)
     assert "reused" in again and built.split("\n", 1)[1] == again.split("\n", 1)[1]
-    assert float(re.search(r"\(([\d.]+) s\)", again)[1]) < 0.5
     assert "verified" in run(capsys, store, "action=verify")
     address = f"store=file://{tmp_path}/new/store"
     assert "verified" in run(capsys, address, "action=verify")
