@@ -24,9 +24,9 @@ from scaling.train.stop import launcher_chain
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
     from data_pipeline.tasks.protocol import Task
+    from scaling.models import Model
 
 
 def main(arguments: list[str]) -> None:
@@ -83,7 +83,7 @@ def train(config: Config, device: "torch.device") -> None:
         fit(model, task, mesh, config.train, config.optim, config.engine, run, device)
 
 
-def task_and_model(config: Config) -> "tuple[Task, nn.Module]":
+def task_and_model(config: Config) -> "tuple[Task, Model]":
     """Made with the same parameters on every rank; the bundled data's store is built if need be."""
     import torch
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from scaling.algebra import clifford
 from scaling.execution import Execution
 from scaling.experiments.rivals import CROSS, GEOMETRIC, expanded_conv
-from scaling.models import se3_hyena, se3_hyena_paper
+from scaling.models.hyena import HyenaBlock
+from scaling.models.se3_hyena import HyenaOperator
 from scaling.ops.masked_rows import MaskedRows
 from scaling.ops.tiles import Tiled
 
@@ -49,8 +50,8 @@ def straightforward(model: nn.Module) -> None:
         for name, child in module.named_children():
             if isinstance(child, clifford.CliffordMLP):
                 setattr(module, name, DenseMLP(child))
-            elif type(child) in _OPERATORS:
-                setattr(module, name, _OPERATORS[type(child)](child))
+            elif isinstance(child, HyenaBlock):
+                setattr(module, name, ExpandedOperator(child))
 
 
 class DenseMLP(nn.Module):
@@ -65,36 +66,22 @@ class DenseMLP(nn.Module):
 
 
 class ExpandedOperator(nn.Module):
-    """The default's operator with the expanded convolution."""
+    """An operator with the convolutions that the paper lists, on whole rows in one piece."""
 
-    def __init__(self, operator: se3_hyena.HyenaOperator) -> None:
+    def __init__(self, operator: HyenaBlock) -> None:
         super().__init__()
         self.operator = operator
 
-    def forward(self, f: Tensor, x: Tensor, s: Tensor, tokens: MaskedRows) -> tuple[Tensor, Tensor]:
-        qs, ks, vs, q, k, v = self.operator.project(f, x, s, tokens.mask)
-        a, u, axial = geometric_conv((qs, q), (ks, k))
-        z = torch.full_like(f[:, :1, :1], f.shape[-1] ** -0.5)
-        return self.operator.mix(f, x, vs, v, a, u, axial, z)
-
-
-class ExpandedPaperOperator(nn.Module):
-    """The paper's operator with its listed convolutions."""
-
-    def __init__(self, operator: se3_hyena_paper.PaperOperator) -> None:
-        super().__init__()
-        self.operator = operator
-
-    def forward(self, f: Tensor, x: Tensor, tokens: MaskedRows) -> tuple[Tensor, Tensor]:
-        qs, ks, vs, q, k, v = self.operator.project(f, x, tokens.mask)
-        z = torch.full_like(f[:, :1, :1], 1 / f.shape[-1])
-        return self.operator.mix(f, x, vs, v, scalar_conv(qs, ks), vector_conv(q, k), z)
-
-
-_OPERATORS = {
-    se3_hyena.HyenaOperator: ExpandedOperator,
-    se3_hyena_paper.PaperOperator: ExpandedPaperOperator,
-}
+    def forward(
+        self, f: Tensor, x: Tensor, rows: MaskedRows, *features: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        operator = self.operator
+        qs, ks, vs, q, k, v = operator.project(f, x, *features, rows.mask)
+        if isinstance(operator, HyenaOperator):
+            convolved = geometric_conv((qs, q), (ks, k))
+        else:
+            convolved = scalar_conv(qs, ks), vector_conv(q, k)
+        return operator.mix(f, x, vs, v, rows.length_to(operator.power, f), *convolved)
 
 
 def clifford_mlp(mlp: Any, x: Float[Tensor, "b d i n"]) -> Float[Tensor, "b 8 o n"]:

@@ -107,7 +107,7 @@ class MaskedRows:
         """What a long convolution is told of the rows: their bodies, or their lengths."""
         if self.bodies is not None:
             return {"shard": self.shard, "segments": self.bodies}
-        return {"shard": self.shard, "lengths": torch.tensor(self.lengths)}
+        return {"shard": self.shard, "lengths": torch.tensor(self.lengths, dtype=torch.long)}
 
     @cached_property
     def _counts(self) -> Int[Tensor, "b ..."]:

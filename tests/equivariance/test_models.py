@@ -1,4 +1,4 @@
-"""Models turn and move with their input as far as they say and no further; causal ones look back."""
+"""Models turn and move with their input as far as they say, no further; causal ones look back."""
 
 import pytest
 import torch

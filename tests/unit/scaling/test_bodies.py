@@ -25,7 +25,8 @@ def outputs_and_gradients(model, batch: GeometricBatch, shard=None) -> list[Tens
     found = [getattr(out, field) for field in FIELDS]
     places = batch.index[0].to(found[0].dtype)
     mask = batch.mask.reshape(len(batch.mask), 1, -1)
-    total = sum((x.flatten(1, -2).square() * (1 + places.sin()) * mask).sum() for x in found)
+    terms = [(x.flatten(1, -2).square() * (1 + places.sin()) * mask).sum() for x in found]
+    total = torch.stack(terms).sum()
     gradients = torch.autograd.grad(total, leaves)
     return [x.detach() for x in (*found, *gradients)]
 

@@ -13,7 +13,7 @@ from data_pipeline.counter_rng import evaluation_key
 from data_pipeline.errors import RunError
 from data_pipeline.tasks.registry import build_task
 from scaling.engine.build import build_engine
-from scaling.models import build
+from scaling.models import Model, build
 from scaling.observe.memory import peak_bytes, reset_peak
 from scaling.observe.metrics import StepMeter
 from scaling.observe.profile import StepProfiler
@@ -186,7 +186,7 @@ class Crooked(PlainModel):
         return batch.replace(vectors=vectors)
 
 
-def evaluation(model: PlainModel, rows: int) -> Evaluation:
+def evaluation(model: Model, rows: int) -> Evaluation:
     task = build_task("recall", tokens=9, held_out_size=5)
     objective = Objective(model, Mesh(1, 1))
     engine = build_engine(
