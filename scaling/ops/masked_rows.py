@@ -6,7 +6,7 @@ bodies takes as many exchanges as one row.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -33,6 +33,9 @@ class MaskedRows:
     """Tokens of each whole row, where they are known; else the mask tells, and the host waits."""
     bodies: Sequence[Sequence[int]] | None = None
     """For each whole row the lengths of its bodies, in order. None: one body a row."""
+    _valid: Int[Tensor, "b ..."] | None = field(default=None, init=False)
+    """Counts, once exchanged. Not by cached_property: under its lock, which Python 3.11 shares among
+    all instances, ranks that are threads would wait for each other."""
 
     @classmethod
     def of(cls, batch: GeometricBatch, shard: SequenceShard | None) -> "MaskedRows":
@@ -50,7 +53,7 @@ class MaskedRows:
 
     def mean(self, x: Float[Tensor, "b ... n"]) -> Float[Tensor, "b ..."]:
         """Mean over the valid tokens of the whole row; 0 for a row without any."""
-        return _over(self.sum(x), self._all_ranks(self.mask.sum(-1)))
+        return _over(self.sum(x), self._row_counts())
 
     def body_mean(self, x: Float[Tensor, "b ... n"]) -> Float[Tensor, "b ... #n"]:
         """Mean over the valid tokens of each token's own body, (..., 1) where rows are one body."""
@@ -90,12 +93,15 @@ class MaskedRows:
         powers = [[max(n, 1) ** power for n in row] for row in self.bodies]
         return self._of_bodies(powers, 0, like.dtype).gather(1, self._body).unsqueeze(1)
 
-    @cached_property
+    @property
     def lengths(self) -> tuple[int, ...]:
         """Length of each row. Where it is not known, its last valid token's place plus one, gaps
         inside counted: then the host waits for the device."""
-        if self.known_lengths is not None:
-            return tuple(self.known_lengths)
+        if self.known_lengths is None:
+            self.known_lengths = self._measured_lengths()
+        return tuple(self.known_lengths)
+
+    def _measured_lengths(self) -> tuple[int, ...]:
         places = torch.where(self.mask, self._index + 1, 0)
         last = places.amax(-1) if places.shape[-1] else places.new_zeros(len(places))
         if self.shard is not None:
@@ -109,12 +115,16 @@ class MaskedRows:
             return {"shard": self.shard, "segments": self.bodies}
         return {"shard": self.shard, "lengths": torch.tensor(self.lengths, dtype=torch.long)}
 
-    @cached_property
+    @property
     def _counts(self) -> Int[Tensor, "b ..."]:
         """Valid tokens of each row, or of each of its bodies."""
-        if self.bodies is None:
-            return self._all_ranks(self.mask.sum(-1))
-        return self._sums(self.mask.long())
+        if self._valid is None:
+            several = self.bodies is not None
+            self._valid = self._sums(self.mask.long()) if several else self._row_counts()
+        return self._valid
+
+    def _row_counts(self) -> Int[Tensor, " b"]:
+        return self._all_ranks(self.mask.sum(-1))
 
     @cached_property
     def _index(self) -> Int[Tensor, " n"]:
@@ -154,8 +164,7 @@ class MaskedRows:
 
     def _at_tokens(self, values: Shaped[Tensor, "b ... m"]) -> Shaped[Tensor, "b ... n"]:
         """Each token's body's number."""
-        shape = (*values.shape[:-1], self.mask.shape[-1])
-        return values.gather(-1, _as_tokens(self._body, values).expand(shape))
+        return values.gather(-1, _as_tokens(self._body, values))
 
     def _all_ranks(self, total: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
         return total if self.shard is None else all_reduce_sum(total, self.shard.group, "sum")
@@ -168,8 +177,8 @@ def zero_invalid(
     return x.masked_fill(_as_tokens(~mask, x), 0)
 
 
-def _as_tokens(values: Shaped[Tensor, "b n"], x: Shaped[Tensor, "b ... n"]) -> Tensor:
-    """A number a token, alike for all channels of x: (b, 1, ..., n), or expanded to x's shape."""
+def _as_tokens(values: Shaped[Tensor, "b n"], x: Shaped[Tensor, "b ..."]) -> Tensor:
+    """A number a token, alike for all channels of x: (b, 1, ..., n), or expanded to (b, ..., n)."""
     rows, n = values.shape
     view = values.reshape(rows, *[1] * (x.ndim - 2), n)
     return view if values.dtype == torch.bool else view.expand(*x.shape[:-1], n)
