@@ -111,7 +111,7 @@ def case_split(group):
         errors = [
             compare(group, _geometric, n * dist.get_world_size(group), 2, **options)
             for n in (8, 32)
-            for options in ({}, {"padding": "causal"}, {"segments": [[n // 2, n // 2 - 1], [n]]})
+            for options in ({}, {"padding": "causal"}, {"bodies": [[n // 2, n // 2 - 1], [n]]})
         ]
     finally:
         transform.MKL_LIMIT = usual
@@ -133,14 +133,14 @@ def calls(draw):
         "keep_spectra": draw(st.booleans()),
         "workspace_bytes": draw(st.sampled_from([1, 20_000, 1 << 30])),
     }
-    kind = draw(st.sampled_from(["whole", "lengths", "segments"]))
+    kind = draw(st.sampled_from(["whole", "lengths", "bodies"]))
     if kind == "lengths":
         lengths = st.lists(st.integers(0, n), min_size=rows, max_size=rows)
         options["lengths"] = torch.tensor(draw(lengths))
-    if kind == "segments":
+    if kind == "bodies":
         cuts = st.lists(st.integers(0, n), max_size=5).map(sorted)
         all_cuts = [draw(cuts) for _ in range(rows)]
-        options["segments"] = [
+        options["bodies"] = [
             [b - a for a, b in zip([0, *cut], cut, strict=False)] for cut in all_cuts
         ]
     operator = draw(st.sampled_from([_scalar, _vector, _geometric]))
@@ -211,7 +211,7 @@ def unusual_inputs(group):
     assert scalar_long_conv(torch.zeros(2, 0), torch.zeros(2, 0), nothing).shape == (2, 0)
 
 
-def second_derivatives(group, segments):
+def second_derivatives(group, bodies):
     """Of a loss on a gradient, as of forces: everywhere, against one process."""
     n = 23
     shard = SequenceShard(n, group)
@@ -220,7 +220,7 @@ def second_derivatives(group, segments):
     found = []
     for part, where in ((shard.scatter(full), shard), (full, None)):
         q, k = (x.clone().requires_grad_() for x in part)
-        u = vector_long_conv(q, k, where, segments=segments, keep_spectra=False)
+        u = vector_long_conv(q, k, where, bodies=bodies, keep_spectra=False)
         first = torch.autograd.grad(u.pow(3).sum(), (q, k), create_graph=True)
         sum(x.pow(2).sum() for x in first).backward()
         found.append((q.grad, k.grad))
@@ -238,19 +238,19 @@ def test_unusual_inputs(distributed):
     distributed(second_derivatives, 3, [[7, 0, 11]])
 
 
-def nothing_leaks(group, segments):
+def nothing_leaks(group, bodies):
     """A body's values and gradients do not change by a bit when the others turn to NaN."""
     n = 64
     shard = SequenceShard(n, group)
     full = torch.randn(2, 1, 2, 3, n, generator=torch.Generator().manual_seed(2))
     body = torch.zeros(n, dtype=torch.bool)
-    start = sum(segments[0][:2])
-    body[start : start + segments[0][2]] = True
+    start = sum(bodies[0][:2])
+    body[start : start + bodies[0][2]] = True
     mine = shard.scatter(body)
     found = []
     for poison in (full, full.masked_fill(~body, torch.nan)):
         q, k = (x.clone().requires_grad_() for x in shard.scatter(poison))
-        u = vector_long_conv(q, k, shard, segments=segments)
+        u = vector_long_conv(q, k, shard, bodies=bodies)
         (u[..., mine] ** 2).sum().backward()
         found.append([u[..., mine], q.grad[..., mine], k.grad[..., mine]])
         if poison is full:  # what another body's token does to this one is exactly nothing
