@@ -69,6 +69,7 @@ class Convolution:
         """The parts of u."""
         self.in_place = (
             len(self.groups) == 1
+            and set(self.rows.values()) == {1}
             and self.groups[0].is_one_full_row(q[0].shape[-1])
             and q[0].dtype == self.transform.dtype.to_real()
             and all(x.shape[1] * x.shape[2] >= TOGETHER for x in (*q, *k))
@@ -96,14 +97,7 @@ class Convolution:
             }
         spectra: list[list[Block]] = [[] for _ in chunks]
         interleave(
-            self._chunk(
-                {part: x[:, chunk] for part, x in tokens.items()},
-                old,
-                sizes,
-                results,
-                chunk,
-                new if keep else None,
-            )
+            self._chunk(tokens, old, sizes, results, chunk, new if keep else None)
             for chunk, old, new in zip(chunks, kept or spectra, spectra, strict=True)
         )
         return results, spectra
@@ -132,6 +126,7 @@ class Convolution:
     ) -> Generator[None, None, None]:
         """One chunk of channels; pauses while an exchange is under way."""
         channels = chunk.stop - chunk.start
+        tokens = {part: x[:, chunk] for part, x in tokens.items()}
         stacks = self._stacks(tokens, channels)
         streams = [stack.streams for stack in stacks]
         pending = self.transform.start(self._fill(tokens, stacks), streams)

@@ -62,8 +62,10 @@ class RowGroup:
     """Lengths at which each row's result is folded; one if all are the same, none if nothing is."""
 
     def is_one_full_row(self, n_local: int) -> bool:
-        """Whether tensors of tokens are the rows already, on every rank."""
-        whole = set(map(len, self.runs.values())) == {1} and set(self.count.values()) == {1}
+        """Whether this rank's tokens of a tensor with one row are the group's only row already."""
+        whole = [run.tokens for runs in self.runs.values() for run in runs] == [
+            slice(0, n_local)
+        ] * 3
         return whole and self.frequencies.tokens == n_local
 
     def fill(self, role: Role, x: Tokens, out: Rows) -> None:
