@@ -17,6 +17,7 @@ one complex number.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from math import prod
 
 import torch
@@ -76,21 +77,22 @@ class Frequencies:
         travelling = (self.local + 1) // 2
         return [travelling * rank // self.ranks for rank in range(self.ranks + 1)]
 
-    def width(self, rank: int) -> int:
-        """Complex numbers of a stream in a rank's slice."""
-        return self.bounds[rank + 1] - self.bounds[rank]
+    @cached_property
+    def widths(self) -> list[int]:
+        """Complex numbers of a stream in each rank's slice."""
+        return [stop - start for start, stop in pairwise(self.bounds)]
 
-    @property
+    @cached_property
     def has_packed(self) -> bool:
         """Whether this rank's slice begins with k = 0 and L/2 packed together."""
-        at_start = self.bounds[self.rank] == 0 < self.width(self.rank)
+        at_start = self.bounds[self.rank] == 0 < self.widths[self.rank]
         return self.ranks > 1 and at_start and self.local % 2 == 0
 
     @cached_property
     def parts(self) -> list[Bins]:
         if self.ranks == 1:
             return [Bins(0, self.local // 2 + 1)]
-        width = self.width(self.rank) - self.has_packed
+        width = self.widths[self.rank] - self.has_packed
         main = Bins(self.bounds[self.rank] + self.has_packed, width)
         return [main, Bins(0, 2, self.local // 2)] if self.has_packed else [main]
 
@@ -226,7 +228,7 @@ class Transform:
 
     def _counts(self, streams: list[Streams]) -> list[int]:
         """Complex numbers of all streams in each rank's slice of k."""
-        return [sum(n * f.split * f.width(rank) for f, n in streams) for rank in range(self.ranks)]
+        return [sum(n * f.split * f.widths[rank] for f, n in streams) for rank in range(self.ranks)]
 
     def _pieces(
         self, wire: Tensor, streams: list[Streams], halves: list[Tensor]
@@ -235,14 +237,14 @@ class Transform:
         start = 0
         for rank in range(self.ranks):
             for (f, n), half in zip(streams, halves, strict=True):
-                shape = (f.split, n, f.width(rank))
+                shape = (f.split, n, f.widths[rank])
                 piece = wire[start : start + prod(shape)].view(shape)
                 start += prod(shape)
                 yield piece, half[..., f.bounds[rank] : f.bounds[rank + 1]]
 
     def _items(self, wire: Tensor, streams: list[Streams]) -> list[Tensor]:
         """Views (rank, phase, stream, k) of what this rank holds of each tensor."""
-        shapes = [(f.split, n, f.width(f.rank)) for f, n in streams]
+        shapes = [(f.split, n, f.widths[f.rank]) for f, n in streams]
         sizes = [prod(shape) for shape in shapes]
         items = wire.view(self.ranks, sum(sizes)).split(sizes, 1)
         return [x.unflatten(1, shape) for x, shape in zip(items, shapes, strict=True)]
