@@ -3,12 +3,14 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
 
 from scaling.long_conv.convolution import Convolution
+from scaling.long_conv.operands import Padding
 from scaling.long_conv.operators import geometric_long_conv, scalar_long_conv, vector_long_conv
 
 LENGTHS = (1, 2, 7, 16, 97, 120)
@@ -34,7 +36,7 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 @pytest.mark.parametrize("padding", ["circular", "causal"])
 @pytest.mark.parametrize("n", LENGTHS)
-def test_convolutions_are_the_sums_that_define_them(n, padding):
+def test_convolutions_are_the_sums_that_define_them(n, padding: Padding):
     """Scalar, vector and geometric; float64; 1 and 3 channels."""
     wrap = padding == "circular"
     for channels in (1, 3):
@@ -76,7 +78,7 @@ def test_gradients_pass_gradcheck():
     q, k = torch.randn(2, 2, 3, 5, dtype=torch.float64, requires_grad=True)
     s, t = torch.randn(2, 2, 5, dtype=torch.float64, requires_grad=True)
     lengths = torch.tensor([5, 3])
-    for padding in ("circular", "causal"):
+    for padding in get_args(Padding):
         for rows in (None, lengths):
             assert torch.autograd.gradcheck(
                 lambda q, k, p=padding, r=rows: vector_long_conv(q, k, None, p, r), (q, k)
@@ -122,12 +124,36 @@ def cross_of_means(a: Tensor, b: Tensor) -> Tensor:
     return torch.linalg.cross(a.mean(-1), b.mean(-1), dim=-1).unsqueeze(-1)
 
 
-def test_half_precision_is_transformed_in_float32():
+def test_half_precision_is_transformed_in_float32(monkeypatch):
+    """Also where autocast computes in half precision around it."""
+    transformed, rfft = [], torch.fft.rfft
+    monkeypatch.setattr(torch.fft, "rfft", lambda x: transformed.append(x.dtype) or rfft(x))
     q, k = torch.randn(2, 1, 3, 1 << 12, dtype=torch.float64)
-    result = vector_long_conv(q.bfloat16(), k.bfloat16())
-    assert result.dtype == torch.bfloat16
-    rounded = vector_long_conv(q.bfloat16().double(), k.bfloat16().double())
-    assert relative(result.double(), rounded) < 3e-3  # one rounding of the result, 2^-9
+    for autocast in (False, True):
+        for dtype in (torch.bfloat16, torch.float16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                result = vector_long_conv(q.to(dtype), k.to(dtype))
+            assert result.dtype == dtype
+            rounded = vector_long_conv(q.to(dtype).double(), k.to(dtype).double())
+            assert relative(result.double(), rounded) < 3e-3  # one rounding of the result, 2^-9
+    expected = vector_long_conv(q.float(), k.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(vector_long_conv(q.float(), k.float()), expected)
+    assert set(transformed) == {torch.float32, torch.float64}
+
+
+def test_a_huge_future_token_leaks_into_the_past_by_float32_rounding_alone():
+    """docs/long_convolution.md says how much; float64 leaks nothing that matters."""
+    n = 1 << 14
+    q, k = torch.randn(2, 1, n, dtype=torch.float64)
+    spiked = q.clone()
+    spiked[..., -1] = 1e6
+    leaks = []
+    for dtype in (torch.float32, torch.float64):
+        u, v = (scalar_long_conv(x.to(dtype), k.to(dtype), padding="causal") for x in (q, spiked))
+        leaks.append((u - v)[..., :-1].abs().max().item())
+    assert 0.1 < leaks[0] < 2.0
+    assert leaks[1] < 1e-8
 
 
 def test_terms_are_parts_of_the_whole_and_operands_may_be_missing():

@@ -1,7 +1,6 @@
 """The distributed long convolutions against one process: values and every gradient, on ranks that
 are threads; what they send, and that they never wait for a device."""
 
-from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
@@ -17,78 +16,8 @@ from scaling.long_conv import transform
 from scaling.long_conv.operators import geometric_long_conv, scalar_long_conv, vector_long_conv
 from scaling.parallel.collectives import traffic
 from scaling.parallel.shard import SequenceShard
+from tests.long_conv_cases import TERMS, TOLERANCE, Case
 from tests.threaded_ranks import run_threaded
-
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}
-TERMS = {  # names of the operands that they take
-    None: ("qs", "ks", "q", "k"),
-    ("scalar",): ("qs", "ks"),
-    ("dot", "cross"): ("q", "k"),
-    ("scale",): ("qs", "k"),
-    ("scalar", "scale"): ("qs", "ks", "q"),
-}
-
-
-@dataclass
-class Case:
-    """A call and what one process makes of it."""
-
-    operator: str
-    length: int
-    channels: int
-    rows: int
-    static: bool
-    dtype: torch.dtype
-    options: dict[str, Any]
-    seed: int
-    operands: dict[str, Tensor] = field(default_factory=dict, repr=False)
-    weights: list[Tensor] = field(default_factory=list, repr=False)
-    expected: list[Tensor] = field(default_factory=list, repr=False)
-
-    def __post_init__(self) -> None:
-        generator = torch.Generator().manual_seed(self.seed)
-
-        def numbers(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator, dtype=torch.float64).to(self.dtype)
-
-        q = (self.rows, self.channels)
-        k = (self.channels,) if self.static else q
-        vectors, n = {"scalar": (), "vector": (3,)}.get(self.operator), self.length
-        if vectors is not None:
-            self.operands = {"q": numbers(*q, *vectors, n), "k": numbers(*k, *vectors, n)}
-        else:
-            shapes = {"qs": (*q, n), "ks": (*k, n), "q": (*q, 3, n), "k": (*k, 3, n)}
-            names = TERMS[self.options.get("terms")]
-            self.operands = {name: numbers(*shapes[name]) for name in names}
-        whole = {name: x.clone().requires_grad_() for name, x in self.operands.items()}
-        results = self.call(whole, None)
-        self.weights = [numbers(*u.shape) for u in results]
-        torch.autograd.backward(results, self.weights)
-        self.expected = [*(u.detach() for u in results), *gradients(whole)]
-
-    def call(self, x: dict[str, Tensor], shard: SequenceShard | None) -> tuple[Tensor, ...]:
-        if self.operator == "geometric":
-            q, k = (x.get("qs"), x.get("q")), (x.get("ks"), x.get("k"))
-            return geometric_long_conv(q, k, shard, **self.options)
-        one = scalar_long_conv if self.operator == "scalar" else vector_long_conv
-        return (one(x["q"], x["k"], shard, **self.options),)
-
-    def error(self, group: Any) -> float:
-        """Largest one of this rank's values and gradients, relative to the whole tensor's norm."""
-        shard = SequenceShard(self.length, group)
-        local = {name: shard.scatter(x).requires_grad_() for name, x in self.operands.items()}
-        results = self.call(local, shard)
-        torch.autograd.backward(results, [shard.scatter(x) for x in self.weights])
-        errors = [
-            ((a - shard.scatter(b)).double().norm() / b.double().norm().clamp(min=1e-9)).item()
-            for a, b in zip([*results, *gradients(local)], self.expected, strict=True)
-        ]
-        return max(errors) if all(error == error for error in errors) else float("inf")
-
-
-def gradients(tensors: dict[str, Tensor]) -> list[Tensor]:
-    assert all(x.grad is not None for x in tensors.values())
-    return [x.grad for x in tensors.values() if x.grad is not None]
 
 
 def random_case(random: Random) -> Case:
@@ -152,6 +81,49 @@ def test_phases_of_a_rank_change_nothing(world, monkeypatch):
             for options in ({}, {"padding": "causal"}, {"bodies": [[n // 2, n // 2 - 1], [n]]})
         ],
     )
+
+
+def call_with_unusual_inputs(group: Any) -> None:
+    """Strided tensors, no channels, no rows, no tokens."""
+    shard = SequenceShard(50, group)
+    full = torch.randn(3, 50, 2, generator=torch.Generator().manual_seed(1)).double()
+    strided, whole = full[:, shard.index].permute(2, 0, 1), full.permute(2, 0, 1)
+    u = vector_long_conv(strided, strided.flip(0), shard)
+    assert torch.allclose(u, shard.scatter(vector_long_conv(whole, whole.flip(0))), atol=1e-12)
+    for shape in ((2, 0, shard.n_local), (0, 2, shard.n_local)):
+        assert scalar_long_conv(torch.zeros(shape), torch.zeros(shape), shard).shape == shape
+    nothing = SequenceShard(0, group)
+    assert scalar_long_conv(torch.zeros(2, 0), torch.zeros(2, 0), nothing).shape == (2, 0)
+
+
+def test_unusual_inputs():
+    run_threaded(call_with_unusual_inputs, 3)
+
+
+def poison_other_bodies(group: Any, bodies: list[list[int]]) -> None:
+    """A body's values and gradients do not change by a bit when the others turn to NaN."""
+    shard = SequenceShard(64, group)
+    full = torch.randn(2, 1, 2, 3, 64, generator=torch.Generator().manual_seed(2))
+    body = torch.zeros(64, dtype=torch.bool)
+    start = sum(bodies[0][:2])
+    body[start : start + bodies[0][2]] = True
+    mine = shard.scatter(body)
+    found = []
+    for poison in (full, full.masked_fill(~body, torch.nan)):
+        q, k = (x.clone().requires_grad_() for x in shard.scatter(poison))
+        u = vector_long_conv(q, k, shard, bodies=bodies)
+        (u[..., mine] ** 2).sum().backward()
+        assert q.grad is not None and k.grad is not None
+        found.append([u[..., mine], q.grad[..., mine], k.grad[..., mine]])
+        if poison is full:  # what another body's token does to this one is exactly nothing
+            assert not q.grad[..., ~mine].count_nonzero()
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_bodies_do_not_leak_into_each_other(world):
+    run_threaded(poison_other_bodies, world, [[5, 9, 17, 1, 20]])
 
 
 @pytest.fixture
@@ -230,7 +202,7 @@ def test_no_complex_and_no_half_precision_number_is_exchanged(monkeypatch):
             monkeypatch.setattr(dist, name, None)  # no other is called
     monkeypatch.setattr(dist, "all_to_all_single", spy)
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        on_meta(False, dtype, **MIXED)
+        on_meta(False, dtype, bodies=MIXED["bodies"])
         on_meta(True, dtype)
     assert set(sent) == {torch.float32} and len(sent) == 6 * 4 * 2
 
@@ -243,7 +215,7 @@ def test_no_matrix_product_of_spectra_runs_where_tf32_may_be_switched_on(monkeyp
         torch.set_float32_matmul_precision("high")
         assert torch.backends.cuda.matmul.allow_tf32
         with Operations() as operations:
-            on_meta(False, **MIXED)
+            on_meta(False, bodies=MIXED["bodies"])
     finally:
         torch.set_float32_matmul_precision(usual)
     assert "_fft_c2c" in operations.names
