@@ -60,6 +60,8 @@ class Convolution:
     transform: Transform
     rows: dict[Role, int]
     """Rows of each role's tensors; a static k has one for all."""
+    covered: bool
+    """Whether every token of every tensor is in one body, so that each is written once."""
     differentiable: bool
     workspace_bytes: int
     in_place: bool = False
@@ -68,9 +70,8 @@ class Convolution:
     def __call__(self, q: list[Tokens], k: list[Tokens]) -> tuple[Tokens, ...]:
         """The parts of u."""
         self.in_place = (
-            len(self.groups) == 1
+            [group.is_one_full_row(q[0].shape[-1]) for group in self.groups] == [True]
             and set(self.rows.values()) == {1}
-            and self.groups[0].is_one_full_row(q[0].shape[-1])
             and q[0].dtype == self.transform.dtype.to_real()
             and all(x.shape[1] * x.shape[2] >= TOGETHER for x in (*q, *k))
         )
@@ -91,8 +92,9 @@ class Convolution:
         sizes = {part: self.product.sizes[part[0]][part[1]] for part in self.product.parts(*wanted)}
         results: dict[Part, Tokens] = {}
         if not self.in_place or len(chunks) > 1:
+            new = some.new_empty if self.covered else some.new_zeros
             results = {
-                part: some.new_zeros(self.rows[part[0]], channels, size, n_local)
+                part: new(self.rows[part[0]], channels, size, n_local)
                 for part, size in sizes.items()
             }
         spectra: list[list[Block]] = [[] for _ in chunks]
@@ -138,11 +140,7 @@ class Convolution:
         streams = [stack.streams for stack in stacks]
         product = self.transform.empty(streams)
         blocks = self._blocks(product, stacks)
-        bins = ((group, bins) for group in self.groups for bins in group.frequencies.parts)
-        for (group, some), new, old, goal in zip(
-            bins, fresh, kept or [{} for _ in fresh], blocks, strict=True
-        ):
-            multiply(self.product, group, some, new, old, goal, keep is not None)
+        self._multiply(fresh, kept, blocks, keep is not None)
         del fresh, pending  # before room is made for what comes back
         pending = self.transform.start_back(product, streams)
         del product, blocks
@@ -155,6 +153,14 @@ class Convolution:
                 else:  # rows are the result; autograd lets nobody change one that is a view
                     shape = [rows.shape[axis] for axis in (2, 0, 1, 3)]
                     results[part] = torch.ops.aten._unsafe_view(rows, shape)
+
+    def _multiply(
+        self, fresh: list[Block], kept: list[Block], results: list[Block], keep: bool
+    ) -> None:
+        bins = ((group, bins) for group in self.groups for bins in group.frequencies.parts)
+        old = kept or [{} for _ in fresh]
+        for (group, some), *blocks in zip(bins, fresh, old, results, strict=True):
+            multiply(self.product, group, some, *blocks, keep=keep)
 
     def _stacks(self, parts: Iterable[Part], channels: int) -> list[Stack]:
         shapes = [

@@ -133,7 +133,7 @@ def _convolve(
     q: Operand, k: Operand, terms: Sequence[str] | None, call: Call
 ) -> tuple[Tensor, ...]:
     """The results that the terms make."""
-    lengths = check(q, k, call)
+    bodies = check(q, k, call)
     names = choose_terms(q, k, terms)
     some = next(x for x in q if x is not None)
     shard = None if call.shard is None or call.shard.size == 1 else call.shard
@@ -141,7 +141,7 @@ def _convolve(
 
     # Tensors get four axes: rows, channels, components, tokens. A static k has one row for all.
     batch, kernel = batch_shape(q), batch_shape(k)
-    static, by_row = len(kernel) < len(batch), lengths is not None
+    static, by_row = len(kernel) < len(batch), bodies is not None
     rows = batch[0] if by_row else prod(batch[: len(batch) - len(kernel)])
     channels = prod(batch[1:]) if by_row else prod(kernel)
     kernel = batch[1:] if static and by_row else kernel
@@ -156,7 +156,7 @@ def _convolve(
             if x is not None
         ]
 
-    bodies = [[total]] * rows if lengths is None else lengths
+    bodies = [[total]] * rows if bodies is None else bodies
     dtype = torch.promote_types(some.dtype, torch.float32)
     convolution = Convolution(
         trilinear_form(
@@ -167,6 +167,7 @@ def _convolve(
         ),
         Transform(shard, dtype, some.device, "long_conv"),
         {"q": rows, "k": kernels, "u": rows},
+        not static and all(sum(lengths) == total for lengths in bodies),
         torch.is_grad_enabled(),
         call.workspace_bytes,
     )
