@@ -2,7 +2,7 @@
 
 With v the conjugate of u's cotangent, a convolution u of q and k is one trilinear form in spectra,
 T = sum over frequencies of sign · q_i k_j v_o. The product is its derivative by v; the gradients of
-q and k are the conjugates of its derivatives by q and k; and so on for derivatives of these.
+q and k are the conjugates of its derivatives by q and k.
 """
 
 from collections.abc import Sequence
@@ -10,42 +10,53 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+from jaxtyping import Complex
 from torch import Tensor
 
 Role = str
 ROLES: tuple[Role, ...] = ("q", "k", "u")
 PRODUCTS = ("scalar", "dot", "scale", "cross")
+Part = tuple[Role, int]
+"""One of the tensors that a role consists of, by its number."""
 
 
 @dataclass(frozen=True)
 class TrilinearForm:
     """u_o = sum of sign · q_i k_j over the terms (i, j, o, sign).
 
-    parts: components of each tensor that a role consists of.
+    sizes: components of each tensor that a role consists of.
     """
 
-    parts: dict[Role, tuple[int, ...]]
+    sizes: dict[Role, tuple[int, ...]]
     terms: tuple[tuple[int, int, int, int], ...]
 
     def components(self, role: Role) -> int:
-        return sum(self.parts[role])
+        return sum(self.sizes[role])
 
-    def contract(self, role: Role, x: list[Tensor], y: list[Tensor], out: list[Tensor]) -> None:
-        """Writes the form's derivative by `role`; x and y are the others, in the order q, k, u.
+    def parts(self, *roles: Role) -> list[Part]:
+        return [(role, number) for role in roles for number in range(len(self.sizes[role]))]
 
-        x, y, out: the role's parts, (..., component, row, frequency).
-        """
+    def contract(
+        self,
+        role: Role,
+        others: dict[Part, Complex[Tensor, "*axes _ row k"]],
+        out: dict[Part, Complex[Tensor, "*axes _ row k"]],
+    ) -> None:
+        """Writes the form's derivative by `role` into its parts; components before row and k."""
+        x, y, o = (
+            [c for part in self.parts(r) for c in (out if r == role else others)[part].unbind(-3)]
+            for r in (*(r for r in ROLES if r != role), role)
+        )
         place = ROLES.index(role)
         first, second = (n for n in range(3) if n != place)
-        x, y, out = ([c for part in parts for c in part.unbind(-3)] for parts in (x, y, out))
         begun = set()
         for term in sorted(self.terms, key=lambda term: -term[3]):  # a first one has sign +1
-            a, b, o = x[term[first]], y[term[second]], term[place]
-            if o in begun:
-                out[o].addcmul_(a, b, value=term[3])
+            a, b, number = x[term[first]], y[term[second]], term[place]
+            if number in begun:
+                o[number].addcmul_(a, b, value=term[3])
             else:
-                torch.mul(a, b, out=out[o])
-                begun.add(o)
+                torch.mul(a, b, out=o[number])
+                begun.add(number)
 
 
 @lru_cache
@@ -86,14 +97,15 @@ def ramp(
     modulus: int,
     dtype: torch.dtype,
     device: torch.device,
-) -> Tensor:
-    """exp(2πi (start + step·j) t / modulus) for every t of `turns` and j < count: (turns, count).
+) -> Complex[Tensor, "turn {count}"]:
+    """exp(2πi (start + step·j) t / modulus) for every t of `turns` and j < count.
 
     Integers are reduced before they become angles, so that no digit is lost at any length; the
     exponentials are products of two short tables, so that few sines are taken.
     """
     block = max(1, 1 << (count.bit_length() // 2))
-    t = torch.tensor(turns, device=device).reshape(-1, 1)
+    t = torch.tensor(turns, pin_memory=device.type == "cuda").unsqueeze(1)
+    t = t.to(device, non_blocking=True)  # pinned: the host does not wait
 
     def table(first: int, stride: int, size: int) -> Tensor:
         places = (first + stride * torch.arange(size, device=device)) % modulus

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from data_pipeline.errors import ConfigError, ShapeError
@@ -12,7 +13,9 @@ from scaling.long_conv.form import PRODUCTS
 from scaling.parallel.shard import SequenceShard
 
 Padding = Literal["circular", "causal"]
-Segments = Sequence[Sequence[int]]
+Lengths = Sequence[int] | Int[Tensor, " rows"]
+"""True length of every row of the first axis; a tensor is copied to the host."""
+Bodies = Sequence[Sequence[int]]
 """Lengths of the bodies in every row of the first axis, one behind the other."""
 Operand = tuple[Tensor | None, Tensor | None]
 """Scalars (..., n) and vectors (..., 3, n)."""
@@ -24,9 +27,8 @@ class Call:
 
     shard: SequenceShard | None
     padding: Padding
-    lengths: Tensor | None
-    segments: Segments | None
-    keep_spectra: bool
+    lengths: Lengths | None
+    bodies: Bodies | None
     workspace_bytes: int
 
 
@@ -69,8 +71,9 @@ def choose_terms(q: Operand, k: Operand, terms: Sequence[str] | None) -> tuple[s
     return names
 
 
-def check(q: Operand, k: Operand, call: Call) -> None:
-    """Every rank checks the same facts, so all raise or none."""
+def check(q: Operand, k: Operand, call: Call) -> Bodies | None:
+    """The bodies of every row, if they are not all full rows; the only place that may wait for the
+    device, where lengths are a tensor. Every rank checks the same facts, so all raise or none."""
     if call.padding not in get_args(Padding):
         raise ConfigError(f"unknown padding {call.padding!r}; use one of {get_args(Padding)}")
     shard = call.shard
@@ -97,10 +100,15 @@ def check(q: Operand, k: Operand, call: Call) -> None:
     if shard is not None and some.shape[-1] != shard.n_local:
         raise ShapeError(f"{shard} holds {shard.n_local} tokens, but q is {tuple(some.shape)}")
     total = some.shape[-1] if shard is None else shard.length
-    if call.lengths is not None:
-        _check_lengths(call.lengths, batch, some, total)
-    if call.segments is not None:
-        _check_segments(call.segments, call.lengths, batch, some, total)
+    if call.lengths is None and call.bodies is None:
+        return None
+    if call.lengths is not None and call.bodies is not None:
+        raise ConfigError("give lengths or bodies: bodies bring their own lengths")
+    if call.bodies is not None:
+        _check_bodies(call.bodies, batch, some, total)
+        return call.bodies
+    assert call.lengths is not None
+    return [[length] for length in _host_lengths(call.lengths, batch, some, total)]
 
 
 def _check_operand(operand: Operand) -> None:
@@ -120,33 +128,35 @@ def _check_operand(operand: Operand) -> None:
         )
 
 
-def _check_lengths(lengths: Tensor, batch: tuple[int, ...], some: Tensor, total: int) -> None:
-    if lengths.dtype not in (torch.int32, torch.int64):
-        raise ShapeError(f"lengths are {lengths.dtype}; count tokens in int64")
-    if lengths.shape != batch[:1] or not batch:
+def _host_lengths(
+    lengths: Lengths, batch: tuple[int, ...], some: Tensor, total: int
+) -> Sequence[int]:
+    if isinstance(lengths, Tensor):
+        if lengths.dtype not in (torch.int32, torch.int64):
+            raise ShapeError(f"lengths are {lengths.dtype}; count tokens in int64")
+        if lengths.ndim == 1:
+            lengths = lengths.tolist()
+    if isinstance(lengths, Tensor) or not batch or len(lengths) != batch[0]:
+        said = tuple(lengths.shape) if isinstance(lengths, Tensor) else lengths
         raise ShapeError(
-            f"lengths {tuple(lengths.shape)} must be one a row of the first axis of"
-            f" {tuple(some.shape)}"
+            f"lengths {said} must be one a row of the first axis of {tuple(some.shape)}"
         )
-    if not all(0 <= length <= total for length in lengths.tolist()):
-        raise ShapeError(f"lengths {lengths.tolist()} must lie between 0 and {total}")
+    if not all(isinstance(length, int) and 0 <= length <= total for length in lengths):
+        raise ShapeError(f"lengths {lengths} must be integers between 0 and {total}")
+    return lengths
 
 
-def _check_segments(
-    segments: Segments, lengths: Tensor | None, batch: tuple[int, ...], some: Tensor, total: int
-) -> None:
-    if lengths is not None:
-        raise ConfigError("give lengths or segments: bodies bring their own lengths")
-    if not batch or len(segments) != batch[0]:
+def _check_bodies(bodies: Bodies, batch: tuple[int, ...], some: Tensor, total: int) -> None:
+    if not batch or len(bodies) != batch[0]:
         raise ShapeError(
-            f"segments of {len(segments)} rows must be one list a row of the first axis of"
+            f"bodies of {len(bodies)} rows must be one list a row of the first axis of"
             f" {tuple(some.shape)}"
         )
-    for row, bodies in enumerate(segments):
-        if not all(isinstance(length, int) for length in bodies):
-            raise ShapeError(f"segments of row {row} are {bodies!r}; use a list of ints")
-        if any(length < 0 for length in bodies) or sum(bodies) > total:
+    for row, lengths in enumerate(bodies):
+        if not all(isinstance(length, int) for length in lengths):
+            raise ShapeError(f"bodies of row {row} are {lengths!r}; use a list of ints")
+        if any(length < 0 for length in lengths) or sum(lengths) > total:
             raise ShapeError(
-                f"segments of row {row} make {sum(bodies)} tokens (shortest {min(bodies)}), but a"
+                f"bodies of row {row} make {sum(lengths)} tokens (shortest {min(lengths)}), but a"
                 f" row holds {total}"
             )

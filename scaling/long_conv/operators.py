@@ -19,21 +19,22 @@ from collections.abc import Sequence
 from math import prod
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from scaling.long_conv.convolution import Convolution
 from scaling.long_conv.form import trilinear_form
 from scaling.long_conv.operands import (
+    Bodies,
     Call,
+    Lengths,
     Operand,
     Padding,
-    Segments,
     batch_shape,
     check,
     choose_terms,
 )
-from scaling.long_conv.rows import bodies, whole_rows
+from scaling.long_conv.rows import row_groups
 from scaling.long_conv.transform import Transform
 from scaling.parallel.shard import SequenceShard
 from scaling.parallel.telemetry import timed
@@ -47,10 +48,9 @@ def scalar_long_conv(
     k: Float[Tensor, "*c n"],
     shard: SequenceShard | None = None,
     padding: Padding = "circular",
-    lengths: Int[Tensor, " rows"] | None = None,
+    lengths: Lengths | None = None,
     *,
-    segments: Segments | None = None,
-    keep_spectra: bool = True,
+    bodies: Bodies | None = None,
     workspace_bytes: int = WORKSPACE_BYTES,
 ) -> Float[Tensor, "*b n"]:
     """Convolution along the sequence: u_i = sum_j q_j k_{i-j}; no 1/N inside.
@@ -66,20 +66,19 @@ def scalar_long_conv(
 
     Args:
         lengths: true length of each row of the first axis; tokens beyond it are ignored, whatever
-            they hold, and their result is 0. None: all rows are full.
-        segments: instead of lengths: bodies that are convolved each on its own, as if they were
-            rows; nothing leaks from one to another. None: everything sees everything.
-        keep_spectra: keep the operands' spectra for the backward pass; else keep the operands and
-            transform them again (and exchange them again in the same all-to-all); only then is
-            there a second derivative.
+            they hold, and their result is 0. None: all rows are full. A tuple or list of ints costs
+            nothing; a tensor is copied to the host, which waits for the device.
+        bodies: instead of lengths: for each row the lengths of the bodies that are convolved each
+            on its own, as if they were rows; nothing leaks from one to another. None: everything
+            sees everything.
         workspace_bytes: channels go in chunks so that two chunks' buffers fit; while one chunk's
             exchange is under way the other's transforms run.
 
     Raises:
-        ShapeError: q, k, lengths, segments and the shard disagree (shows shapes and dtypes).
-        ConfigError: unknown padding, a shard whose layout is not cyclic, lengths and segments both.
+        ShapeError: q, k, lengths, bodies and the shard disagree (shows shapes and dtypes).
+        ConfigError: unknown padding, a shard whose layout is not cyclic, lengths and bodies both.
     """
-    call = Call(shard, padding, lengths, segments, keep_spectra, workspace_bytes)
+    call = Call(shard, padding, lengths, bodies, workspace_bytes)
     (u,) = _convolve((q, None), (k, None), ("scalar",), call)
     return u
 
@@ -89,17 +88,16 @@ def vector_long_conv(
     k: Float[Tensor, "*c 3 n"],
     shard: SequenceShard | None = None,
     padding: Padding = "circular",
-    lengths: Int[Tensor, " rows"] | None = None,
+    lengths: Lengths | None = None,
     *,
-    segments: Segments | None = None,
-    keep_spectra: bool = True,
+    bodies: Bodies | None = None,
     workspace_bytes: int = WORKSPACE_BYTES,
 ) -> Float[Tensor, "*b 3 n"]:
     """Cross-product convolution along the sequence: u_i = sum_j q_j × k_{i-j}; no 1/N inside.
 
     Polar q and k give an axial u. Everything else is as in `scalar_long_conv`.
     """
-    call = Call(shard, padding, lengths, segments, keep_spectra, workspace_bytes)
+    call = Call(shard, padding, lengths, bodies, workspace_bytes)
     (u,) = _convolve((None, q), (None, k), ("cross",), call)
     return u
 
@@ -109,11 +107,10 @@ def geometric_long_conv(
     k: tuple[Float[Tensor, "*c n"] | None, Float[Tensor, "*c 3 n"] | None],
     shard: SequenceShard | None = None,
     padding: Padding = "circular",
-    lengths: Int[Tensor, " rows"] | None = None,
+    lengths: Lengths | None = None,
     *,
     terms: Sequence[str] | None = None,
-    segments: Segments | None = None,
-    keep_spectra: bool = True,
+    bodies: Bodies | None = None,
     workspace_bytes: int = WORKSPACE_BYTES,
 ) -> tuple[Tensor, ...]:
     """Products of (scalar, vector) operands in one pass: (qs, q), (ks, k) -> (a, u, ua).
@@ -127,7 +124,7 @@ def geometric_long_conv(
             that are wanted. Results that no term makes are left out of the tuple; an operand that
             no term takes must be None. None: all terms that the operands allow.
     """
-    call = Call(shard, padding, lengths, segments, keep_spectra, workspace_bytes)
+    call = Call(shard, padding, lengths, bodies, workspace_bytes)
     return _convolve(q, k, terms, call)
 
 
@@ -136,22 +133,18 @@ def _convolve(
     q: Operand, k: Operand, terms: Sequence[str] | None, call: Call
 ) -> tuple[Tensor, ...]:
     """The results that the terms make."""
-    check(q, k, call)
+    bodies = check(q, k, call)
     names = choose_terms(q, k, terms)
     some = next(x for x in q if x is not None)
     shard = None if call.shard is None or call.shard.size == 1 else call.shard
     total = some.shape[-1] if shard is None else shard.length
-    lengths = None if call.lengths is None else call.lengths.tolist()
-    circular = call.padding == "circular"
 
     # Tensors get four axes: rows, channels, components, tokens. A static k has one row for all.
     batch, kernel = batch_shape(q), batch_shape(k)
-    static, by_row = len(kernel) < len(batch), lengths is not None or call.segments is not None
+    static, by_row = len(kernel) < len(batch), bodies is not None
     rows = batch[0] if by_row else prod(batch[: len(batch) - len(kernel)])
     channels = prod(batch[1:]) if by_row else prod(kernel)
     kernel = batch[1:] if static and by_row else kernel
-    if static and lengths is not None and circular:
-        kernel, static = batch, False  # k is cut at every row's own length
     kernels = 1 if static else rows
 
     def with_four_axes(operand: Operand, shape: tuple[int, ...], rows: int) -> list[Tensor]:
@@ -163,21 +156,19 @@ def _convolve(
             if x is not None
         ]
 
-    if total == 0 or rows == 0 or channels == 0:
-        groups = []
-    elif call.segments is not None:
-        groups = bodies(call.segments, circular, shard, static, some.device)
-    else:
-        groups = whole_rows(total, lengths, circular, shard, rows, kernels, some.device)
+    bodies = [[total]] * rows if bodies is None else bodies
     dtype = torch.promote_types(some.dtype, torch.float32)
     convolution = Convolution(
         trilinear_form(
             (q[0] is not None, k[0] is not None), (q[1] is not None, k[1] is not None), names
         ),
-        groups,
-        Transform(shard, [group.frequencies for group in groups], dtype, some.device, "long_conv"),
+        row_groups(
+            bodies if channels else [], call.padding == "circular", static, shard, some.device
+        ),
+        Transform(shard, dtype, some.device, "long_conv"),
         {"q": rows, "k": kernels, "u": rows},
-        call.keep_spectra and torch.is_grad_enabled(),
+        not static and all(sum(lengths) == total for lengths in bodies),
+        torch.is_grad_enabled(),
         call.workspace_bytes,
     )
     results = convolution(with_four_axes(q, batch, rows), with_four_axes(k, kernel, kernels))

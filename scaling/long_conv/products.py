@@ -4,52 +4,57 @@ from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
+from jaxtyping import Complex
 from torch import Tensor
 
-from scaling.long_conv.form import ROLES, Role, TrilinearForm, ramp
+from scaling.long_conv.form import Part, Role, TrilinearForm, ramp
 from scaling.long_conv.rows import RowGroup
-from scaling.long_conv.transform import Frequencies
+from scaling.long_conv.transform import Bins, Frequencies
 
 CACHED = 1 << 15
 """Complex numbers of a component that a CPU works on at once: all components fit its cache."""
 
 
+Block = dict[Part, Complex[Tensor, "_ _ _ _ _ _"]]
+"""Some frequencies of every part: (rank, phase, channel, component, row, k)."""
+
+
 def multiply(
     product: TrilinearForm,
     group: RowGroup,
-    number: int,
-    fresh: dict[Role, list[Tensor]],
-    kept: dict[Role, list[Tensor]],
-    results: dict[Role, list[Tensor]],
+    bins: Bins,
+    fresh: Block,
+    kept: Block,
+    results: Block,
     keep: bool,
 ) -> None:
-    """Fills the results of one part of a group's frequencies, tile by tile.
+    """Fills the results at some of a group's frequencies, tile by tile.
 
-    Tensors are (rank, phase, channel, component, row, k), a role's parts one behind the other.
     fresh and results are polyphase components, kept are spectra; `keep` turns fresh into spectra.
     """
-    some = next(iter(results.values()))[0]
-    rows = max(group.rows(role) for role in ROLES)
-    twiddle = _twiddle(group.frequencies, number, some.dtype, some.device)
-    factor = group.factor(group.frequencies.parts[number], some.dtype, some.device)
+    some = next(iter(results.values()))
+    rows = max(group.count.values())
+    roles = dict.fromkeys(role for role, _ in results)
+    twiddle = _twiddle(group.frequencies, bins, some.dtype, some.device)
+    factor = group.factor(bins, some.dtype, some.device)
     for c, k in _tiles(some, rows):
         at = (..., c, slice(None), slice(None), k)
         turn = None if twiddle is None else twiddle[..., k]
         phase = None if factor is None else factor[..., k].unsqueeze(-3)
-        spectra = {role: [x[at] for x in tensors] for role, tensors in kept.items()}
-        for role, tensors in fresh.items():
-            spectra[role] = [_enter(role, x[at], turn, phase) for x in tensors]
+        spectra = {part: x[at] for part, x in kept.items()}
+        for part, x in fresh.items():
+            spectra[part] = _enter(part[0], x[at], turn, phase)
             if keep and turn is not None:
-                for x, spectrum in zip(tensors, spectra[role], strict=True):
-                    x[at] = spectrum
-        for role, tensors in results.items():
-            goals = [x[at] for x in tensors]
-            in_place = turn is None and group.rows(role) == rows
-            out = goals if in_place else [_with_rows(goal, rows) for goal in goals]
-            x, y = (spectra[other] for other in ROLES if other != role)
-            product.contract(role, x, y, out)
-            for goal, spectrum in zip(goals, out, strict=True):
-                _leave(role, spectrum, turn, phase, goal)
+                x[at] = spectra[part]
+        goals = {part: x[at] for part, x in results.items()}
+        out = {
+            part: x if turn is None and x.shape[-2] == rows else _with_rows(x, rows)
+            for part, x in goals.items()
+        }
+        for role in roles:
+            product.contract(role, spectra, out)
+        for part, spectrum in out.items():
+            _leave(part[0], spectrum, turn, phase, goals[part])
 
 
 def _enter(role: Role, x: Tensor, turn: Tensor | None, phase: Tensor | None) -> Tensor:
@@ -95,8 +100,14 @@ def _tiles(x: Tensor, rows: int) -> Iterator[tuple[slice, slice]]:
 
 
 def _over_phases(x: Tensor, inverse: bool = False) -> Tensor:
-    """The Fourier transform over ranks and phases: few, so a matrix product is fastest."""
+    """The Fourier transform over ranks and phases.
+
+    There are few: on a CPU a matrix product is fastest. On a GPU the same product may run in TF32,
+    switched on by a container's environment or another library, and lose four of its digits.
+    """
     ranks, split = x.shape[:2]
+    if x.device.type != "cpu":  # split is 1
+        return torch.fft.ifft(x, dim=0) if inverse else torch.fft.fft(x, dim=0)
     matrix = _fourier_matrix(ranks, split, inverse, x.dtype, x.device)
     return (matrix @ x.reshape(ranks * split, -1)).view(x.shape)
 
@@ -112,12 +123,11 @@ def _fourier_matrix(
 
 @lru_cache(maxsize=8)
 def _twiddle(
-    frequencies: Frequencies, number: int, dtype: torch.dtype, device: torch.device
-) -> Tensor | None:
-    """exp(-2πi p k / T) for the first token p of every phase: (rank, phase, 1, 1, 1, k); None
-    where there is one phase."""
+    frequencies: Frequencies, bins: Bins, dtype: torch.dtype, device: torch.device
+) -> Complex[Tensor, "rank phase 1 1 1 k"] | None:
+    """exp(-2πi p k / T) for the first token p of every phase; None where there is one phase."""
     if len(frequencies.phases) == 1:
         return None
-    part, phases = frequencies.parts[number], frequencies.phases
-    table = ramp(part.start, part.step, part.count, phases, frequencies.transform, dtype, device)
-    return table.conj_physical().view(frequencies.ranks, frequencies.split, 1, 1, 1, part.count)
+    phases, (first, step, count) = frequencies.phases, (bins.start, bins.step, bins.count)
+    table = ramp(first, step, count, phases, frequencies.transform, dtype, device)
+    return table.conj_physical().view(frequencies.ranks, frequencies.split, 1, 1, 1, count)

@@ -3,192 +3,168 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
+from jaxtyping import Complex, Float
 from torch import Tensor
 
 from scaling.long_conv.form import Role, fast_length, padded_length, transform_length
 from scaling.long_conv.transform import Bins, Frequencies, frequencies
 from scaling.parallel.shard import SequenceShard
 
+Tokens = Float[Tensor, "row channel component n_local"]
+Rows = Float[Tensor, "channel component group_row place"]
 
-@dataclass
-class WholeRows:
-    """Every row of the first axis, from its first token on; a static k has one row for all."""
 
-    frequencies: Frequencies
-    shard: SequenceShard | None
+class Body(NamedTuple):
+    """Tokens start ... start + length - 1 of a row, convolved as a row of their own."""
+
+    row: int
+    start: int
     length: int
-    lengths: Sequence[int] | None
-    """True length of each row."""
-    count: int
-    kernels: int
-    """Rows of k."""
-    wraps: Sequence[int] | None
-    """Lengths at which results are folded: one for all rows or one each."""
-    complete = True  # reads every token of a result
 
-    def rows(self, role: Role) -> int:
-        return self.kernels if role == "k" else self.count
 
-    def fill(self, role: Role, x: Tensor, out: Tensor) -> None:
-        """Puts tokens (row, channel, component, n_local) into rows (channel, component, row, token)
-        with zeros around."""
-        n = x.shape[-1]
-        out[..., :n] = x.permute(1, 2, 0, 3)
-        out[..., n:] = 0
-        if self.beyond is not None and self.rows(role) == self.count:
-            out[..., :n].masked_fill_(self.beyond.to(x.device), 0)  # also where it holds NaN
+@dataclass(frozen=True)
+class Run:
+    """Rows of a group and the tokens of a tensor's rows that they hold."""
 
-    def read(self, role: Role, rows: Tensor, out: Tensor) -> None:
-        """Puts the tokens of rows back."""
-        out.copy_(rows[..., : out.shape[-1]].permute(2, 0, 1, 3))
-        if self.beyond is not None and self.rows(role) == self.count:
-            out.masked_fill_(self.beyond.to(out.device)[:, None, None], 0)
-
-    @property
-    def is_one_full_row(self) -> bool:
-        """Whether tensors of tokens are the rows already, on every rank."""
-        full = self.frequencies.transform == self.length
-        return full and self.count == self.kernels == 1 and self.beyond is None
-
-    @cached_property
-    def beyond(self) -> Tensor | None:
-        """Local tokens behind their row's end, (row, n_local); None if there is none anywhere."""
-        if self.lengths is None or set(self.lengths) == {self.length}:
-            return None
-        index = torch.arange(self.length) if self.shard is None else self.shard.index
-        return index >= torch.tensor(self.lengths).reshape(-1, 1)
-
-    def factor(self, part: Bins, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-        """What the product's spectrum is multiplied with: (rank, phase, 1, row, k)."""
-        if self.wraps is None:
-            return None
-        fold = 1 + self.frequencies.exponentials(part, list(self.wraps), dtype, device)
-        return fold.unsqueeze(2)
+    rows: slice
+    sources: slice
+    """Rows of the tensor."""
+    tokens: slice
+    """Tokens of the tensor, on this rank."""
+    places: slice
+    """The same tokens in a row of the group."""
 
 
 @dataclass
-class Bodies:
-    """Runs of tokens, each a row of its own: what lies in another row cannot leak.
+class RowGroup:
+    """Bodies that are transformed at one length: what lies in another row cannot leak.
 
     A body that starts at token s begins in local place s div P of its ranks, as token o = s mod P
     of its row. The product of q and k then begins at token 2o (o for a static k, whose rows begin
     at 0), and a phase brings it back.
+
+    A static k has one row for all where each body may see all of it: where they have one length or
+    nothing wraps. Else it has one row a body, cut at the body's length.
     """
 
     frequencies: Frequencies
-    places: dict[Role, tuple[Tensor, Tensor, Tensor]]
-    """Row and local token of every token of the bodies, and its place in rows · tokens."""
-    count: int
+    runs: dict[Role, list[Run]]
+    count: dict[Role, int]
+    """Rows of each role."""
+    static: bool
     shifts: list[int]
-    """Tokens that the result of each row is moved back by."""
-    wraps: list[int] | None
-    """Lengths of the bodies where they are circular."""
-    complete = False  # there may be tokens behind the last body, and other groups
+    """Tokens that the result of each row is moved back by; one number if all are the same."""
+    wraps: list[int]
+    """Lengths at which each row's result is folded; one if all are the same, none if nothing is."""
 
-    def rows(self, role: Role) -> int:
-        return self.count
+    def is_one_full_row(self, n_local: int) -> bool:
+        """Whether this rank's tokens of a tensor with one row are the group's only row already."""
+        whole = [run.tokens for runs in self.runs.values() for run in runs] == [
+            slice(0, n_local)
+        ] * 3
+        return whole and self.frequencies.tokens == n_local
 
-    def fill(self, role: Role, x: Tensor, out: Tensor) -> None:
-        row, token, place = (index.to(x.device) for index in self.places[role])
-        out.zero_()
-        out.flatten(2)[..., place] = x.permute(1, 2, 0, 3)[:, :, row, token].to(out.dtype)
+    def fill(self, role: Role, x: Tokens, out: Rows) -> None:
+        """Puts tokens into rows, with zeros around, whatever else the tensor holds."""
+        for run in self.runs[role]:
+            rows = out[:, :, run.rows]
+            rows[..., : run.places.start] = 0
+            rows[..., run.places] = x[run.sources, ..., run.tokens].permute(1, 2, 0, 3)
+            rows[..., run.places.stop :] = 0
 
-    def read(self, role: Role, rows: Tensor, out: Tensor) -> None:
-        """Adds where bodies share a token of a static k."""
-        row, token, place = (index.to(out.device) for index in self.places[role])
-        tokens = rows.flatten(2)[..., place].to(out.dtype)
-        if len(out) == 1:
-            out[0].index_add_(-1, token, tokens)
-        else:
-            out.permute(1, 2, 0, 3)[:, :, row, token] = tokens
+    def read(self, role: Role, rows: Rows, out: Tokens) -> None:
+        """Puts tokens of rows back; adds where bodies share those of a static k."""
+        for run in self.runs[role]:
+            tokens = rows[:, :, run.rows, run.places].permute(2, 0, 1, 3)
+            goal = out[run.sources, ..., run.tokens]
+            goal.add_(tokens) if self.static and role == "k" else goal.copy_(tokens)
 
-    def factor(self, part: Bins, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    def factor(
+        self, bins: Bins, dtype: torch.dtype, device: torch.device
+    ) -> Complex[Tensor, "rank phase 1 #row k"] | None:
+        """What the product's spectrum is multiplied with; None: nothing."""
         factor = None
         if any(self.shifts):
-            factor = self.frequencies.exponentials(part, self.shifts, dtype, device)
-        if self.wraps is not None:
-            fold = 1 + self.frequencies.exponentials(part, self.wraps, dtype, device)
-            factor = fold if factor is None else fold.mul_(factor)
+            factor = self.frequencies.exponentials(bins, self.shifts, dtype, device)
+        if self.wraps:
+            fold = 1 + self.frequencies.exponentials(bins, self.wraps, dtype, device)
+            factor = fold if factor is None else fold * factor
         return None if factor is None else factor.unsqueeze(2)
 
 
-RowGroup = WholeRows | Bodies
-"""Rows of one transform length."""
-
-
-def whole_rows(
-    length: int,
-    lengths: Sequence[int] | None,
+def row_groups(
+    bodies: Sequence[Sequence[int]],
     circular: bool,
-    shard: SequenceShard | None,
-    count: int,
-    kernels: int,
-    device: torch.device,
-) -> list[RowGroup]:
-    """One group of all rows. lengths: None if all have the full length."""
-    ranks = 1 if shard is None else shard.size
-    wraps = None if not circular else lengths if lengths is not None else [length]
-    transform, fold = transform_length(length, ranks, wraps)
-    if wraps is not None and len(set(wraps)) == 1:
-        wraps = wraps[:1]
-    bins = frequencies(transform // ranks, shard, device)
-    return [WholeRows(bins, shard, length, lengths, count, kernels, wraps if fold else None)]
-
-
-def bodies(
-    segments: Sequence[Sequence[int]],
-    circular: bool,
-    shard: SequenceShard | None,
     static: bool,
+    shard: SequenceShard | None,
     device: torch.device,
 ) -> list[RowGroup]:
     """Bodies of like length in one group: their transforms differ by less than a factor of two.
 
-    segments: lengths of the bodies of each row of the first axis, one behind the other.
+    bodies: their lengths in each row of the first axis, one behind the other.
     """
     ranks = 1 if shard is None else shard.size
-    groups: defaultdict[int, list[tuple[int, int, int, int]]] = defaultdict(list)
-    for row, lengths in enumerate(segments):
+    groups: defaultdict[int, list[Body]] = defaultdict(list)
+    for row, lengths in enumerate(bodies):
         start = 0
         for length in lengths:
             if length:
-                padded = padded_length(length, ranks, circular) // ranks
-                local = max(padded, -(-(start % ranks + length) // ranks))
-                groups[local.bit_length()].append((row, start, length, local))
+                groups[padded_length(length, ranks, circular).bit_length()].append(
+                    Body(row, start, length)
+                )
             start += length
-    found = []
-    for size in sorted(groups):
-        row, start, length, least = torch.tensor(groups[size]).T
-        bins = frequencies(fast_length(int(least.max())), shard, device)
-        data = _places(row, start, length, bins)
-        found.append(
-            Bodies(
-                bins,
-                {
-                    "q": data,
-                    "k": _places(row * 0, start * 0, length, bins) if static else data,
-                    "u": data,
-                },
-                len(row),
-                [0] * len(row) if static else (start % ranks).tolist(),
-                length.tolist() if circular else None,
-            )
-        )
-    return found
+    return [_group(groups[size], circular, static, shard, device) for size in sorted(groups)]
 
 
-def _places(
-    row: Tensor, start: Tensor, length: Tensor, bins: Frequencies
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of every token of the bodies on this rank: row, local token and place in rows · tokens."""
-    rank, ranks = bins.rank, bins.ranks
-    first = (start - rank + ranks - 1) // ranks
-    stop = (start + length - rank + ranks - 1) // ranks
-    counts = stop - first
-    before = counts.cumsum(0) - counts
-    token = torch.arange(int(counts.sum())) + (first - before).repeat_interleave(counts)
-    place = torch.arange(len(row)) * bins.tokens - start // ranks
-    return row.repeat_interleave(counts), token, token + place.repeat_interleave(counts)
+def _group(
+    bodies: list[Body],
+    circular: bool,
+    static: bool,
+    shard: SequenceShard | None,
+    device: torch.device,
+) -> RowGroup:
+    ranks = 1 if shard is None else shard.size
+    shifts = [body.start % ranks for body in bodies]
+    lengths = sorted({body.length for body in bodies})
+    wraps = [body.length for body in bodies] if circular else None
+    if any(shifts):
+        total, fold = padded_length(lengths[-1], ranks, circular), circular
+    else:
+        total, fold = transform_length(lengths[-1], ranks, wraps)
+    beyond = max(-(-(s + b.length) // ranks) for s, b in zip(shifts, bodies, strict=True))
+    local = total // ranks if total // ranks >= beyond else fast_length(beyond)
+    bins = frequencies(local, shard, device)
+    data = _runs(bodies, bins)
+    shared = static and (len(lengths) == 1 or not circular)
+    kernels = lengths[-1:] if shared else [body.length for body in bodies]
+    kernel = _runs([Body(0, 0, length) for length in kernels], bins) if static else data
+    return RowGroup(
+        bins,
+        {"q": data, "k": kernel, "u": data},
+        {"q": len(bodies), "k": len(kernels), "u": len(bodies)},
+        static,
+        _alike([0] if static else shifts),
+        _alike(wraps or []) if fold else [],
+    )
+
+
+def _alike(numbers: list[int]) -> list[int]:
+    return numbers[:1] if len(set(numbers)) == 1 else numbers
+
+
+def _runs(bodies: list[Body], bins: Frequencies) -> list[Run]:
+    """Where the bodies' tokens on this rank lie; neighbouring rows that are alike make one run."""
+    runs = []
+    alike = groupby(enumerate(bodies), lambda pair: (pair[1].row - pair[0], *pair[1][1:]))
+    for (above, start, length), members in alike:
+        numbers = [number for number, _ in members]
+        rows = slice(numbers[0], numbers[-1] + 1)
+        sources = slice(rows.start + above, rows.stop + above)
+        first, stop = (-(-(edge - bins.rank) // bins.ranks) for edge in (start, start + length))
+        before = start // bins.ranks
+        runs.append(Run(rows, sources, slice(first, stop), slice(first - before, stop - before)))
+    return runs

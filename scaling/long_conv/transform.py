@@ -14,11 +14,14 @@ Of the L numbers that rfft_L makes of L tokens, exactly L travel: the real bins 
 one complex number.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from math import prod
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from scaling.long_conv.form import ramp
@@ -74,21 +77,22 @@ class Frequencies:
         travelling = (self.local + 1) // 2
         return [travelling * rank // self.ranks for rank in range(self.ranks + 1)]
 
-    def width(self, rank: int) -> int:
-        """Complex numbers of a stream in a rank's slice."""
-        return self.bounds[rank + 1] - self.bounds[rank]
+    @cached_property
+    def widths(self) -> list[int]:
+        """Complex numbers of a stream in each rank's slice."""
+        return [stop - start for start, stop in pairwise(self.bounds)]
 
-    @property
+    @cached_property
     def has_packed(self) -> bool:
         """Whether this rank's slice begins with k = 0 and L/2 packed together."""
-        at_start = self.bounds[self.rank] == 0 < self.width(self.rank)
+        at_start = self.bounds[self.rank] == 0 < self.widths[self.rank]
         return self.ranks > 1 and at_start and self.local % 2 == 0
 
     @cached_property
     def parts(self) -> list[Bins]:
         if self.ranks == 1:
             return [Bins(0, self.local // 2 + 1)]
-        width = self.width(self.rank) - self.has_packed
+        width = self.widths[self.rank] - self.has_packed
         main = Bins(self.bounds[self.rank] + self.has_packed, width)
         return [main, Bins(0, 2, self.local // 2)] if self.has_packed else [main]
 
@@ -116,169 +120,144 @@ def frequencies(tokens: int, shard: SequenceShard | None, device: torch.device) 
     return Frequencies(tokens // split, rank, ranks, split)
 
 
-Streams = list[list[int]]
-"""Numbers of streams: of every tensor (stream, L) of every group."""
+Streams = tuple[Frequencies, int]
+"""What is transformed as one tensor: at which length, and how many."""
 
 
 @dataclass
 class Spectra:
-    """Frequencies of streams: group, part, tensor (rank, phase, stream, k)."""
+    """Frequencies of streams."""
 
-    parts: list[list[list[Tensor]]]
+    parts: list[Tensor]
+    """(rank, phase, stream, k) of every part of every tensor."""
     wire: Tensor | None
     """What came from the other ranks or goes back to them; parts are views of it."""
 
 
 class Transform:
-    """Streams of tokens there and back; rows of several lengths (groups) travel together.
+    """Streams of tokens there and back; rows of several lengths travel together.
 
     Between `start` and `finish` the exchange is under way. What `finish` gives and `start_back`
     takes are polyphase components still, without twiddle and transform over the phases.
     """
 
     def __init__(
-        self,
-        shard: SequenceShard | None,
-        groups: list[Frequencies],
-        dtype: torch.dtype,
-        device: torch.device,
-        operator: str,
+        self, shard: SequenceShard | None, dtype: torch.dtype, device: torch.device, operator: str
     ) -> None:
-        self.shard, self.groups, self.operator = shard, groups, operator
+        self.shard, self.operator = shard, operator
         self.dtype, self.device = dtype.to_complex(), device
         self.ranks = 1 if shard is None else shard.size
 
-    def tokens(self, streams: int, group: Frequencies) -> Tensor:
-        """To be filled and sent: (stream, L)."""
-        return torch.empty(streams, group.tokens, dtype=self.dtype.to_real(), device=self.device)
+    def tokens(self, streams: Streams) -> Float[Tensor, "stream token"]:
+        """To be filled and sent."""
+        shape = (streams[1], streams[0].tokens)
+        return torch.empty(shape, dtype=self.dtype.to_real(), device=self.device)
 
-    def start(self, tokens: list[list[Tensor]]) -> "list[list[Tensor]] | Exchange":
-        """Transforms (stream, token) of each group and sends off what other ranks need."""
+    def start(self, tokens: list[Tensor], streams: list[Streams]) -> list[Tensor] | Exchange:
+        """Transforms (stream, token) and sends off what other ranks need."""
         halves = [
-            [torch.fft.rfft(_cut(x, group.split)) for x in tensors]
-            for group, tensors in zip(self.groups, tokens, strict=True)
+            torch.fft.rfft(_cut(x, f.split)) for x, (f, _) in zip(tokens, streams, strict=True)
         ]
-        del tokens  # here and below: before room is made for what comes next
+        tokens.clear()  # before room is made for what comes next
         if self.shard is None:
             return halves
-        wire, counts = self._pack(halves)
-        del halves
-        return self._exchange(wire, counts, back=False)
-
-    def _pack(self, halves: list[list[Tensor]]) -> tuple[Tensor, list[int]]:
-        """What is sent, and how much to each rank; overwrites the imaginary part of k = 0."""
-        streams = [[half.shape[1] for half in tensors] for tensors in halves]
-        for group, tensors in zip(self.groups, halves, strict=True):
-            for half in tensors if group.local % 2 == 0 else ():
+        wire = torch.empty(sum(self._counts(streams)), dtype=self.dtype, device=self.device)
+        for (f, _), half in zip(streams, halves, strict=True):
+            if f.local % 2 == 0:
                 half[..., 0].imag.copy_(half[..., -1].real)
-        counts = self._counts(streams)
-        wire = torch.empty(sum(counts), dtype=self.dtype, device=self.device)
-        for rank, block in enumerate(wire.split(counts)):
-            for piece, half in self._pieces(block, rank, streams, halves):
-                piece.copy_(half)
-        return wire, counts
+        for piece, half in self._pieces(wire, streams, halves):
+            piece.copy_(half)
+        halves.clear()
+        return self._exchange(wire, streams, back=False)
 
-    def finish(self, pending: "list[list[Tensor]] | Exchange", streams: Streams) -> Spectra:
+    def finish(self, pending: list[Tensor] | Exchange, streams: list[Streams]) -> Spectra:
         if isinstance(pending, Exchange):
             return self._spectra(pending.wait(), streams)
-        return self._alone(pending)
+        return Spectra([half.unsqueeze(0) for half in pending], None)
 
-    def empty(self, streams: Streams) -> Spectra:
+    def empty(self, streams: list[Streams]) -> Spectra:
         """To be filled and sent back."""
         if self.shard is None:
-            return self._alone(self._halves(streams))
+            return self.finish(self._halves(streams), streams)
         numbers = self.ranks * self._counts(streams)[self.shard.rank]
         return self._spectra(torch.empty(numbers, dtype=self.dtype, device=self.device), streams)
 
-    def start_back(self, spectra: Spectra, streams: Streams) -> "Spectra | Exchange":
+    def start_back(self, spectra: Spectra, streams: list[Streams]) -> list[Tensor] | Exchange:
         if spectra.wire is None:
-            return spectra
-        items = self._items(spectra.wire, streams)
-        for group, tensors, parts in zip(self.groups, items, spectra.parts, strict=True):
-            if group.has_packed:
-                for item, ends in zip(tensors, parts[1], strict=True):
-                    item[..., 0] = torch.complex(ends[..., 0].real, ends[..., 1].real)
-        return self._exchange(spectra.wire, self._counts(streams), back=True)
+            return [part[0] for part in spectra.parts]
+        parts = iter(spectra.parts)
+        for (f, _), item in zip(streams, self._items(spectra.wire, streams), strict=True):
+            next(parts)  # lies in the wire
+            if f.has_packed:
+                ends = next(parts)
+                item[..., 0] = torch.complex(ends[..., 0].real, ends[..., 1].real)
+        return self._exchange(spectra.wire, streams, back=True)
 
-    def finish_back(self, pending: "Spectra | Exchange", streams: Streams) -> list[list[Tensor]]:
-        """Tokens (stream, token) of each group."""
-        if isinstance(pending, Spectra):
-            halves = [[tensor[0] for tensor in parts[0]] for parts in pending.parts]
-        else:
+    def finish_back(
+        self, pending: list[Tensor] | Exchange, streams: list[Streams]
+    ) -> list[Float[Tensor, "stream token"]]:
+        if isinstance(pending, Exchange):
             halves = self._halves(streams)
-            for rank, block in enumerate(pending.wait().split(self._counts(streams))):
-                for piece, half in self._pieces(block, rank, streams, halves):
-                    half.copy_(piece)
-            for group, tensors in zip(self.groups, halves, strict=True):
-                for half in tensors if group.local % 2 == 0 else ():
+            for piece, half in self._pieces(pending.wait(), streams, halves):
+                half.copy_(piece)
+            for (f, _), half in zip(streams, halves, strict=True):
+                if f.local % 2 == 0:
                     half[..., -1] = half[..., 0].imag
                     half[..., 0].imag.zero_()
+        else:
+            halves = pending
         return [
-            [_joined(torch.fft.irfft(half, group.local)) for half in tensors]
-            for group, tensors in zip(self.groups, halves, strict=True)
+            _joined(torch.fft.irfft(half, f.local))
+            for (f, _), half in zip(streams, halves, strict=True)
         ]
 
-    def _exchange(self, wire: Tensor, counts: list[int], back: bool) -> Exchange:
-        """counts: numbers of each rank's slices of k; of its own slice a rank has every phase."""
+    def _exchange(self, wire: Tensor, streams: list[Streams], back: bool) -> Exchange:
+        """Of its own slice of k a rank has every phase."""
         assert self.shard is not None
+        counts = self._counts(streams)
         own = [counts[self.shard.rank]] * self.ranks
         send, receive = (own, counts) if back else (counts, own)
         return Exchange(wire, send, receive, self.shard.group, self.operator)
 
-    def _halves(self, streams: Streams) -> list[list[Tensor]]:
+    def _halves(self, streams: list[Streams]) -> list[Tensor]:
         """Room for rfft's bins: (phase, stream, k)."""
-        halves = []
-        for group, numbers in zip(self.groups, streams, strict=True):
-            sizes = [(group.split, n, group.local // 2 + 1) for n in numbers]
-            halves.append([torch.empty(x, dtype=self.dtype, device=self.device) for x in sizes])
-        return halves
-
-    def _counts(self, streams: Streams) -> list[int]:
-        """Complex numbers of all streams in each rank's slice of k."""
-        pairs = list(zip(streams, self.groups, strict=True))
         return [
-            sum(sum(n) * g.split * g.width(rank) for n, g in pairs) for rank in range(self.ranks)
+            torch.empty(f.split, n, f.local // 2 + 1, dtype=self.dtype, device=self.device)
+            for f, n in streams
         ]
 
+    def _counts(self, streams: list[Streams]) -> list[int]:
+        """Complex numbers of all streams in each rank's slice of k."""
+        return [sum(n * f.split * f.widths[rank] for f, n in streams) for rank in range(self.ranks)]
+
     def _pieces(
-        self, block: Tensor, rank: int, streams: Streams, halves: list[list[Tensor]]
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Pairs (phase, stream, k): a rank's slice in a block of the wire, and in the bins."""
-        pairs, start = [], 0
-        for group, numbers, tensors in zip(self.groups, streams, halves, strict=True):
-            bins = slice(group.bounds[rank], group.bounds[rank + 1])
-            for n, half in zip(numbers, tensors, strict=True):
-                shape = (group.split, n, group.width(rank))
-                stop = start + prod(shape)
-                pairs.append((block[start:stop].view(shape), half[..., bins]))
-                start = stop
-        return pairs
-
-    def _items(self, wire: Tensor, streams: Streams) -> list[list[Tensor]]:
-        """Views (rank, phase, stream, k) of what this rank holds of each tensor."""
-        ranks, start, items = wire.view(self.ranks, wire.numel() // self.ranks), 0, []
-        for group, numbers in zip(self.groups, streams, strict=True):
-            tensors = []
-            for n in numbers:
-                shape = (group.split, n, group.width(group.rank))
-                tensors.append(ranks[:, start : start + prod(shape)].unflatten(1, shape))
+        self, wire: Tensor, streams: list[Streams], halves: list[Tensor]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pairs (phase, stream, k) of each rank's slice: on the wire, and in the bins."""
+        start = 0
+        for rank in range(self.ranks):
+            for (f, n), half in zip(streams, halves, strict=True):
+                shape = (f.split, n, f.widths[rank])
+                piece = wire[start : start + prod(shape)].view(shape)
                 start += prod(shape)
-            items.append(tensors)
-        return items
+                yield piece, half[..., f.bounds[rank] : f.bounds[rank + 1]]
 
-    def _spectra(self, wire: Tensor, streams: Streams) -> Spectra:
+    def _items(self, wire: Tensor, streams: list[Streams]) -> list[Tensor]:
+        """Views (rank, phase, stream, k) of what this rank holds of each tensor."""
+        shapes = [(f.split, n, f.widths[f.rank]) for f, n in streams]
+        sizes = [prod(shape) for shape in shapes]
+        items = wire.view(self.ranks, sum(sizes)).split(sizes, 1)
+        return [x.unflatten(1, shape) for x, shape in zip(items, shapes, strict=True)]
+
+    def _spectra(self, wire: Tensor, streams: list[Streams]) -> Spectra:
         parts = []
-        for group, tensors in zip(self.groups, self._items(wire, streams), strict=True):
-            if group.has_packed:
-                both = [torch.view_as_real(item[..., 0]) for item in tensors]
-                ends = [torch.complex(x, torch.zeros_like(x)) for x in both]
-                parts.append([[item[..., 1:] for item in tensors], ends])
+        for (f, _), item in zip(streams, self._items(wire, streams), strict=True):
+            if f.has_packed:
+                both = torch.view_as_real(item[..., 0])
+                parts += [item[..., 1:], torch.complex(both, torch.zeros_like(both))]
             else:
-                parts.append([tensors])
+                parts.append(item)
         return Spectra(parts, wire)
-
-    def _alone(self, halves: list[list[Tensor]]) -> Spectra:
-        return Spectra([[[half.unsqueeze(0) for half in tensors]] for tensors in halves], None)
 
 
 def _cut(x: Tensor, split: int) -> Tensor:

@@ -34,8 +34,8 @@ class MaskedRows:
     bodies: Sequence[Sequence[int]] | None = None
     """For each whole row the lengths of its bodies, in order. None: one body a row."""
     _valid: Int[Tensor, "b ..."] | None = field(default=None, init=False)
-    """Counts, once exchanged. Not by cached_property: under its lock, which Python 3.11 shares among
-    all instances, ranks that are threads would wait for each other."""
+    """Counts, once exchanged. Not by cached_property: under its lock, which all instances share in
+    Python 3.11, ranks that are threads would wait for each other."""
 
     @classmethod
     def of(cls, batch: GeometricBatch, shard: SequenceShard | None) -> "MaskedRows":
@@ -112,8 +112,8 @@ class MaskedRows:
     def spans(self) -> dict[str, Any]:
         """What a long convolution is told of the rows: their bodies, or their lengths."""
         if self.bodies is not None:
-            return {"shard": self.shard, "segments": self.bodies}
-        return {"shard": self.shard, "lengths": torch.tensor(self.lengths, dtype=torch.long)}
+            return {"shard": self.shard, "bodies": self.bodies}
+        return {"shard": self.shard, "lengths": self.lengths}
 
     @property
     def _counts(self) -> Int[Tensor, "b ..."]:

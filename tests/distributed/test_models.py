@@ -46,7 +46,7 @@ def run(name, lengths, dtype, options, steps, group=None, sharded=False) -> list
         model.zero_grad()
         out = model(given, shard)
         loss_of(out, given).backward()
-        sums = parameters_to_vector(p.grad for p in model.parameters())
+        sums = parameters_to_vector([p.grad for p in model.parameters() if p.grad is not None])
         if shard:
             dist.all_reduce(sums, group=group)
         if step == 0:
