@@ -49,8 +49,8 @@ def nearest_width(name: str, parameters: int, options: dict[str, Any]) -> int:
     width = MODELS[name].width
     if width in options:
         raise OptionError("parameters", parameters, f"chooses {width}; give one of the two")
-    if parameters < 1:
-        raise OptionError("parameters", parameters, "must be at least 1")
+    if not isinstance(parameters, int) or parameters < 1:
+        raise OptionError("parameters", parameters, "must be a whole number from 1")
 
     def count(value: int) -> int:
         with torch.device("meta"):

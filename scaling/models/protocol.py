@@ -20,7 +20,6 @@ Symmetry = Literal["E(3)", "SE(3)", "none"]
 TRANSLATION = 100.0
 """Length of the translation that equivariance is tried with; Å for molecules."""
 Channels = Annotated[int, Ge(0)]
-HALF = (torch.float16, torch.bfloat16)
 
 
 class Model(Tiled, ABC):
@@ -79,6 +78,11 @@ class Model(Tiled, ABC):
         return redistribute_batch(moved, own, shard)
 
     def _check(self, batch: GeometricBatch, shard: SequenceShard | None) -> None:
+        if not isinstance(batch, GeometricBatch) or not isinstance(shard, SequenceShard | None):
+            raise ShapeError(
+                "a model takes a GeometricBatch and a SequenceShard or None, not "
+                f"{type(batch).__name__} and {type(shard).__name__}"
+            )
         came = (batch.vectors.shape[1], batch.scalars.shape[1])
         if came != (self.vectors, self.scalars):
             raise ShapeError(
@@ -90,12 +94,13 @@ class Model(Tiled, ABC):
             raise ShapeError(f"the batch has {tokens} tokens, {shard} holds {shard.n_local}")
         if not shard and batch.lengths and max(batch.lengths) > tokens:
             raise ShapeError(f"the batch has {tokens} tokens, but rows of {batch.lengths}")
-        weight = next((p for p in self.parameters() if p.is_floating_point()), batch.points)
-        if weight.dtype in HALF:
+        kinds = {p.dtype for p in self.parameters() if p.is_floating_point()}
+        if half := kinds & {torch.float16, torch.bfloat16}:
             raise ConfigError(
-                f"the model's parameters are {weight.dtype}, in which its norms overflow; keep them"
-                " in float32 and run it under torch.autocast (train.precision=bf16 does)"
+                f"the model has {half.pop()} parameters, in which its norms overflow; keep them in "
+                "float32 and run it under torch.autocast (precision=bf16 does so in training)"
             )
+        weight = next((p for p in self.parameters() if p.is_floating_point()), batch.points)
         for name in ("points", "vectors", "scalars"):
             x: Tensor = getattr(batch, name)
             if (x.dtype, x.device) != (weight.dtype, weight.device):

@@ -22,6 +22,10 @@ How its ambiguities are read here:
 
 1/N makes the vector branch vanish on long sequences (its rms falls as N^(-1/2)), and with one
 vector q, k and v are parallel to it token by token. The default model, SE3Hyena, mends both.
+
+Where all points of a row coincide and its scalars are 0, every multivector is 0, each of the norms
+multiplies the gradient by up to 1e4 (they are smoothed at 1e-4), and three operators make 1e22 of
+it. Nothing in the paper forbids it: clip gradients, or leave such rows out.
 """
 
 from typing import Annotated, Any

@@ -89,9 +89,10 @@ class MaskedRows:
     def length_to(self, power: float, like: Tensor) -> Float[Tensor, "b 1 #n"]:
         """The length of each token's body to that power, of `like`'s dtype and device."""
         if self.bodies is None:
-            return _on_device([[[max(n, 1) ** power]] for n in self.lengths], like.dtype, like)
-        powers = [[max(n, 1) ** power for n in row] for row in self.bodies]
-        return self._of_bodies(powers, 0, like.dtype).gather(1, self._body).unsqueeze(1)
+            powers = [max(n, 1) ** power for n in self.lengths]
+            return _on_device(powers, like.dtype, like).view(-1, 1, 1)
+        by_body = [[max(n, 1) ** power for n in row] for row in self.bodies]
+        return self._of_bodies(by_body, 0, like.dtype).gather(1, self._body).unsqueeze(1)
 
     @property
     def lengths(self) -> tuple[int, ...]:

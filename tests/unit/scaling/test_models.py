@@ -1,16 +1,19 @@
 """The models against their formulas, written once more as plain loops over tokens."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from data_pipeline.batch import GeometricBatch
-from data_pipeline.errors import ConfigError
+from data_pipeline.errors import ConfigError, LongfoldError
 from scaling.algebra.clifford import embed, grade_0, grade_1
 from scaling.models import MODELS, build
 from scaling.models.se3_hyena import HyenaOperator
 from scaling.models.se3_hyena_paper import PaperOperator
 from scaling.ops.masked_rows import MaskedRows
-from tests.small_models import SCALARS, VECTORS, small_model
+from scaling.parallel.shard import SequenceShard
+from tests.small_models import SCALARS, VECTORS, small_batch, small_model
 
 LENGTHS, GAP = [7, 5], (0, 2)  # row 0 misses token 2
 
@@ -163,3 +166,51 @@ def test_impossible_models_are_refused(name, options, said):
         build(name, vectors=1, scalars=1, **options)
     with pytest.raises(ConfigError, match=r"salience=True: needs scalars"):
         build("se3_hyena", vectors=1, scalars=0, salience=True)
+
+
+def largest_gradient(name: str) -> float:
+    """Of the parameters, where all points coincide and all scalars are 0."""
+    torch.manual_seed(0)
+    model = build(name, vectors=0, scalars=4).double()
+    zeros = torch.zeros(1, 4, 16, dtype=torch.float64)
+    out = model(GeometricBatch(3 + zeros[:, :3], scalars=zeros))
+    (out.points.square().sum() + out.scalars.sum()).backward()
+    gradients = [p.grad.abs().max() for p in model.parameters() if p.grad is not None and p.numel()]
+    return torch.stack(gradients).max().item()
+
+
+def test_gradients_at_coincident_points_are_as_large_as_documented():
+    assert 1e15 < largest_gradient("se3_hyena_paper") < 1e25
+    assert largest_gradient("se3_hyena") < 1e9
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_wrong_inputs_are_said_in_one_sentence(name):
+    model, batch = small_model(name), small_batch([5, 3])
+    half = small_model(name)
+    parameter = list(half.parameters())[-1]
+    parameter.data = parameter.data.half()
+    shard = SequenceShard(7)
+    wrong: list[tuple[Any, tuple[Any, ...], str]] = [
+        (model, (batch.replace(vectors=batch.vectors[:, :1]),), "1 vector and 4 scalar channels"),
+        (model, (batch.replace(points=batch.points.float()),), "points are torch.float32"),
+        (model, (batch.to("meta"),), "on meta"),
+        (model, (batch, shard), "5 tokens"),
+        (half, (batch,), "float16 parameters"),
+    ]
+    for called, arguments, said in wrong:
+        with pytest.raises(LongfoldError, match=said) as error:
+            called(*arguments)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("parameters", [20_000, 200_000])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_width_comes_nearest_to_the_parameters(name, parameters):
+    model = build(name, vectors=2, scalars=4, parameters=parameters)
+    count = sum(p.numel() for p in model.parameters())
+    assert count == pytest.approx(parameters, rel=0.06)
+    with pytest.raises(ConfigError, match="parameters=0"):
+        build(name, vectors=2, scalars=4, parameters=0)
+    with pytest.raises(ConfigError, match="chooses hidden"):
+        build(name, vectors=2, scalars=4, parameters=parameters, hidden=8)
