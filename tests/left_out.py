@@ -31,7 +31,7 @@ def missing() -> dict[str, str]:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     reasons = missing()
-    if "slow" not in config.getoption("markexpr"):
+    if "slow" not in str(config.getoption("markexpr")):
         reasons["slow"] = SLOW
     runs = []
     for item in items:

@@ -85,7 +85,8 @@ def test_the_template_is_plain_bash_with_one_task_per_gpu():
     lines = template.read_text().splitlines()
     first_command = next(i for i, line in enumerate(lines) if line and not line.startswith("#"))
     options = [line.split()[1] for line in lines[:first_command] if line.startswith("#SBATCH")]
-    values = dict(option.removeprefix("--").partition("=")[::2] for option in options)
+    pairs = [option.removeprefix("--").partition("=") for option in options]
+    values = {key: value for key, _, value in pairs}
     assert values["ntasks-per-node"] == values["gpus-per-node"]
     assert {"requeue", "open-mode", "signal"} <= set(values)
     assert not any(line.startswith("#SBATCH") for line in lines[first_command:])

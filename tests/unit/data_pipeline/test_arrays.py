@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ def read(path: Path):
     return list(ArraySource(path).chains(Notes()))
 
 
-def good() -> dict[str, np.ndarray]:
+def good() -> dict[str, Any]:
     """Four samples of three points a token, with everything that may be given."""
     random = np.random.default_rng(0)
     points = random.normal(size=(40, 3, 3))
@@ -41,16 +42,16 @@ def good() -> dict[str, np.ndarray]:
 
 def test_the_documented_example_becomes_a_store_and_trains(tmp_path, monkeypatch, capsys):
     """Ten lines, two commands; denoising gives the points, the kinds and differences."""
-    example = re.search(r"```python\n(import numpy.*?)```", DOCS.read_text(), re.S)[1]
+    (example,) = re.findall(r"```python\n(import numpy.*?)```", DOCS.read_text(), re.S)
     code = [x for x in example.splitlines() if x.strip() and not x.startswith(("import", ")"))]
     assert len(code) <= 10
     monkeypatch.chdir(tmp_path)
     exec(example, {})
-    prepare = re.search(r"launch prepare (source=arrays.*)", DOCS.read_text())[1].split()
-    main(prepare)
+    prepare = re.findall(r"launch prepare (source=arrays.*)", DOCS.read_text())[0]
+    main(prepare.split())
     assert "40 in 40 groups" in capsys.readouterr().out
-    train = re.search(r"launch train (task.store=stores/rna.*)", DOCS.read_text())[1].split()
-    assert train == ["task.store=stores/rna", "task.atoms=[point]"]
+    train = re.findall(r"launch train (task.store=stores/rna.*)", DOCS.read_text())[0]
+    assert train.split() == ["task.store=stores/rna", "task.atoms=[point]"]
     task = build_task("denoising", store="stores/rna", atoms=["point"], sigma=0.1)
     given = np.load("rna.npz")
     chain = task.describe("test", 0)
@@ -97,7 +98,7 @@ def test_points_and_offsets_are_enough(tmp_path):
     np.savez(tmp_path / "walk.npz", points=np.ones((9, 3)), offsets=np.array([0, 9]))
     (chain,) = read(tmp_path / "walk.npz")
     assert chain.id == "walk/0" and chain.xyz.shape == (9, 1, 3) and chain.cluster == "walk/0"
-    frames = good() | {"groups": np.arange(40) // 4, "offsets": np.arange(41)}
+    frames: dict[str, Any] = good() | {"groups": np.arange(40) // 4, "offsets": np.arange(41)}
     del frames["split"], frames["ids"], frames["points"]
     np.savez(tmp_path / "frames.npz", points=np.ones((40, 3)), **frames)
     build(tmp_path / "store", ArraySource(tmp_path / "frames.npz"))

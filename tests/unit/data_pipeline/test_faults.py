@@ -7,7 +7,6 @@ import os
 import random
 import resource
 import shutil
-import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -178,7 +177,7 @@ def test_killed_writers_leave_nothing_that_opens(tmp_path):
         child = get_context("fork").Process(target=build, args=(path, WalkSource(pause=1e-3)))
         child.start()
         time.sleep(chance.uniform(0, 1.2 * usual))
-        os.kill(child.pid, signal.SIGKILL)
+        child.kill()
         child.join()
         left = [each.name for each in tmp_path.iterdir() if each != path]
         drafts_left += len(left)

@@ -4,7 +4,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from data_pipeline.chains import encode
+from data_pipeline.chains import Notes, encode
 from data_pipeline.inspect.cartoon import quads, secondary_structure
 from data_pipeline.inspect.inspect import torsions
 from data_pipeline.prepare import ensure_bundled
@@ -62,7 +62,7 @@ def test_hydrogen_bonds_show_helices_and_strands():
     assert (secondary_structure(ideal(-63, -42)) == 1).sum() >= 16
     assert not secondary_structure(ideal(-120, 130)).any()  # strands need partners
     share = {}
-    for chain in BundledSource().chains({}):
+    for chain in BundledSource().chains(Notes()):
         if chain.id in ("pdb1ubi/A", "pdb3enl/A") and chain.complete.all():
             kind = secondary_structure(chain.xyz.astype(np.float64))
             share[chain.id] = [(kind == k).mean() for k in (1, 2)]

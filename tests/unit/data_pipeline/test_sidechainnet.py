@@ -8,6 +8,7 @@ import pickle
 import threading
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -260,7 +261,7 @@ def test_download_leaves_a_whole_file_or_none(tmp_path, monkeypatch):
 
 def test_options_are_checked():
     """Editions that never were, and limits that cannot be."""
-    make = partial(SideChainNetSource, Path("x"))
+    make: Any = partial(SideChainNetSource, Path("x"))
     for options in ({"casp": 13}, {"thinning": 31}, {"casp": 11, "thinning": "scnmin"}):
         with pytest.raises(ConfigError, match=r"casp=.*no such edition"):
             make(**options)
