@@ -6,6 +6,7 @@ of the ranks' losses has the same gradient as one process computing it.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -152,23 +153,17 @@ def sum_over_ranks(numbers: Tensor, group: Group = None) -> Tensor:
 
 
 def global_sums(
-    *values: Number | Tensor, group: Group = None, device: torch.device | str = "cpu"
+    *values: Number | Tensor,
+    group: Group = None,
+    device: torch.device | str = "cpu",
+    operation: Any = dist.ReduceOp.SUM,
 ) -> list[float]:
     """Each number summed over all ranks, in float64, by one exchange. Every rank must call it."""
-    return _reduce_numbers(values, dist.ReduceOp.SUM, group, device)
-
-
-def global_maxima(
-    *values: Number | Tensor, group: Group = None, device: torch.device | str = "cpu"
-) -> list[float]:
-    """Each number's largest value over all ranks, by one exchange. Every rank must call it."""
-    return _reduce_numbers(values, dist.ReduceOp.MAX, group, device)
-
-
-def _reduce_numbers(
-    values: Sequence[Number | Tensor], operation: Any, group: Group, device: torch.device | str
-) -> list[float]:
     numbers = torch.tensor([float(value) for value in values], dtype=torch.float64, device=device)
     if dist.is_initialized():
         dist.all_reduce(numbers, operation, group=group)
     return numbers.tolist()
+
+
+global_maxima = partial(global_sums, operation=dist.ReduceOp.MAX)
+"""Each number's largest value over all ranks, by one exchange. Every rank must call it."""

@@ -9,7 +9,7 @@ from data_pipeline.errors import RunError
 
 
 def first_rank_says(function: Callable[[], Any]) -> Any:
-    """What the function returns on the first rank, on every rank; so are its errors. Collective."""
+    """Calls it on the first rank; every rank gets its result, or its error. Collective."""
     answer: list[Any] = [None, None]
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
@@ -23,8 +23,3 @@ def first_rank_says(function: Callable[[], Any]) -> Any:
     if answer[1] is not None:
         raise answer[1]
     return answer[0]
-
-
-def first_rank_does(function: Callable[[], Any]) -> None:
-    """Runs it on the first rank while the others wait; its errors are everybody's. Collective."""
-    first_rank_says(function)

@@ -296,7 +296,6 @@ def test_a_contradiction_names_both_values(user, environment, said):
         ("ddp", "float32", {"ACCELERATE_MIXED_PRECISION": "bf16"}, "'bf16'.*'float32'"),
         ("deepspeed", "float64", {}, "engine=ddp"),
         ("deepspeed", "float32", {}, "needs torch.distributed"),
-        ("horovod", "float32", {}, "unknown engine 'horovod'"),
     ],
 )
 def test_engines_that_cannot_work_say_so(name, precision, environment, said):
