@@ -29,7 +29,7 @@ from torch import Tensor
 from data_pipeline.disk import sync, write_atomically
 from data_pipeline.errors import LongfoldError, RunError
 from scaling.engine.base import Engine
-from scaling.parallel.first_rank import first_rank_says
+from scaling.parallel.collectives import first_rank_says
 
 FORMAT = 1
 DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)

@@ -78,4 +78,4 @@ class _File:
 
 def _bytes(x: Tensor) -> memoryview:
     """The numbers of a contiguous tensor on the CPU as bytes."""
-    return memoryview(x.flatten().view(torch.uint8).numpy())
+    return x.flatten().view(torch.uint8).numpy().data

@@ -5,7 +5,7 @@ all_reduce(sum) with itself, all_gather with reduce_scatter(sum)) and is never s
 of the ranks' losses has the same gradient as one process computing it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from jaxtyping import Shaped
 from torch import Tensor
 
+from data_pipeline.errors import RunError
 from scaling.parallel.telemetry import exchanging, timed
 
 Group = dist.ProcessGroup | None
@@ -167,3 +168,20 @@ def global_sums(
 
 global_maxima = partial(global_sums, operation=dist.ReduceOp.MAX)
 """Each number's largest value over all ranks, by one exchange. Every rank must call it."""
+
+
+def first_rank_says(function: Callable[[], Any]) -> Any:
+    """Calls it on the first rank; every rank gets its result, or its error. Collective."""
+    answer: list[Any] = [None, None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            answer[0] = function()
+        except RunError as error:
+            answer[1] = error
+        except OSError as error:  # a full disk must not leave the others waiting
+            answer[1] = RunError(f"cannot write to the run directory: {error}; make room and rerun")
+    if dist.is_initialized():
+        dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]

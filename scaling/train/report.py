@@ -11,7 +11,7 @@ from data_pipeline.tasks.protocol import Task
 from scaling.observe.hardware import hardware
 from scaling.observe.progress import Progress, Summary, summarise
 from scaling.observe.sinks import TensorBoardSink
-from scaling.parallel.first_rank import first_rank_says
+from scaling.parallel.collectives import first_rank_says
 from scaling.runs.environment import describe_environment
 from scaling.runs.folder import RunFolder, RunWriter, claimed
 from scaling.runs.identity import Identity

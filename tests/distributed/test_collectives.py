@@ -91,7 +91,7 @@ def test_threads_that_are_ranks_exchange_and_count_each_its_own():
 
 def on_threads(world: int = 4) -> None:
     """Rank 1 gets two rows of each, so it sends fewer bytes than the others."""
-    from torch._C._distributed_c10d import HashStore, _set_thread_isolation_mode
+    from torch._C._distributed_c10d import HashStore, _set_thread_isolation_mode  # pyright: ignore
     from torch.testing._internal.distributed.multi_threaded_pg import _install_threaded_pg
 
     _install_threaded_pg()

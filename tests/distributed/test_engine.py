@@ -8,6 +8,7 @@ differ by rank, a row without weight, a parameter that is never used. Run as a s
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -126,7 +127,7 @@ def compare_trajectories(
     dtype: torch.dtype,
     tolerance: float,
     cases: list[tuple[int, float]],
-    name="ddp",
+    name: Any = "ddp",
     zero_stage=0,
     group=None,
 ) -> None:

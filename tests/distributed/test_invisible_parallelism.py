@@ -11,6 +11,7 @@ from itertools import product
 from multiprocessing import get_context
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,7 +61,7 @@ def one_process(name: str, dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in model.named_parameters()}
 
 
-def on_a_mesh(mesh: Mesh, name: str, engine_name: str, stage: int, dtype: torch.dtype):
+def on_a_mesh(mesh: Mesh, name: str, engine_name: Any, stage: int, dtype: torch.dtype):
     sample = whole_sample(dtype)
     rows = slice(mesh.slot.dp_rank, None, mesh.slot.dp)
     lengths = tuple(LENGTHS[rows])
