@@ -91,7 +91,7 @@ def task_and_model(config: Config) -> "tuple[Task, Model]":
     from data_pipeline.tasks.denoising import BUNDLED
     from data_pipeline.tasks.registry import build_task
     from scaling.models import build
-    from scaling.parallel.first_rank import first_rank_says
+    from scaling.parallel.collectives import first_rank_says
 
     if config.task.get("store") == BUNDLED:
         first_rank_says(lambda: ensure_bundled(BUNDLED))

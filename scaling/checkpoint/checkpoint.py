@@ -15,11 +15,11 @@ Random state is one for all ranks: whatever is random for a token is a function 
 
 import base64
 import json
-import os
 import re
 import shutil
 import zlib
 from dataclasses import dataclass
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -29,7 +29,7 @@ from torch import Tensor
 from data_pipeline.disk import sync, write_atomically
 from data_pipeline.errors import LongfoldError, RunError
 from scaling.engine.base import Engine
-from scaling.parallel.first_rank import first_rank_does, first_rank_says
+from scaling.parallel.collectives import first_rank_says
 
 FORMAT = 1
 DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
@@ -59,16 +59,13 @@ class Checkpoints:
         if not latest.exists():
             return None
         name = latest.read_text(errors="replace").strip()
-        known = re.fullmatch(r"step-\d{8}", name)
-        if not known or not (self.folder / name).is_dir():
-            wrong = f"names {name}, which is not there" if known else (
-                f"holds {name[:40]!r}, not the name of a checkpoint")  # fmt: skip
-            names = self._names()
-            write = f"write {names[-1]!r} into it" if names else "there is no checkpoint"
-            raise RunError(
-                f"{latest} {wrong}; {write}, or remove {self.folder.parent} to start anew"
-            )
-        return int(name.removeprefix("step-"))
+        if not re.fullmatch(r"step-\d{8}", name):
+            wrong = f"holds {name[:40]!r}, not the name of a checkpoint"
+        elif not (self.folder / name).is_dir():
+            wrong = f"names {name}, which is not there"
+        else:
+            return int(name.removeprefix("step-"))
+        raise RunError(f"{latest} {wrong}; {_way_out(self.folder)}")
 
     def save(self, step: int, engine: Engine, stream: Resumable, identity: dict[str, Any]) -> None:
         """Writes a checkpoint of all ranks. Collective; it is complete on return."""
@@ -81,7 +78,7 @@ class Checkpoints:
             "random": random_state(),
             "identity": identity,
         }
-        first_rank_does(lambda: self._write(step, parameters | buffers, optimizer, state))
+        first_rank_says(lambda: self._write(step, parameters | buffers, optimizer, state))
 
     def load(self, engine: Engine, stream: Resumable) -> int:
         """Goes on from the newest checkpoint, if there is one. Returns its step, else 0.
@@ -118,8 +115,7 @@ class Checkpoints:
         for name, content in (("model.pt", model), ("optimizer.pt", optimizer)):
             with (temporary / name).open("wb") as file:
                 torch.save(content, file)
-                file.flush()
-                os.fsync(file.fileno())
+            sync(temporary / name)
             checksums[name] = _checksum(temporary / name)
         write_atomically(
             temporary / "state.json", json.dumps(state | {"checksums": checksums}, indent=1)
@@ -129,12 +125,19 @@ class Checkpoints:
         temporary.rename(target)
         sync(self.folder)
         write_atomically(self.folder / "latest", target.name + "\n")
-        for name in self._names()[: -max(self.keep, 1)]:
+        for name in _complete(self.folder)[: -max(self.keep, 1)]:
             shutil.rmtree(self.folder / name)
 
-    def _names(self) -> list[str]:
-        found = self.folder.glob("step-" + 8 * "[0-9]")
-        return sorted(path.name for path in found if path.is_dir())
+
+def _complete(folder: Path) -> list[str]:
+    """Names of the complete checkpoints, the oldest first."""
+    return sorted(path.name for path in folder.glob("step-" + 8 * "[0-9]") if path.is_dir())
+
+
+def _way_out(folder: Path, damaged: str = "") -> str:
+    others = [name for name in _complete(folder) if name != damaged]
+    write = f"write {others[-1]!r} into {folder / 'latest'}, or " if others else ""
+    return f"{write}remove {folder.parent} to start anew"
 
 
 def _buffers(engine: Engine) -> dict[str, Tensor]:
@@ -184,13 +187,9 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
 
 
 def _damaged(folder: Path, error: Exception) -> RunError:
-    others = [path.name for path in sorted(folder.parent.glob("step-*")) if path != folder]
-    way_out = f"write {others[-1]!r} into" if others else "there is no older one: remove"
-    reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return RunError(
-        f"the checkpoint {folder} is damaged ({' '.join(reason.split())[:200]}); {way_out} "
-        f"{folder.parent / 'latest' if others else folder.parent.parent} and start again"
-    )
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    way_out = _way_out(folder.parent, damaged=folder.name)
+    return RunError(f"the checkpoint {folder} is damaged ({reason}); {way_out}")
 
 
 def _check_names(folder: Path, saved: dict[str, Tensor], engine: Engine) -> None:
@@ -207,11 +206,8 @@ def _check_names(folder: Path, saved: dict[str, Tensor], engine: Engine) -> None
 
 
 def _checksum(path: Path) -> int:
-    value = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            value = zlib.crc32(block, value)
-    return value
+    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+        return zlib.crc32(content)
 
 
 def _name(step: int) -> str:

@@ -98,9 +98,7 @@ def _data(job: Job) -> int:
     few = min(n, MOST_TOKENS)
     items, keys = [0] * job.rows, [hash64("plan", row) for row in range(job.rows)]
     sample = job.task.sample("train", items, keys, 0, few)
-    given = sample.inputs
-    fields = [given.points, given.vectors, given.scalars, given.index, given.mask, given.segment]
-    size = sum(x.nbytes for x in [*fields, sample.target, sample.weight])
+    size = sum(x.nbytes for x in (*sample.inputs.tensors.values(), sample.target, sample.weight))
     copies = (1 + AHEAD) * job.micro_batches + 1
     return round(copies * size * n / few)
 

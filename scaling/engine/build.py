@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from torch.optim import Optimizer
@@ -15,7 +15,7 @@ from scaling.parallel.collectives import Group, group_size
 
 
 def build_engine(
-    name: str,
+    name: Literal["ddp", "deepspeed"],
     module: nn.Module,
     make_optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
     *,
@@ -46,15 +46,11 @@ def build_engine(
     optimizer = make_optimizer(module.parameters())
     if name == "ddp":
         return DistributedDataParallelEngine(module, optimizer, gradient_clipping, group)
-    if name != "deepspeed":
-        raise ConfigError(f"unknown engine {name!r}; use 'ddp' or 'deepspeed'")
     if precision == "float64":
         raise ConfigError(
             "engine.name = 'deepspeed' keeps float32 master weights, so precision = "
             "'float64' would be a lie; say engine=ddp"
         )
-    if zero_stage not in (0, 1, 2, 3):
-        raise ConfigError(f"engine.zero_stage = {zero_stage}; ZeRO has the stages 0, 1, 2, 3")
     from scaling.engine.deepspeed import DeepSpeedEngine
 
     config = deepspeed_config(

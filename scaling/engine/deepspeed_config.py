@@ -7,6 +7,7 @@ else is an error that names both values; one that we do not set is passed on.
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,9 @@ def _foreign(
         yield f"accelerate's deepspeed_config_file {path!r}", dict(_dotted(content))
     for variable, key in ENVIRONMENT.items():
         if (value := environment.get(variable, "none")) != "none":
-            yield f"accelerate ({variable})", {key: _number(value)}
+            with suppress(ValueError):  # numbers, true, false; else text
+                value = json.loads(value)
+            yield f"accelerate ({variable})", {key: value}
 
 
 def _dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -148,11 +151,3 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
             node = node.setdefault(parent, {})
         node[leaf] = value
     return tree
-
-
-def _number(text: str) -> Any:
-    """A variable's text as JSON where it is JSON: numbers, true, false; else itself."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text

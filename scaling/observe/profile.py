@@ -8,13 +8,14 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
 import torch.distributed as dist
 from torch.profiler import profile, schedule
 
 from data_pipeline.errors import RunError
 from scaling.observe.metrics import WARMUP_STEPS
+from scaling.parallel.collectives import group_rank
 
 
 class StepProfiler:
@@ -29,17 +30,15 @@ class StepProfiler:
         self._steps: list[int] = []
         """Of this process, so far."""
         self._written = False
-        self._profile: profile | None = None
-        if count:
+
+    def __enter__(self) -> "StepProfiler":
+        if self._count:
             os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else ranks note their start and stop
             self._profile = profile(
-                schedule=schedule(wait=WARMUP_STEPS - 1, warmup=1, active=count, repeat=1),
+                schedule=schedule(wait=WARMUP_STEPS - 1, warmup=1, active=self._count, repeat=1),
                 on_trace_ready=self._write,
                 record_shapes=True,
             )
-
-    def __enter__(self) -> "StepProfiler":
-        if self._profile is not None:
             self._profile.start()
         return self
 
@@ -48,26 +47,18 @@ class StepProfiler:
         """Around the step of that number."""
         self._steps.append(number)
         yield
-        if self._profile is not None:
+        if self._count:
             self._profile.step()  # writes after the last of them
-            if len(self._steps) == WARMUP_STEPS + self._count:
-                self._stop()
-                if dist.is_initialized():
-                    dist.barrier()  # else the next step would wait for who writes longest
-
-    def _stop(self) -> None:
-        running, self._profile = self._profile, None
-        if running is not None:
-            running.stop()  # writes what has been traced
+            if len(self._steps) == WARMUP_STEPS + self._count and dist.is_initialized():
+                dist.barrier()  # else the next step would wait for who writes longest
 
     def _write(self, trace: profile) -> None:
         traced = self._steps[WARMUP_STEPS:]
         if not traced:
             return
-        rank = dist.get_rank() if dist.is_initialized() else 0
         steps = f"steps{traced[0]}-{traced[-1]}"
         # What TensorBoard's profiler plugin looks for ends so.
-        path = self._folder / f"rank{rank}.{steps}.pt.trace.json.gz"
+        path = self._folder / f"rank{group_rank(None)}.{steps}.pt.trace.json.gz"
         try:
             path.parent.mkdir(exist_ok=True)
             trace.export_chrome_trace(str(path))
@@ -78,15 +69,12 @@ class StepProfiler:
         self._written = True
         self._say(f"traced steps {traced[0]} to {traced[-1]}: open {path} in ui.perfetto.dev")
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        with suppress(RunError) if error else nullcontext():
-            self._stop()
-        if self._count and self._steps and not (self._written or error):
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        if not self._count:
+            return
+        with suppress(RunError) if kind else nullcontext():
+            self._profile.stop()  # writes what has been traced, if that was cut short
+        if self._steps and not (self._written or kind):
             self._say(
                 f"profile_steps={self._count} traced nothing: this process took "
                 f"{len(self._steps)} steps, and the first {WARMUP_STEPS} warm up"

@@ -17,7 +17,7 @@ from torch import Tensor
 from data_pipeline.batch import GeometricBatch
 from scaling.parallel.collectives import all_reduce_max, all_reduce_sum
 from scaling.parallel.shard import SequenceShard
-from scaling.parallel.shift import previous as sharded_previous
+from scaling.parallel.shard import previous as sharded_previous
 
 _BEHIND = torch.iinfo(torch.long).max
 """A place that no token has."""

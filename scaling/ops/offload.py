@@ -5,9 +5,8 @@ import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import IO
+from io import BufferedRandom
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
@@ -23,7 +22,7 @@ def offloading(execution: Execution) -> AbstractContextManager[object]:
     """While it is entered, tensors kept for the backward pass go where `execution.offload` says.
 
     host: to pinned memory, by torch's own means. file: to one temporary file in TMPDIR that has no
-    name, so that nothing is left behind; mapped for the write and for the read alone.
+    name, so that nothing is left behind.
 
     Raises:
         RunError: the file cannot be written.
@@ -41,8 +40,7 @@ class _File:
     """A file without a name: tensors one behind the other, until the last is no longer needed."""
 
     def __init__(self) -> None:
-        self.file: IO[bytes] | None = None
-        self.end = 0
+        self.file: BufferedRandom | None = None
 
     def keep(self, x: Tensor) -> Tensor | Callable[[], Tensor]:
         if x.nbytes < LEAST_BYTES or isinstance(x, torch.nn.Parameter):
@@ -52,34 +50,32 @@ class _File:
         try:
             if self.file is None:
                 self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed at its end
-            # Room first: a full disk would kill the process that writes to a mapping.
-            os.posix_fallocate(self.file.fileno(), self.end, x.nbytes)
+            start = self.file.seek(0, os.SEEK_END)
+            # Room first: on a full disk a buffered write would fail again when the file is closed.
+            os.posix_fallocate(self.file.fileno(), start, x.nbytes)
+            self.file.write(_bytes(x.detach().cpu().contiguous()))
+            self.file.flush()
         except OSError as error:
             raise RunError(
                 f"execution.offload=file cannot write {x.nbytes} bytes to {folder}: "
                 f"{error.strerror}; set TMPDIR to a folder with room"
             ) from error
-        load = partial(self._load, self.end, x.shape, x.dtype, x.device)
-        self._map(self.end, x.nbytes).copy_(_bytes(x.detach().contiguous()))
-        self.end += x.nbytes
-        return load
+        return partial(self._load, start, x.shape, x.dtype, x.device)
 
     def _load(
         self, start: int, shape: torch.Size, dtype: torch.dtype, device: torch.device
     ) -> Tensor:
-        x = torch.empty(shape, dtype=dtype, device=device)
-        _bytes(x).copy_(self._map(start, x.nbytes))
-        return x
-
-    def _map(self, start: int, size: int) -> Tensor:
         assert self.file is not None
-        return torch.from_numpy(np.memmap(self.file, np.uint8, "r+", start, (size,)))
+        x = torch.empty(shape, dtype=dtype)
+        self.file.seek(start)
+        self.file.readinto(_bytes(x))
+        return x.to(device)
 
     def __del__(self) -> None:
         if self.file is not None:
             self.file.close()
 
 
-def _bytes(x: Tensor) -> Tensor:
-    """The numbers of a contiguous tensor as bytes."""
-    return x.flatten().view(torch.uint8)
+def _bytes(x: Tensor) -> memoryview:
+    """The numbers of a contiguous tensor on the CPU as bytes."""
+    return x.flatten().view(torch.uint8).numpy().data

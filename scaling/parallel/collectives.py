@@ -5,7 +5,8 @@ all_reduce(sum) with itself, all_gather with reduce_scatter(sum)) and is never s
 of the ranks' losses has the same gradient as one process computing it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from jaxtyping import Shaped
 from torch import Tensor
 
+from data_pipeline.errors import RunError
 from scaling.parallel.telemetry import exchanging, timed
 
 Group = dist.ProcessGroup | None
@@ -152,23 +154,34 @@ def sum_over_ranks(numbers: Tensor, group: Group = None) -> Tensor:
 
 
 def global_sums(
-    *values: Number | Tensor, group: Group = None, device: torch.device | str = "cpu"
+    *values: Number | Tensor,
+    group: Group = None,
+    device: torch.device | str = "cpu",
+    operation: Any = dist.ReduceOp.SUM,
 ) -> list[float]:
     """Each number summed over all ranks, in float64, by one exchange. Every rank must call it."""
-    return _reduce_numbers(values, dist.ReduceOp.SUM, group, device)
-
-
-def global_maxima(
-    *values: Number | Tensor, group: Group = None, device: torch.device | str = "cpu"
-) -> list[float]:
-    """Each number's largest value over all ranks, by one exchange. Every rank must call it."""
-    return _reduce_numbers(values, dist.ReduceOp.MAX, group, device)
-
-
-def _reduce_numbers(
-    values: Sequence[Number | Tensor], operation: Any, group: Group, device: torch.device | str
-) -> list[float]:
     numbers = torch.tensor([float(value) for value in values], dtype=torch.float64, device=device)
     if dist.is_initialized():
         dist.all_reduce(numbers, operation, group=group)
     return numbers.tolist()
+
+
+global_maxima = partial(global_sums, operation=dist.ReduceOp.MAX)
+"""Each number's largest value over all ranks, by one exchange. Every rank must call it."""
+
+
+def first_rank_says(function: Callable[[], Any]) -> Any:
+    """Calls it on the first rank; every rank gets its result, or its error. Collective."""
+    answer: list[Any] = [None, None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            answer[0] = function()
+        except RunError as error:
+            answer[1] = error
+        except OSError as error:  # a full disk must not leave the others waiting
+            answer[1] = RunError(f"cannot write to the run directory: {error}; make room and rerun")
+    if dist.is_initialized():
+        dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]

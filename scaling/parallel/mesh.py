@@ -34,12 +34,11 @@ class Mesh:
 
 def check_sizes(dp: int, sp: int, world: int) -> None:
     """Raises OptionError unless dp · sp is the number of ranks."""
-    if min(dp, sp) >= 1 and dp * sp == world:
-        return
-    way = f"try dp=1 sp={world}"
-    if dp >= 1 and world % dp == 0:
-        way = f"try sp={world // dp}, or start {max(dp * sp, 1)} ranks"
-    elif sp >= 1 and world % sp == 0:
-        way = f"try dp={world // sp}, or start {max(dp * sp, 1)} ranks"
-    have = f"the world has {world} rank{'s' * (world != 1)}"
-    raise OptionError("sp", sp, f"dp({dp}) * sp({sp}) = {dp * sp}, but {have}; {way}")
+    if min(dp, sp) < 1 or dp * sp != world:
+        fitting = f"sp={world // dp}" if dp >= 1 and world % dp == 0 else f"dp=1 sp={world}"
+        raise OptionError(
+            "sp",
+            sp,
+            f"dp({dp}) * sp({sp}) = {dp * sp}, but the world has {world} rank"
+            f"{'s' * (world != 1)}; try {fitting}, or start {max(dp * sp, 1)} ranks",
+        )

@@ -19,7 +19,7 @@ for a function of tensors.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
@@ -75,14 +75,6 @@ class Measurement:
         """Sent to other ranks by this one."""
         return sum(each.bytes for each in self.exchanges.values())
 
-    def _enter(self, name: str) -> None:
-        self._inside.append(name)
-        self._mark()
-
-    def _leave(self) -> None:
-        self._inside.pop()
-        self._mark()
-
     def _mark(self) -> None:
         if self._on_cuda:
             now = torch.cuda.Event(enable_timing=True)
@@ -125,13 +117,15 @@ def timed(name: str) -> Iterator[None]:
     """What happens inside belongs to the range of that name, in measurements and in traces."""
     measurements = _active()
     for measurement in measurements:
-        measurement._enter(name)
+        measurement._inside.append(name)
+        measurement._mark()
     try:
         with record_function(f"longfold.{name}") if is_traced() else nullcontext():
             yield
     finally:
         for measurement in measurements:
-            measurement._leave()
+            measurement._inside.pop()
+            measurement._mark()
 
 
 def timed_both_ways(
@@ -143,8 +137,8 @@ def timed_both_ways(
         if not _active() or not any(x.requires_grad for x in tensors):
             return run(*tensors)
         backward = ExitStack()
-        results = run(*_with_border(backward.close, tensors))
-        return _with_border(lambda: backward.enter_context(timed(name)), results)
+        results = run(*_Border.apply(backward.close, *tensors))
+        return _Border.apply(lambda: backward.enter_context(timed(name)), *results)
 
 
 @contextmanager
@@ -184,19 +178,19 @@ def _activate(measurements: tuple[Measurement, ...]) -> None:
         torch._C._remove_obj_from_tls(_ACTIVE)
 
 
-def _with_border(crossed: Callable[[], object], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The same tensors; `crossed` is called where their gradients pass."""
-    trained = iter(_Border.apply(crossed, *(x for x in tensors if x.requires_grad)))
-    return tuple(next(trained) if x.requires_grad else x for x in tensors)
-
-
 class _Border(torch.autograd.Function):
+    """The same tensors; `crossed` is called where their gradients pass."""
+
     @staticmethod
     def forward(ctx: Any, crossed: Callable[[], object], *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.crossed = crossed
-        return tuple(x.view_as(x) for x in tensors)
+        ctx.set_materialize_grads(False)
+        same = tuple(x.view_as(x) for x in tensors)
+        trained = ctx.needs_input_grad[1:]
+        ctx.mark_non_differentiable(*(x for x, y in zip(same, trained, strict=True) if not y))
+        return same
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         ctx.crossed()
         return None, *grads

@@ -21,8 +21,7 @@ from scaling.models import Model
 from scaling.observe.metrics import StepMeter
 from scaling.observe.profile import StepProfiler
 from scaling.observe.progress import Summary
-from scaling.parallel.collectives import sum_over_ranks
-from scaling.parallel.first_rank import first_rank_says
+from scaling.parallel.collectives import first_rank_says, sum_over_ranks
 from scaling.parallel.mesh import Mesh
 from scaling.parallel.telemetry import timed
 from scaling.runs.folder import RunFolder

@@ -11,7 +11,7 @@ from data_pipeline.tasks.protocol import Task
 from scaling.observe.hardware import hardware
 from scaling.observe.progress import Progress, Summary, summarise
 from scaling.observe.sinks import TensorBoardSink
-from scaling.parallel.first_rank import first_rank_does
+from scaling.parallel.collectives import first_rank_says
 from scaling.runs.environment import describe_environment
 from scaling.runs.folder import RunFolder, RunWriter, claimed
 from scaling.runs.identity import Identity
@@ -31,7 +31,7 @@ def claimed_together(
             environment = describe_environment(**hardware())
             run = stack.enter_context(claimed(path, identity, config, environment))
 
-        first_rank_does(claim)
+        first_rank_says(claim)
         yield run
 
 

@@ -8,6 +8,7 @@ differ by rank, a row without weight, a parameter that is never used. Run as a s
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -126,7 +127,7 @@ def compare_trajectories(
     dtype: torch.dtype,
     tolerance: float,
     cases: list[tuple[int, float]],
-    name="ddp",
+    name: Any = "ddp",
     zero_stage=0,
     group=None,
 ) -> None:
@@ -296,7 +297,6 @@ def test_a_contradiction_names_both_values(user, environment, said):
         ("ddp", "float32", {"ACCELERATE_MIXED_PRECISION": "bf16"}, "'bf16'.*'float32'"),
         ("deepspeed", "float64", {}, "engine=ddp"),
         ("deepspeed", "float32", {}, "needs torch.distributed"),
-        ("horovod", "float32", {}, "unknown engine 'horovod'"),
     ],
 )
 def test_engines_that_cannot_work_say_so(name, precision, environment, said):

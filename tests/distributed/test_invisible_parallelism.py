@@ -1,14 +1,17 @@
-"""The models under the engines: 20 steps of training do not show how many ranks there were.
+"""Models under the engines: 20 steps of training do not show how many ranks there were.
 
-DeepSpeed wants worlds of their own. Run as a script, the file imports all it needs once and forks
-the ranks of one: sp 1, 2 and 4 (with dp 4, 2 and 1) in a world of 4, sp 3 and 8 in others.
+Real processes at sp 2 and dp 2 x sp 2; test_models.py shows other worlds and every model on
+threads. DeepSpeed wants worlds of its own: run as a script, the file imports all it needs once and
+forks the ranks of one.
 """
 
 import os
 import sys
+from itertools import product
 from multiprocessing import get_context
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +21,6 @@ from torch import Tensor
 from data_pipeline.batch import Sample
 from scaling.engine.build import build_engine
 from scaling.engine.loss import engine_loss
-from scaling.models import MODELS
 from scaling.parallel.collectives import global_sums
 from scaling.parallel.mesh import Mesh
 from scaling.parallel.shard import SequenceShard
@@ -31,10 +33,11 @@ LENGTHS = [13, 5, 9, 1, 12, 13, 7, 2]
 STEPS, RATE = 20, 0.02
 ENGINES = [
     ("ddp", 0, torch.float64, 1e-10),
-    *[("deepspeed", z, torch.float32, 1e-5) for z in (0, 1)],
+    *[("deepspeed", z, torch.float32, 1e-5) for z in (0, 1, 2, 3)],
 ]
-ZERO_3 = ("deepspeed", 3, torch.float32, 1e-5)
-"""In the smallest world, for time's sake."""
+NAMES = ("se3_hyena",)
+"""One of each way to mix tokens."""
+MESHES = {2: (1, 2), 4: (2, 2)}
 SMALL = {"operators": 1, "hidden": 3, "gate_hidden": 2}
 
 
@@ -58,7 +61,7 @@ def one_process(name: str, dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in model.named_parameters()}
 
 
-def on_a_mesh(mesh: Mesh, name: str, engine_name: str, stage: int, dtype: torch.dtype):
+def on_a_mesh(mesh: Mesh, name: str, engine_name: Any, stage: int, dtype: torch.dtype):
     sample = whole_sample(dtype)
     rows = slice(mesh.slot.dp_rank, None, mesh.slot.dp)
     lengths = tuple(LENGTHS[rows])
@@ -90,27 +93,17 @@ def on_a_mesh(mesh: Mesh, name: str, engine_name: str, stage: int, dtype: torch.
     return {key.removeprefix("model."): value for key, value in engine.state()[0].items()}
 
 
-MESHES = {3: [(1, 3)], 4: [(4, 1), (2, 2), (1, 4)], 8: [(1, 8)]}
-
-
-def engines(world: int) -> list[tuple]:
-    return [*ENGINES, ZERO_3] if world == 3 else ENGINES
-
-
-def every_mesh(rank: int, world: int, folder: Path) -> None:
+def every_engine(rank: int, world: int, folder: Path) -> None:
     """One rank of a world of its own."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     dist.init_process_group("gloo", f"file://{folder}/{world}", rank=rank, world_size=world)
-    meshes = [Mesh(dp, sp) for dp, sp in MESHES[world]]
-    for name in MODELS:
-        for engine_name, stage, dtype, tolerance in engines(world):
-            expected = one_process(name, dtype) if rank == 0 else {}
-            for mesh in meshes:
-                values = on_a_mesh(mesh, name, engine_name, stage, dtype)
-                if rank == 0:
-                    error = relative(values, expected)
-                    print(mesh.slot, name, engine_name, stage, error, flush=True)
-                    assert error <= tolerance
+    mesh = Mesh(*MESHES[world])
+    for name, (engine_name, stage, dtype, tolerance) in product(NAMES, ENGINES):
+        values = on_a_mesh(mesh, name, engine_name, stage, dtype)
+        if rank == 0:
+            error = relative(values, one_process(name, dtype))
+            print(mesh.slot, name, engine_name, stage, error, flush=True)
+            assert error <= tolerance
     dist.barrier()
     dist.destroy_process_group()
 
@@ -120,7 +113,7 @@ def fork_world(world: int, folder: Path) -> None:
     import deepspeed  # noqa: F401  once, before the ranks part
 
     ranks = [
-        get_context("fork").Process(target=every_mesh, args=(rank, world, folder), daemon=True)
+        get_context("fork").Process(target=every_engine, args=(rank, world, folder), daemon=True)
         for rank in range(world)
     ]
     for process in ranks:
@@ -133,17 +126,17 @@ def fork_world(world: int, folder: Path) -> None:
 
 @pytest.mark.parametrize("world", MESHES)
 def test_training_equals_one_process(world, tmp_path):
-    """Both configurations, float64 under DDP, float32 under ZeRO-0, ZeRO-1 and ZeRO-3."""
+    """float64 under DDP, float32 under ZeRO 0 to 3."""
     environ = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, str(world), str(tmp_path)]
-    ended = run(command, timeout=280, env=environ)
+    ended = run(command, timeout=120, env=environ)
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert len(ended.stdout.splitlines()) == len(MESHES[world]) * len(MODELS) * len(engines(world))
+    assert len(ended.stdout.splitlines()) == len(NAMES) * len(ENGINES)
 
 
 def test_training_moves_the_parameters():
     """Else the comparison could not fail."""
-    for name in MODELS:
+    for name in NAMES:
         start = dict(small_model(name, torch.float64, **SMALL).named_parameters())
         start = {key: value.detach() for key, value in start.items()}
         assert relative(one_process(name, torch.float64), start) > 1e-2

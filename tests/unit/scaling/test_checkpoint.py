@@ -133,7 +133,7 @@ def test_latest_that_names_no_checkpoint_is_an_error_with_the_way_out(tmp_path, 
     state, checkpoints = make(), Checkpoints(tmp_path / "checkpoints", keep=2)
     checkpoints.save(1, *state, identity={})
     (tmp_path / "checkpoints" / "latest").write_bytes(content)
-    fix = "not the name of a checkpoint; write 'step-00000001' into it, or remove"
+    fix = "not the name of a checkpoint; write 'step-00000001' into .*latest, or remove"
     with pytest.raises(RunError, match=f"checkpoints/latest holds .*, {fix} {tmp_path}"):
         checkpoints.load(*state)
 
