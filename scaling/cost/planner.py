@@ -7,24 +7,28 @@ follow from their shapes. What does not depend on the tokens, libraries and the 
 that they leave in the heap, is measured on a step of few tokens in tiles of full size.
 """
 
+import weakref
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from data_pipeline.batch import GeometricBatch
 from data_pipeline.counter_rng import hash64
 from data_pipeline.stream.stream import AHEAD
 from data_pipeline.tasks.protocol import Task
-from scaling.cost.live import TILE, LiveTensors
 from scaling.execution import Execution
 from scaling.observe.memory import resident_bytes, return_large_blocks, trim_heap
 from scaling.ops.tiles import most_kept_per_token, set_execution
 from scaling.parallel.shard import SequenceShard
-from scaling.parallel.telemetry import measuring
+from scaling.parallel.telemetry import innermost_range, measuring
 
 MOST_TOKENS = 1 << 15
 """Tokens of the rank that runs here; fewer make tiles too coarse to scale."""
@@ -32,6 +36,10 @@ MOST_TILES = 96
 """Tiles of a part in the step that runs here; parts that keep hardly anything may then stay whole,
 which foresees a little too much."""
 ADAM_STATES = 2
+KEPT, TILE = "kept activations", "tile workspace"
+PURPOSES = {"transforms": "FFT workspace and spectra", "comm": "exchange buffers"}
+"""Of what is made inside these timed ranges. All else is kept where it has every token, and
+part of a tile where it has not: tokens are the last axis."""
 
 
 @dataclass
@@ -148,3 +156,46 @@ def _world(rank: int, ranks: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+class LiveTensors(TorchDispatchMode):
+    """While it is entered, counts the bytes of all tensors that operators make and nobody has freed
+    yet; `peak` is what was held, by purpose, when it was most.
+
+    Args:
+        tokens: of this process.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.peak: Counter[str] = Counter()
+        self._tokens = tokens
+        self._held: Counter[str] = Counter()
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **kwargs or {})
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor):
+                self._count(x)
+        if self._held.total() > self.peak.total():
+            self.peak = self._held.copy()
+        return result
+
+    def _count(self, x: torch.Tensor) -> None:
+        storage = x.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if size == 0 or key in self._known:
+            return
+        whole = x.ndim > 0 and x.shape[-1] % self._tokens == 0
+        purpose = PURPOSES.get(innermost_range() or "", KEPT if whole else TILE)
+        self._known.add(key)
+        self._held[purpose] += size
+
+        def freed() -> None:
+            self._known.discard(key)
+            self._held[purpose] -= size
+
+        weakref.finalize(storage, freed)

@@ -118,9 +118,6 @@ def compiled(part: Part[Results]) -> Part[Results]:
     forms: set[Any] = set()
     most, told = MOST_FORMS, False
 
-    def warn(why: str) -> None:
-        warnings.warn(f"execution.compile=true: {why}", stacklevel=3)
-
     @functools.wraps(part)
     def run(*tensors: Tensor) -> Results:
         nonlocal most, told
@@ -137,18 +134,18 @@ def compiled(part: Part[Results]) -> Part[Results]:
                     return fast(*tensors)
             except (TorchDynamoException, InductorError) as error:
                 forms.clear()
-                most, told = 0, True
+                most, name = 0, part.__qualname__
                 reason = str(error).strip().splitlines()[0][:200]
-                warn(
-                    f"torch.compile cannot do {part.__qualname__} here ({reason}); it runs without"
-                )
-        if not told:
-            told = True
-            warn(
+                why = f"torch.compile cannot do {name} here ({reason}); it runs without"
+        else:
+            why = (
                 f"{part.__qualname__} has been compiled for {most} shapes, the most there are; "
                 f"others run without, {tuple(tensors[0].shape)} first; rows of one length, or "
                 "execution.compile=false, end this"
             )
+        if not told:
+            told = True
+            warnings.warn(f"execution.compile=true: {why}", stacklevel=2)
         return part(*tensors)
 
     return run

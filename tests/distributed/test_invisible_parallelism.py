@@ -129,7 +129,7 @@ def test_training_equals_one_process(world, tmp_path):
     """float64 under DDP, float32 under ZeRO 0 to 3."""
     environ = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, str(world), str(tmp_path)]
-    ended = run(command, timeout=120, env=environ)
+    ended = run(command, timeout=280, env=environ)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert len(ended.stdout.splitlines()) == len(NAMES) * len(ENGINES)
 
