@@ -124,8 +124,8 @@ class Denoising(Task):
         self, split: str, items: Sequence[int | None], keys: Sequence[int], start: int, stop: int
     ) -> Sample:
         k, packed = self.neighbours, self._items[split]
-        window = Window(self, split, items, start, stop)
-        wide = Window(self, split, items, start - k, stop + k)  # differences reach so far
+        window = Window(self.row_lengths(split, items), start, stop)
+        wide = Window(window.lengths, start - k, stop + k)  # differences reach so far
         spans = [
             (key, low, high, packed.pieces(item, key, low, high))
             for item, key, length in zip(items, keys, window.lengths, strict=True)

@@ -78,7 +78,7 @@ class NBody(ProceduralTask):
         self, split: str, items: Sequence[int | None], keys: Sequence[int], start: int, stop: int
     ) -> Sample:
         """See Task. Keys order the particles of a gas in training and do nothing else."""
-        window = Window(self, split, items, start, stop)
+        window = Window(self.row_lengths(split, items), start, stop)
         rows = window.zeros(10)
         systems = iter(self._systems(split, [item for item in items if item is not None]))
         for row, (item, key) in enumerate(zip(items, keys, strict=True)):

@@ -65,7 +65,7 @@ class Needles(ProceduralTask):
         self, split: str, items: Sequence[int | None], keys: Sequence[int], start: int, stop: int
     ) -> Sample:
         """See Task. Keys do nothing."""
-        window = Window(self, split, items, start, stop)
+        window = Window(self.row_lengths(split, items), start, stop)
         vectors, marks, target = (window.zeros(3) for _ in range(3))
         end = max(min(stop, self.tokens), start)
         for row, item in enumerate(items):

@@ -51,6 +51,10 @@ class Task(ABC):
     def size(self, split: str) -> int:
         return len(self.lengths(split))
 
+    def row_lengths(self, split: str, items: Sequence[int | None]) -> tuple[int, ...]:
+        """Tokens of a row for each item; None is an empty row."""
+        return tuple(0 if item is None else self.length(split, item) for item in items)
+
     def length(self, split: str, item: int) -> int:
         return int(self.lengths(split)[item])
 

@@ -64,7 +64,7 @@ class Recall(ProceduralTask):
         self, split: str, items: Sequence[int | None], keys: Sequence[int], start: int, stop: int
     ) -> Sample:
         """See Task. Keys turn a fixed vocabulary in training and do nothing else."""
-        window = Window(self, split, items, start, stop)
+        window = Window(self.row_lengths(split, items), start, stop)
         vectors, target = window.zeros(1, 3), np.zeros((len(items), 3), np.float32)
         for row, (item, key) in enumerate(zip(items, keys, strict=True)):
             if item is not None:

@@ -89,7 +89,7 @@ class Materialised(Task):
         self, split: str, items: Sequence[int | None], keys: Sequence[int], start: int, stop: int
     ) -> Sample:
         """See Task. Keys do nothing."""
-        window, made = Window(self, split, items, start, stop), self._made
+        window, made = Window(self.row_lengths(split, items), start, stop), self._made
         arrays = {"xyz": window.zeros(1, 3), "vectors": window.zeros(self.vectors, 3)}
         arrays |= {"scalars": window.zeros(self.scalars), "target": window.zeros(3)}
         answer = np.zeros((len(items), 3), np.float32)

@@ -7,11 +7,10 @@ import numpy as np
 import torch
 
 from data_pipeline.batch import GeometricBatch, Sample
-from data_pipeline.tasks.protocol import Task
 
 
 class Window:
-    """Tokens [start, stop) of one row per item, None is an empty row; arrays have tokens last.
+    """Tokens [start, stop) of rows; arrays have tokens last.
 
     Attributes:
         lengths: tokens of each whole row.
@@ -20,12 +19,10 @@ class Window:
         mask: whether the row has that token.
     """
 
-    def __init__(
-        self, task: Task, split: str, items: Sequence[int | None], start: int, stop: int
-    ) -> None:
-        self.lengths = tuple(0 if item is None else task.length(split, item) for item in items)
+    def __init__(self, lengths: Sequence[int], start: int, stop: int) -> None:
+        self.lengths = tuple(lengths)
         self.ends = np.array(self.lengths, np.int64)[:, None]
-        self.index = np.tile(np.arange(start, stop), (len(items), 1))
+        self.index = np.tile(np.arange(start, stop), (len(self.lengths), 1))
         self.mask = (self.index >= 0) & (self.index < self.ends)
 
     def zeros(self, *channels: int) -> np.ndarray:

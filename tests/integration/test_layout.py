@@ -97,7 +97,7 @@ def test_every_room_is_a_floor():
 
 
 LONGEST_CHAIN = 6
-"""Modules of data_pipeline that import one another in a row."""
+"""Imports in a row inside data_pipeline, from one module to the next."""
 
 
 def test_no_circle_of_imports_and_no_long_chain():
@@ -118,7 +118,7 @@ def test_no_circle_of_imports_and_no_long_chain():
     for name in modules:
         chain = longest(name)
         if name.startswith("data_pipeline"):
-            assert len(chain) <= LONGEST_CHAIN, " -> ".join(chain)
+            assert len(chain) - 1 <= LONGEST_CHAIN, " -> ".join(chain)
 
 
 def test_models_know_no_process_group():
