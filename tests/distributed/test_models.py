@@ -95,15 +95,20 @@ CASES = [
 ]
 
 
+LONG = [n for n, (*_, options, steps, _) in enumerate(CASES) if steps or "execution" in options]
+"""Cases that take long: training, and tiles."""
+
+
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
-def test_outputs_gradients_and_training_equal_one_process(world):
-    for case in range(len(CASES)):
+def test_outputs_and_gradients_equal_one_process(world):
+    for case in set(range(len(CASES))) - {*LONG}:
         for error in run_threaded(compare_with_one_process, world, case, one_process(case)):
             assert error < CASES[case][-1], CASES[case]
 
 
-def test_real_processes_too(distributed):
-    """In a group that does not begin at rank 0."""
-    for case in range(0, len(CASES), 3):
-        for error in distributed(compare_with_one_process, 3, case, one_process(case)):
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
+def test_training_and_recomputation_equal_one_process(distributed, world):
+    """In real processes, in a group that does not begin at rank 0."""
+    for case in LONG:
+        for error in distributed(compare_with_one_process, world, case, one_process(case)):
             assert error < CASES[case][-1], CASES[case]
