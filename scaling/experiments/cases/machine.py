@@ -157,6 +157,8 @@ def _steps(case: MachineOptions, group: Group, device: torch.device) -> list[Row
                 rows.append(row(f"{name}: {title}", 1, length, seconds))
             work = _work(model, case, length)
             for key, value in asdict(work).items():
+                if key == "exchange_bytes":  # one rank sends nothing
+                    continue
                 unit = "GB" if key.endswith("bytes") else "GFLOP"
                 rows.append(row(f"{name}: {key}", 1, length, value * length / 1e9, unit))
     return rows
