@@ -82,10 +82,10 @@ def test_a_point_that_fails_says_why_and_is_tried_again(tmp_path: Path):
     tiny = [*TINY, "lengths=[8]", "sp=[1]", f"sweeps={tmp_path}"]
     with pytest.raises(RunError, match=r"1 of 1 points failed, N8_sp1: time-out after .*log\.txt"):
         sweep.main([*tiny, "timeout_s=0.5"])
-    with pytest.raises(RunError, match=r"1 of 1 points failed, N8_sp1: .*channels=-1: se3_hyena"):
-        sweep.main([*tiny, "name=other", "model.channels=-1"])
+    with pytest.raises(RunError, match=r"1 of 1 points failed, N8_sp1: .*needs scalars"):
+        sweep.main([*tiny, "name=other", "model.salience=true", "scalars=0"])
     (row,) = RunFolder(tmp_path / "other").rows()
-    assert "channels=-1" in row["status"]
+    assert "salience" in row["status"]
 
 
 @pytest.mark.parametrize(
