@@ -8,6 +8,7 @@ bodies takes as many exchanges as one row.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -141,11 +142,14 @@ class MaskedRows:
 
     @cached_property
     def _body(self) -> Int[Tensor, "b n"]:
-        """Number of each token's body in its row; tokens behind the last one count as one more."""
+        return self.body_at(self._index)
+
+    def body_at(self, places: Int[Tensor, " n"]) -> Int[Tensor, "b n"]:
+        """Number of the body at these places in each row; behind the last one is one more."""
         assert self.bodies is not None
-        ends = [[sum(row[: body + 1]) for body in range(len(row))] for row in self.bodies]
-        places = self._index.expand(self.mask.shape).contiguous()
-        return torch.searchsorted(self._of_bodies(ends, _BEHIND), places, right=True)
+        ends = [[*accumulate(row)] for row in self.bodies]
+        everywhere = places.expand(len(ends), -1).contiguous()
+        return torch.searchsorted(self._of_bodies(ends, _BEHIND), everywhere, right=True)
 
     def _of_bodies(
         self,

@@ -57,17 +57,17 @@ class SequenceShard:
 
     def index_on(self, device: torch.device | str) -> Int[Tensor, " n"]:
         """`index` on another device, made there once; not to be written to."""
-        return _numbers(self._tokens(self.rank), torch.device(device))
+        return _numbers(self.tokens_of(self.rank), torch.device(device))
 
     @property
     def n_local(self) -> int:
-        return len(self._tokens(self.rank))
+        return len(self.tokens_of(self.rank))
 
     def scatter(self, full: Shaped[Tensor, "*b N"]) -> Shaped[Tensor, "*b n"]:
         """This rank's tokens of a tensor that all ranks hold."""
         if full.shape[-1] != self.length:
             raise ShapeError(f"{self} cannot take its part of {tuple(full.shape)}")
-        tokens = self._tokens(self.rank)
+        tokens = self.tokens_of(self.rank)
         return full[..., tokens.start : tokens.stop : tokens.step].clone()
 
     def gather(self, local: Shaped[Tensor, "*b n"]) -> Shaped[Tensor, "*b N"]:
@@ -84,10 +84,11 @@ class SequenceShard:
         shards = all_gather(torch.cat([local, padding], -1), self.group, "gather")
         if self.layout == "cyclic":
             return shards.movedim(0, -1).flatten(-2)[..., : self.length]
-        held = [shards[rank][..., : len(self._tokens(rank))] for rank in range(self.size)]
+        held = [shards[rank][..., : len(self.tokens_of(rank))] for rank in range(self.size)]
         return torch.cat(held, -1)
 
-    def _tokens(self, rank: int) -> range:
+    def tokens_of(self, rank: int) -> range:
+        """Global numbers of a rank's tokens, ascending."""
         if self.layout == "cyclic":
             return range(min(rank, self.length), self.length, self.size)
         return range(self.length * rank // self.size, self.length * (rank + 1) // self.size)
@@ -111,7 +112,7 @@ def redistribute(
         return x
     rows, natural = x.movedim(-1, 0), source if source.layout == "contiguous" else target
     own, cyclic = _counts(source.length, source.rank, source.size)
-    order = _sorted_by_rank(natural._tokens(natural.rank), natural.size, x.device)
+    order = _sorted_by_rank(natural.tokens_of(natural.rank), natural.size, x.device)
     if natural is source:
         rows = rows.index_select(0, order)
         rows = all_to_all(rows, own, cyclic, source.group, "redistribute")
