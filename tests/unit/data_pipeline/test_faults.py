@@ -20,8 +20,8 @@ import pytest
 
 from data_pipeline.chains import RESIDUES, Chain
 from data_pipeline.errors import LongfoldError, SourceError, StoreError
-from data_pipeline.store import staging, writer
-from data_pipeline.store.build import build, ensure, verify
+from data_pipeline.store import writer
+from data_pipeline.store.build import build, ensure, staged, verify
 from data_pipeline.store.reader import Store
 from data_pipeline.stream.stream import Stream
 from data_pipeline.tasks.denoising import Denoising
@@ -49,13 +49,12 @@ class WalkSource:
 
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory) -> Iterator[Path]:
-    """Stores of many chunks, `plain` and `shards`, and `other`: the same shapes, other values."""
+    """Stores of many chunks, `plain` and `other`: the same shapes, other values."""
     folder = tmp_path_factory.mktemp("faults")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(writer, "CHUNK", 256)  # 64 residues a chunk of xyz
         patch.setattr(writer, "BLOCK", 300)
         build(folder / "plain", WalkSource())
-        build(folder / "shards", WalkSource(), shard=2)
         build(folder / "other", WalkSource(1))
     yield folder
 
@@ -86,16 +85,15 @@ DAMAGE = {
 """What is done to a file, and whether opening the store tells."""
 
 
-@pytest.mark.parametrize("kind", ["plain", "shards"])
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damage_before_and_after_opening_is_named(stores, tmp_path, kind, damage):
+def test_damage_before_and_after_opening_is_named(stores, tmp_path, damage):
     """In any array and chunk: by opening or verify before, by the first read after; the file is
     named, and chains in other chunks still read as they were."""
     spoil, opening = DAMAGE[damage]
-    whole = Store(stores / kind)
+    whole = Store(stores / "plain")
     for array in ARRAYS:
         path = tmp_path / array
-        shutil.copytree(stores / kind, path)
+        shutil.copytree(stores / "plain", path)
         opened = Store(path)
         victim = sorted(f for f in (path / array / "c").rglob("*") if f.is_file())[1]
         spoil(victim)
@@ -196,7 +194,7 @@ def test_killed_writers_leave_nothing_that_opens(tmp_path):
 
 def test_drafts_of_living_writers_stay(tmp_path):
     """Only a dead writer's draft is removed."""
-    with staging.staged(tmp_path / "store") as draft:
+    with staged(tmp_path / "store") as draft:
         build(tmp_path / "store", WalkSource())
         assert draft.is_dir()
     assert [each.name for each in tmp_path.iterdir()] == ["store"]
@@ -307,7 +305,7 @@ def test_chains_that_would_spoil_a_store_are_refused(tmp_path):
         "coordinate is infinite": {"xyz": np.full((40, 4, 3), np.inf, np.float32)},
         r"float32 \(39, 4, 3\), its 40 residues": {"xyz": good.xyz[:39]},
         "split is test, that of good is None": {"split": "test"},
-        "segment must begin at 0": {"segment": np.ones(40, np.int32)},
+        "segment must hold 40 numbers: 0": {"segment": np.ones(40, np.int32)},
         "segment must hold 40": {"segment": np.arange(0, 80, 2)},
         "extra arrays are": {"extra": {"scalars": numbers}},
     }

@@ -40,7 +40,7 @@ def groups_of(folder: Path, **rule) -> tuple[list[int], dict]:
     source = GroupedSource(Family(), Grouping(**rule))
     manifest = build(folder, source)
     store = Store(folder)
-    return store._whole("cluster").tolist(), manifest
+    return store.whole("cluster").tolist(), manifest
 
 
 def test_groups_of_a_file_are_never_parted(tmp_path):

@@ -17,7 +17,7 @@ from data_pipeline.chains import RESIDUES, SPLITS, Chain, Notes, decode, encode
 from data_pipeline.errors import SourceError, StoreError
 from data_pipeline.prepare import ensure_bundled
 from data_pipeline.sources.bundled import BundledSource
-from data_pipeline.store import clusters, manifest, writer
+from data_pipeline.store import clusters, files, writer
 from data_pipeline.store.build import build, ensure, verify
 from data_pipeline.store.manifest import MANIFEST
 from data_pipeline.store.reader import Store, read_manifest
@@ -112,7 +112,7 @@ def damage_by_flipping(path: Path) -> None:
 @pytest.mark.parametrize(
     "damage, opening, message",
     [
-        (lambda s: (s / MANIFEST).unlink(), True, "no manifest.json"),
+        (lambda s: (s / MANIFEST).unlink(), True, "manifest.json is missing"),
         (lambda s: (s / MANIFEST).write_text("{"), True, "is no manifest"),
         (lambda s: shutil.rmtree(s), True, "no store at"),
         (lambda s: (s / "xyz/c/1/0/0").unlink(), True, "xyz/c/1/0/0 is missing"),
@@ -247,7 +247,7 @@ def test_stores_are_read_through_urls(bundled, remote):
     for attempt in (lambda: Store(url), lambda: there.read("xyz", 0, 0, 9)):
         with pytest.raises(StoreError, match=rf"{url}/xyz/c/0/0/0 is missing; copy it there anew"):
             attempt()
-    with pytest.raises(StoreError, match=r"memory://nowhere has no manifest\.json"):
+    with pytest.raises(StoreError, match=r"memory://nowhere/manifest\.json is missing"):
         Store("memory://nowhere")
     with pytest.raises(StoreError, match=r"nowhere://x.* cannot be read: Protocol not known"):
         Store("nowhere://x")
@@ -269,20 +269,20 @@ class LongSource:
 
 
 def test_memory_does_not_grow_with_the_store(tmp_path, monkeypatch):
-    """A store of 29 MB takes the memory of one of 7 MB, to write and to stream from, within a
+    """A store of 12 MB takes the memory of one of 3 MB, to write and to stream from, within a
     megabyte; peaks of what Python and numpy allocate."""
     monkeypatch.setattr(writer, "CHUNK", 1 << 13)
-    for module in (writer, manifest):
+    for module in (writer, files):
         monkeypatch.setattr(module, "BLOCK", 1 << 14)
     written, streamed = [], []
-    for count in (500, 2000):
+    for count in (200, 800):
         path = tmp_path / str(count)
         with peak_mb(written):
             build(path, LongSource(count))
         with peak_mb(streamed):
             task = Denoising(str(path), neighbours=2)
             stream = Stream(task, "train", batch_size=8, micro_batch_size=8, seed=0, max_length=999)
-            for _ in range(20):
+            for _ in range(10):
                 next(stream)
             stream.close()
     assert max(written) < 12 and written[1] < written[0] + 1
