@@ -5,6 +5,8 @@ well here: the task shows that training works, not that long context is used. Wi
 sample is many chains, one behind the other, up to the whole store.
 """
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -18,9 +20,9 @@ from data_pipeline.chains import RESIDUES, SPLITS
 from data_pipeline.counter_rng import evaluation_key, hash64, normals, rotations
 from data_pipeline.errors import OptionError
 from data_pipeline.options import check_options
-from data_pipeline.store.reader import StoreMixture, before
+from data_pipeline.store.reader import open_alike
 from data_pipeline.tasks.features import EDGES, edges
-from data_pipeline.tasks.packed import PackedBodies, Pieces, join
+from data_pipeline.tasks.packed import PackedBodies, Pieces
 from data_pipeline.tasks.protocol import Task
 from data_pipeline.tasks.window import Window
 
@@ -30,8 +32,6 @@ BUNDLED = "stores/bundled"
 """Where training looks for the data that come with the package."""
 SPREAD = 100.0
 """Å: standard deviation of the translations of packed chains."""
-Span = tuple[int, int, int, Pieces]
-"""Of a row: its key, its first token in a slice and the one behind its last, what they are of."""
 _AT_ONCE = 1 << 16
 """Tokens of which the baselines hold the samples at once."""
 
@@ -83,20 +83,18 @@ class Denoising(Task):
         if len(self._weights) != len(paths):
             rule = f"must be {len(paths)} numbers of 1 or more, one for each store"
             raise OptionError("weights", self._weights, rule)
-        self._stores = StoreMixture(paths)
-        distinct, known = set(self.atoms), self._stores.atoms
+        stores = open_alike(paths)
+        known, kinds = stores[0].atoms, stores[0].kinds
+        distinct = set(self.atoms)
         if not distinct or not distinct <= set(known) or len(distinct) < len(self.atoms):
             rule = f"must be some of {', '.join(known)}, each once"
             raise OptionError("atoms", list(self.atoms), rule)
-        self._items = {
-            split: PackedBodies(
-                self._stores, split, len(self.atoms), self.packed_length, self.packed_copies
-            )
-            for split in SPLITS
-        }
+        packing = len(self.atoms), self.packed_length, self.packed_copies
+        self._packed = {s: [PackedBodies(one, s, *packing) for one in stores] for s in SPLITS}
+        self._lengths = {s: np.concatenate([p.lengths for p in self._packed[s]]) for s in SPLITS}
         self._columns = [known.index(atom) for atom in self.atoms]
-        kinds = self._stores.kinds
-        channels = {name: kinds[name][1][0] for name in ("vectors", "scalars") if name in kinds}
+        self._arrays = ["xyz", "residue", "segment", *({"vectors", "scalars"} & kinds.keys())]
+        channels = {name: kinds[name][1][0] for name in self._arrays if name in kinds}
         self._stored_scalars = channels.get("scalars", 0)
         self.vectors = 2 * self.neighbours + channels.get("vectors", 0)
         self.scalars = len(RESIDUES) + 1 + len(self.atoms) + EDGES + self._stored_scalars
@@ -107,30 +105,30 @@ class Denoising(Task):
             "bodies": (self.bodies, packed and self.bodies == "apart"),
             "weights": (self._weights, len(paths) > 1),
         }
-        options = [self._stores.digest, self.sigma, list(self.atoms), self.neighbours]
+        digest, *others = digests = [store.digest for store in stores]
+        if others:
+            digest = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+        options = [digest, self.sigma, list(self.atoms), self.neighbours]
         options += [{name: value} for name, (value, counts) in later.items() if counts]
         self.digest = self.hash(*options)
 
     def lengths(self, split: str) -> np.ndarray:
-        return self._items[split].lengths
+        return self._lengths[split]
 
     def parts(self, split: str) -> Sequence[tuple[int, int]]:
-        return list(zip(self._items[split].sizes, self._weights, strict=True))
+        sizes = [len(packed.lengths) for packed in self._packed[split]]
+        return list(zip(sizes, self._weights, strict=True))
 
     def describe(self, split: str, item: int) -> str:
-        return self._items[split].describe(item)
+        packed, own = self._find(split, item)
+        return packed.describe(own)
 
     def sample(
         self, split: str, items: Sequence[int | None], keys: Sequence[int], start: int, stop: int
     ) -> Sample:
-        k, packed = self.neighbours, self._items[split]
+        k = self.neighbours
         window = Window(self.row_lengths(split, items), start, stop)
         wide = Window(window.lengths, start - k, stop + k)  # differences reach so far
-        spans = [
-            (key, low, high, packed.pieces(item, key, low, high))
-            for item, key, length in zip(items, keys, window.lengths, strict=True)
-            if item is not None and (low := max(start - k, 0)) < (high := min(stop + k, length))
-        ]
         arrays = {
             "xyz": np.full_like(wide.zeros(3), np.nan),
             "noise": wide.zeros(3),
@@ -141,9 +139,13 @@ class Denoising(Task):
             "vectors": wide.zeros(self.vectors - 2 * k, 3),
             "scalars": wide.zeros(self._stored_scalars),
         }
-        row, column = wide.mask.nonzero()
-        for name, x in self._tokens(spans).items() if spans else ():
-            np.moveaxis(arrays[name], -1, 1)[row, column] = x
+        for row, (item, key) in enumerate(zip(items, keys, strict=True)):
+            low, high = max(start - k, 0), min(stop + k, window.lengths[row])
+            if item is not None and low < high:
+                for name, x in self._tokens(split, item, key, low, high).items():
+                    arrays[name][row, ..., low - start + k : high - start + k] = np.moveaxis(
+                        x, 0, -1
+                    )
         xyz, noise, residue, segment, place, end, vectors, scalars = arrays.values()
         observed = np.all(np.isfinite(xyz), axis=1)
         xyz = np.where(observed[:, None], xyz, 0)
@@ -155,7 +157,7 @@ class Denoising(Task):
         bodies = None
         if self.packed_length is not None and self.bodies == "apart":
             rows = zip(items, keys, strict=True)
-            bodies = tuple(() if i is None else packed.bodies(i, key) for i, key in rows)
+            bodies = tuple(() if i is None else self._bodies(split, i, key) for i, key in rows)
         return window.sample(
             xyz[..., inner],
             mask,
@@ -205,22 +207,35 @@ class Denoising(Task):
                 count += 3 * int(sample.weight[:, kind::atoms].sum())
         return total, count
 
-    def _tokens(self, spans: Sequence[Span]) -> dict[str, np.ndarray]:
-        """What the stores and the keys say of every token of the spans."""
-        pieces, atoms = join([own for *_, own in spans]), len(self.atoms)
+    def _find(self, split: str, item: int) -> tuple[PackedBodies, int]:
+        """The store's items among which this one is, and its number there."""
+        for packed in self._packed[split]:
+            if item < len(packed.lengths):
+                return packed, item
+            item -= len(packed.lengths)
+        raise IndexError(item)
+
+    def _bodies(self, split: str, item: int, key: int) -> tuple[int, ...]:
+        packed, own = self._find(split, item)
+        return packed.bodies(own, key)
+
+    def _tokens(
+        self, split: str, item: int, key: int, low: int, high: int
+    ) -> dict[str, np.ndarray]:
+        """What the store and the key say of tokens [low, high) of an item; tokens first."""
+        packed, own = self._find(split, item)
+        pieces, atoms = packed.pieces(own, key, low, high), len(self.atoms)
         first, last = pieces.starts // atoms, -(-pieces.stops // atoms)
-        # Residues that a slice cuts are read whole: of every token, its place among what is read.
-        skipped = before(last - first) * atoms + pieces.starts - first * atoms
-        place = np.arange(pieces.tokens.sum()) + pieces.per_token(skipped - before(pieces.tokens))
-        names = ["xyz", "residue", "segment", *({"vectors", "scalars"} & self._stores.kinds.keys())]
-        rows = {n: self._stores.gather(n, pieces.chains, first, last) for n in names}
-        xyz = rows.pop("xyz")[:, self._columns].reshape(-1, 3)[place]
-        tokens = {name: x[place // atoms] for name, x in rows.items()} | {"xyz": xyz}
+        rows = {n: packed.store.gather(n, pieces.chains, first, last) for n in self._arrays}
+        # A residue that the slice cuts is read whole.
+        cut = int(pieces.starts[0]) % atoms
+        here = slice(cut, cut + high - low)
+        xyz = rows.pop("xyz")[:, self._columns].reshape(-1, 3)[here]
+        tokens = {name: np.repeat(x, atoms, axis=0)[here] for name, x in rows.items()}
+        tokens |= {"xyz": xyz, "noise": normals(hash64("noise", key), low, high)[:, :3]}
         if self.packed_length is not None:
-            _move(tokens, pieces, spans)
+            _move(tokens, pieces, key)
         tokens["segment"] = tokens["segment"] + (pieces.per_token(pieces.body) << 32)
-        noise = [normals(hash64("noise", key), low, high)[:, :3] for key, low, high, _ in spans]
-        tokens["noise"] = np.concatenate(noise)
         return tokens | {"place": pieces.places, "end": pieces.per_token(pieces.lengths)}
 
     def _differences(self, x: np.ndarray, observed: np.ndarray, segment: np.ndarray) -> np.ndarray:
@@ -244,17 +259,16 @@ class Denoising(Task):
         return np.concatenate(parts, axis=1, dtype=np.float32)
 
 
-def _move(tokens: dict[str, np.ndarray], pieces: Pieces, spans: Sequence[Span]) -> None:
-    """Turns and shifts each chain by a motion that its row's key and its place there give."""
-    ranges = [(key, int(own.body[0]), int(own.body[-1]) + 1) for key, *_, own in spans]
-    turns = [rotations(hash64("motion", key), *bodies) for key, *bodies in ranges]
-    shifts = [normals(hash64("shift", key), *bodies)[:, :3] for key, *bodies in ranges]
-    turn = pieces.per_token(np.concatenate(turns)).transpose(2, 0, 1)
-    for name, columns in {"xyz": turn, "vectors": turn[:, :, None]}.items():
-        if name in tokens:
-            x = tokens[name].astype(np.float64)
-            # Term by term, so that no slicing changes how the sum is rounded.
-            x = columns[0] * x[..., :1] + columns[1] * x[..., 1:2] + columns[2] * x[..., 2:]
-            if name == "xyz":
-                x = x + SPREAD * pieces.per_token(np.concatenate(shifts))
-            tokens[name] = x.astype(np.float32)
+def _move(tokens: dict[str, np.ndarray], pieces: Pieces, key: int) -> None:
+    """Turns and shifts each chain by a motion that the row's key and its place there give."""
+    bodies = int(pieces.body[0]), int(pieces.body[-1]) + 1
+    turn = pieces.per_token(rotations(hash64("motion", key), *bodies))
+    shift = pieces.per_token(normals(hash64("shift", key), *bodies)[:, :3])
+
+    def turned(x: np.ndarray, turn: np.ndarray) -> np.ndarray:
+        # Term by term, so that no slicing changes how the sum is rounded.
+        return turn[..., 0] * x[..., :1] + turn[..., 1] * x[..., 1:2] + turn[..., 2] * x[..., 2:]
+
+    tokens["xyz"] = turned(tokens["xyz"], turn) + SPREAD * shift
+    if "vectors" in tokens:
+        tokens["vectors"] = turned(tokens["vectors"], turn[:, None])
