@@ -11,11 +11,11 @@ from typing import Any, Protocol, runtime_checkable
 
 from fsspec.core import url_to_fs
 
-from data_pipeline.chains import ATOMS, Chain, Notes
+from data_pipeline.chains import Chain, Notes
 from data_pipeline.disk import locked, sync
 from data_pipeline.errors import StoreError, damaged, unreadable
 from data_pipeline.store import writer
-from data_pipeline.store.grouping import Grouping
+from data_pipeline.store.grouping import GroupedSource
 from data_pipeline.store.manifest import VERSION, digest_of, read_manifest, write_manifest
 
 
@@ -27,8 +27,7 @@ class Source(Protocol):
         """What the chains follow from, as JSON; cheap, for it decides whether to build.
 
         Has `kind` and `files` (name -> sha256). A source whose xyz are not N, CA, C, O names its
-        atoms in an attribute `atoms`: (points, ...) of any number, the same for all chains; one
-        with a `grouping` of its own names it so.
+        atoms in an attribute `atoms`: (points, ...) of any number, the same for all chains.
         """
         ...
 
@@ -81,11 +80,10 @@ def build(path: str | Path, source: Source) -> dict[str, Any]:
     from data_pipeline.store.files import read_back
 
     path, notes = Path(path), Notes()
-    atoms = tuple(getattr(source, "atoms", ATOMS))
-    grouping = getattr(source, "grouping", Grouping())
+    grouped = source if isinstance(source, GroupedSource) else GroupedSource(source)
     try:
         with staged(path) as draft:
-            written = writer.write(draft, source.chains(notes), atoms, grouping, notes)
+            written = writer.write(draft, grouped, notes)
             content, files = read_back(draft)
             manifest = {
                 "version": VERSION,

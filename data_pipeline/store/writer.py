@@ -13,7 +13,7 @@ import numpy as np
 from data_pipeline.chains import ATOMS, SPLITS, Bonds, Chain, Notes, encode
 from data_pipeline.errors import SourceError
 from data_pipeline.store import clusters
-from data_pipeline.store.grouping import Grouping
+from data_pipeline.store.grouping import GroupedSource
 from data_pipeline.store.manifest import OWN
 
 CHUNK = 1 << 16
@@ -22,18 +22,11 @@ BLOCK = 1 << 18
 """Residues written at a time: 13 MB of backbone coordinates."""
 
 
-def write(
-    folder: Path,
-    chains: Iterable[Chain],
-    atoms: tuple[str, ...],
-    grouping: Grouping,
-    notes: Notes,
-) -> dict[str, Any]:
+def write(folder: Path, source: GroupedSource, notes: Notes) -> dict[str, Any]:
     """All arrays of a store into an empty folder; what its manifest says of the chains.
 
     Args:
-        atoms: names of the second axis of xyz.
-        notes: gains what the grouping has to say.
+        notes: gains what the source and its groups have to say.
 
     Raises:
         SourceError: no chain at all, or one that fits neither itself nor the others (named).
@@ -41,7 +34,7 @@ def write(
     """
     import zarr
 
-    group = zarr.create_group(folder)
+    group, atoms = zarr.create_group(folder), source.atoms
     arrays: dict[str, Any] = {}
 
     def put(name: str, values: np.ndarray) -> None:
@@ -52,7 +45,7 @@ def write(
 
     names, keys, splits, lengths = [], [], [], []
     bonds, breaks, missing = Bonds(), 0, 0
-    for block in _blocks(_checked(chains, atoms)):
+    for block in _blocks(_checked(source.chains(notes), atoms)):
         names += [chain.id for chain in block]
         keys += [chain.cluster for chain in block]
         splits += [SPLITS.index(chain.split) for chain in block if chain.split is not None]
@@ -71,7 +64,7 @@ def write(
     if not names:
         raise SourceError("the source gives no chain; choose other files or looser limits")
     residue, offsets = arrays["residue"][:], np.cumsum([0, *lengths], dtype=np.int64)
-    groups = grouping.groups(residue, offsets, names, keys, notes)
+    groups = source.groups(residue, offsets, names, keys, notes)
     split = np.array(splits or clusters.split(residue, offsets, groups, names), np.uint8)
     encoded = np.array([name.encode() for name in names])
     put("offsets", offsets)
@@ -90,7 +83,7 @@ def write(
             "missing atoms": missing,
         },
         "bonds": bonds.result(),
-        "split": "the source itself" if splits else grouping.rule,
+        "split": "the source itself" if splits else source.rule,
     }
 
 

@@ -1,6 +1,8 @@
-"""The order of samples as arithmetic: which item comes at which place of an endless run."""
+"""The order of samples as arithmetic: which item comes at which place of an endless run, and which
+of its tokens are a rank's."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -95,3 +97,26 @@ class Order:
             out[first:last] = places[taken : taken + last - first]
             taken += last - first
         return out
+
+
+@dataclass(frozen=True)
+class DataSlot:
+    """Data-parallel rank `dp_rank` of `dp` reads its own rows; of each, sequence-parallel rank
+    `sp_rank` of `sp` reads its own tokens."""
+
+    dp_rank: int = 0
+    dp: int = 1
+    sp_rank: int = 0
+    sp: int = 1
+
+    def rows(self, total: int, together: int) -> range:
+        """First rows of this rank's micro-batches of `together` rows, in turn with other ranks."""
+        return range(self.dp_rank * together, total, self.dp * together)
+
+    def tokens(self, length: int) -> tuple[int, int]:
+        """This rank's tokens [start, stop) of rows of `length`."""
+        return length * self.sp_rank // self.sp, length * (self.sp_rank + 1) // self.sp
+
+
+WHOLE = DataSlot()
+"""One rank that reads everything."""

@@ -14,8 +14,7 @@ import numpy as np
 from data_pipeline.batch import Sample
 from data_pipeline.counter_rng import evaluation_key, hash64
 from data_pipeline.errors import ConfigError, OptionError, RunError
-from data_pipeline.stream.order import Order
-from data_pipeline.stream.slot import WHOLE, DataSlot
+from data_pipeline.stream.order import WHOLE, DataSlot, Order
 from data_pipeline.tasks.protocol import Task
 
 AHEAD = 2

@@ -21,10 +21,9 @@ from data_pipeline.counter_rng import evaluation_key, hash64, normals, rotations
 from data_pipeline.errors import OptionError
 from data_pipeline.options import check_options
 from data_pipeline.store.reader import open_alike
-from data_pipeline.tasks.features import EDGES, edges
 from data_pipeline.tasks.packed import PackedBodies, Pieces
 from data_pipeline.tasks.protocol import Task
-from data_pipeline.tasks.window import Window
+from data_pipeline.tasks.window import EDGES, Window, edges
 
 UNKNOWN = len(RESIDUES)
 """Number of a residue that is none of the twenty."""

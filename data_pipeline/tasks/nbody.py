@@ -18,9 +18,8 @@ from jaxtyping import Float64
 from data_pipeline.batch import Sample
 from data_pipeline.counter_rng import hash64, normals, uniforms
 from data_pipeline.errors import OptionError
-from data_pipeline.tasks.features import EDGES, edges
-from data_pipeline.tasks.procedural import ProceduralTask
-from data_pipeline.tasks.window import Window
+from data_pipeline.tasks.protocol import ProceduralTask
+from data_pipeline.tasks.window import EDGES, Window, edges
 
 SPEED = 0.5
 STRONGEST = 100.0

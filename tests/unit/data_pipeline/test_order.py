@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.batch import GeometricBatch, Sample
 from data_pipeline.errors import RunError
-from data_pipeline.stream.order import Order
-from data_pipeline.stream.slot import DataSlot
+from data_pipeline.stream.order import DataSlot, Order
 from data_pipeline.stream.stream import Stream
 from data_pipeline.tasks.protocol import Task
 from data_pipeline.tasks.recall import Recall
