@@ -14,13 +14,14 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 from annotated_types import Ge, Le
+from jaxtyping import Float64
 
 from data_pipeline.batch import Sample
 from data_pipeline.chains import RESIDUES, SPLITS
 from data_pipeline.counter_rng import evaluation_key, hash64, normals, rotations
 from data_pipeline.errors import OptionError
 from data_pipeline.options import check_options
-from data_pipeline.store.reader import open_alike
+from data_pipeline.store.reader import Store, open_alike
 from data_pipeline.tasks.packed import PackedBodies, Pieces
 from data_pipeline.tasks.protocol import Task
 from data_pipeline.tasks.window import EDGES, Window, edges
@@ -125,7 +126,7 @@ class Denoising(Task):
     def sample(
         self, split: str, items: Sequence[int | None], keys: Sequence[int], start: int, stop: int
     ) -> Sample:
-        k = self.neighbours
+        k, apart = self.neighbours, self.packed_length is not None and self.bodies == "apart"
         window = Window(self.row_lengths(split, items), start, stop)
         wide = Window(window.lengths, start - k, stop + k)  # differences reach so far
         arrays = {
@@ -138,13 +139,19 @@ class Denoising(Task):
             "vectors": wide.zeros(self.vectors - 2 * k, 3),
             "scalars": wide.zeros(self._stored_scalars),
         }
-        for row, (item, key) in enumerate(zip(items, keys, strict=True)):
-            low, high = max(start - k, 0), min(stop + k, window.lengths[row])
-            if item is not None and low < high:
-                for name, x in self._tokens(split, item, key, low, high).items():
-                    arrays[name][row, ..., low - start + k : high - start + k] = np.moveaxis(
-                        x, 0, -1
-                    )
+        bodies: list[tuple[int, ...]] = []
+        for row, (item, key, length) in enumerate(zip(items, keys, window.lengths, strict=True)):
+            bodies.append(())
+            if item is None:
+                continue
+            packed, own = self._find(split, item)
+            bodies[row] = packed.bodies(own, key)
+            low, high = max(start - k, 0), min(stop + k, length)
+            if low < high:
+                pieces = packed.pieces(own, key, low, high)
+                there = slice(low - start + k, high - start + k)
+                for name, x in self._tokens(packed.store, pieces, key, low, high).items():
+                    arrays[name][row, ..., there] = np.moveaxis(x, 0, -1)
         xyz, noise, residue, segment, place, end, vectors, scalars = arrays.values()
         observed = np.all(np.isfinite(xyz), axis=1)
         xyz = np.where(observed[:, None], xyz, 0)
@@ -153,14 +160,10 @@ class Denoising(Task):
         inner = slice(k, k + stop - start)
         place, mask = place[:, inner], observed[:, inner]
         features = self._features(place, end[:, inner], residue[:, inner])
-        bodies = None
-        if self.packed_length is not None and self.bodies == "apart":
-            rows = zip(items, keys, strict=True)
-            bodies = tuple(() if i is None else self._bodies(split, i, key) for i, key in rows)
         return window.sample(
             xyz[..., inner],
             mask,
-            bodies=bodies,
+            bodies=tuple(bodies) if apart else None,
             points=noised[..., inner],
             vectors=np.concatenate([differences, vectors[..., inner]], 1),
             scalars=np.concatenate([features, scalars[..., inner]], 1),
@@ -173,37 +176,33 @@ class Denoising(Task):
         """Mean squared error per coordinate, over σ²: of the noised input itself, and of the best
         linear combination of its differences to the nearest 1 and k tokens on either side, tuned
         for each kind of atom on the training split."""
-        kinds = range(len(self.atoms))
-        tuning = [self._moments("train", kind) for kind in kinds]
-        asked = [self._moments(split, kind) for kind in kinds]
-        observed = sum(count for _, count in asked)
-        errors = {"identity": sum(float(m[-1, -1]) for m, _ in asked)}
-        k = self.neighbours
+        (tuning, _), (asked, observed) = self._moments("train"), self._moments(split)
+        errors, k = {"identity": float(asked[:, -1, -1].sum())}, self.neighbours
         for reach in sorted({1, k}):
             near = [*range(k - reach, k + reach), -1]
             error = 0.0
-            for (fit, _), (m, _) in zip(tuning, asked, strict=True):
+            for fit, m in zip(tuning, asked, strict=True):
                 fit, m = fit[np.ix_(near, near)], m[np.ix_(near, near)]
                 weights = np.append(-np.linalg.lstsq(fit[:-1, :-1], fit[:-1, -1])[0], 1.0)
                 error += float(weights @ m @ weights)
             errors[f"tuned local average, k={reach}"] = error
         return {name: error / observed / self.unit for name, error in errors.items()}
 
-    def _moments(self, split: str, kind: int) -> tuple[np.ndarray, int]:
-        """Over the atoms of one kind: summed products of the differences and the step to the
-        target, and the number of coordinates."""
+    def _moments(self, split: str) -> tuple[Float64[np.ndarray, "atoms near near"], int]:
+        """Over the atoms of each kind: summed products of the differences and the step to the
+        target; and the number of coordinates."""
         near, atoms = 2 * self.neighbours, len(self.atoms)
-        total, count = np.zeros((near + 1, near + 1)), 0
+        total, count = np.zeros((atoms, near + 1, near + 1)), 0
         for item in range(self.size(split)):
             key, length = evaluation_key(split, item), self.length(split, item)
             for start in range(0, length, _AT_ONCE * atoms):
                 stop = min(start + _AT_ONCE * atoms, length)
                 sample = self.sample(split, [item], [key], start, stop)
                 step = (sample.target - sample.inputs.points)[:, None]
-                x = torch.cat([sample.inputs.vectors[:, :near], step], 1)[0, ..., kind::atoms]
-                x = x.flatten(1).double().numpy()
-                total += x @ x.T
-                count += 3 * int(sample.weight[:, kind::atoms].sum())
+                x = torch.cat([sample.inputs.vectors[:, :near], step], 1)[0].double().numpy()
+                x = np.stack([x[..., kind::atoms].reshape(near + 1, -1) for kind in range(atoms)])
+                total += x @ x.swapaxes(1, 2)
+                count += 3 * int(sample.weight.sum())
         return total, count
 
     def _find(self, split: str, item: int) -> tuple[PackedBodies, int]:
@@ -214,18 +213,13 @@ class Denoising(Task):
             item -= len(packed.lengths)
         raise IndexError(item)
 
-    def _bodies(self, split: str, item: int, key: int) -> tuple[int, ...]:
-        packed, own = self._find(split, item)
-        return packed.bodies(own, key)
-
     def _tokens(
-        self, split: str, item: int, key: int, low: int, high: int
+        self, store: Store, pieces: Pieces, key: int, low: int, high: int
     ) -> dict[str, np.ndarray]:
         """What the store and the key say of tokens [low, high) of an item; tokens first."""
-        packed, own = self._find(split, item)
-        pieces, atoms = packed.pieces(own, key, low, high), len(self.atoms)
+        atoms = len(self.atoms)
         first, last = pieces.starts // atoms, -(-pieces.stops // atoms)
-        rows = {n: packed.store.gather(n, pieces.chains, first, last) for n in self._arrays}
+        rows = {n: store.gather(n, pieces.chains, first, last) for n in self._arrays}
         # A residue that the slice cuts is read whole.
         cut = int(pieces.starts[0]) % atoms
         here = slice(cut, cut + high - low)
