@@ -49,16 +49,20 @@ def ensure(path: str | Path, source: Source) -> tuple[dict[str, Any], bool]:
         StoreError: another source's store is there, or a damaged one.
     """
     path = Path(path)
-    if not _exists(path):
+    try:
+        there = path.exists()
+    except OSError as error:
+        raise StoreError(unreadable(str(path), error)) from error
+    if not there:
         try:
             return build(path, source), True
         except StoreError:
             if not path.exists():  # else another process was faster: is it the same store?
                 raise
     manifest, wanted = read_manifest(path), source.identity()
-    there = manifest["source"]
-    if there != wanted:
-        keys = [key for key in there | wanted if there.get(key) != wanted.get(key)]
+    found = manifest["source"]
+    if found != wanted:
+        keys = [key for key in found | wanted if found.get(key) != wanted.get(key)]
         raise StoreError(
             f"{path} was built from another source (differs in {', '.join(keys)}); "
             f"delete it (rm -r {path}) to build it anew, or choose another store=..."
@@ -154,11 +158,3 @@ def verify(path: str | Path) -> dict[str, Any]:
             if hashlib.file_digest(opened, "sha256").hexdigest() != file["sha256"]:
                 raise damaged(str(path), f"{name} is damaged (sha256 differs)")
     return manifest
-
-
-def _exists(path: Path) -> bool:
-    """Raises StoreError where that cannot be seen."""
-    try:
-        return path.exists()
-    except OSError as error:
-        raise StoreError(unreadable(str(path), error)) from error

@@ -139,9 +139,8 @@ class Denoising(Task):
             "vectors": wide.zeros(self.vectors - 2 * k, 3),
             "scalars": wide.zeros(self._stored_scalars),
         }
-        bodies: list[tuple[int, ...]] = []
+        bodies: list[tuple[int, ...]] = [()] * len(items)
         for row, (item, key, length) in enumerate(zip(items, keys, window.lengths, strict=True)):
-            bodies.append(())
             if item is None:
                 continue
             packed, own = self._find(split, item)
