@@ -118,17 +118,16 @@ def _first_equal(
 ) -> Int[np.ndarray, " chains"]:
     """The first chain of each chain's key, else of its sequence; a sequence without a known
     residue has no equal."""
-    hashes = np.zeros(len(offsets) - 1, np.uint64)
-    for chain in range(len(hashes)):
+    first, seen = np.arange(len(offsets) - 1), {}
+    for chain in range(len(first)):
         codes = residue[offsets[chain] : offsets[chain + 1]]
-        text = b"sequence" + codes.tobytes()
+        name = chain
         if keys and keys[chain] is not None:
-            text = f"key {keys[chain]}".encode()
-        elif not (codes < len(RESIDUES)).any():
-            text = f"chain {chain}".encode()
-        hashes[chain] = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest())
-    _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
-    return first[inverse]
+            name = keys[chain]
+        elif (codes < len(RESIDUES)).any():
+            name = hashlib.blake2b(codes.tobytes(), digest_size=16).digest()
+        first[chain] = seen.setdefault(name, chain)
+    return first
 
 
 def _kmers(codes: UInt8[np.ndarray, " length"]) -> Int[np.ndarray, " kmers"]:

@@ -45,7 +45,7 @@ def write(folder: Path, source: GroupedSource, notes: Notes) -> dict[str, Any]:
 
     names, keys, splits, lengths = [], [], [], []
     bonds, breaks, missing = Bonds(), 0, 0
-    for block in _blocks(_checked(source.chains(notes), atoms)):
+    for block in _blocks(source.chains(notes), atoms):
         names += [chain.id for chain in block]
         keys += [chain.cluster for chain in block]
         splits += [SPLITS.index(chain.split) for chain in block if chain.split is not None]
@@ -115,9 +115,17 @@ def _counts(lengths: np.ndarray, groups: np.ndarray) -> dict[str, int]:
     return {"chains": len(lengths), "clusters": clusters, "residues": residues}
 
 
-def _blocks(chains: Iterable[Chain]) -> Iterator[list[Chain]]:
-    block, residues = [], 0
+def _blocks(chains: Iterable[Chain], atoms: tuple[str, ...]) -> Iterator[list[Chain]]:
+    """The chains by BLOCK residues, none of which can spoil a store.
+
+    Raises:
+        SourceError: names the first chain that would, and how.
+    """
+    block, residues, first = [], 0, None
     for chain in chains:
+        first = first or chain
+        if fault := _fault(chain, first, atoms):
+            raise SourceError(f"chain {chain.id}: {fault}; correct the source or leave it out")
         block.append(chain)
         residues += len(chain.sequence)
         if residues >= BLOCK:
@@ -132,20 +140,6 @@ def _segment(chain: Chain, atoms: tuple[str, ...]) -> np.ndarray:
     if chain.segment is None and atoms != ATOMS:
         return np.zeros(len(chain.sequence), np.int32)
     return np.cumsum(chain.breaks, dtype=np.int32)
-
-
-def _checked(chains: Iterable[Chain], atoms: tuple[str, ...]) -> Iterator[Chain]:
-    """The chains, none of which can spoil a store.
-
-    Raises:
-        SourceError: names the first chain that would, and how.
-    """
-    first = None
-    for chain in chains:
-        first = first or chain
-        if fault := _fault(chain, first, atoms):
-            raise SourceError(f"chain {chain.id}: {fault}; correct the source or leave it out")
-        yield chain
 
 
 def _fault(chain: Chain, first: Chain, atoms: tuple[str, ...]) -> str:

@@ -75,9 +75,8 @@ class Denoising(Task):
         check_options(self)
         packed = self.packed_length is not None
         if self.packed_copies > 1 and not packed:
-            raise OptionError(
-                "packed_copies", self.packed_copies, "must be 1 without packed_length"
-            )
+            rule = "must be 1 without packed_length"
+            raise OptionError("packed_copies", self.packed_copies, rule)
         paths = [self.store] if isinstance(self.store, str) else list(self.store)
         self._weights = [1] * len(paths) if self.weights is None else list(self.weights)
         if len(self._weights) != len(paths):
@@ -243,8 +242,7 @@ class Denoising(Task):
         return out
 
     def _features(self, index: np.ndarray, lengths: np.ndarray, residue: np.ndarray) -> np.ndarray:
-        exists = (index < lengths)[:, None]
-        kinds = np.arange(len(self.atoms))[:, None]
+        exists, kinds = (index < lengths)[:, None], np.arange(len(self.atoms))[:, None]
         types = (residue[:, None] == np.arange(UNKNOWN + 1)[:, None]) & exists
         atoms = (index[:, None] % len(self.atoms) == kinds) & exists
         parts: list[Any] = [types, atoms, edges(index, lengths)]

@@ -104,6 +104,5 @@ class ProceduralTask(Task):
         return {}
 
     def lengths(self, split: str) -> np.ndarray:
-        return np.broadcast_to(
-            self.tokens, self.train_size if split == "train" else self.held_out_size
-        )
+        size = self.train_size if split == "train" else self.held_out_size
+        return np.broadcast_to(self.tokens, size)

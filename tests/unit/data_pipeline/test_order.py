@@ -96,6 +96,7 @@ def order_of(parts: tuple[tuple[int, int], ...], bucket: int) -> Order:
 
 
 @patch("data_pipeline.stream.stream.ThreadPoolExecutor", AtOnce)
+@patch("data_pipeline.stream.stream.AHEAD", 1)
 @patch("data_pipeline.stream.stream.hash64", cache(hash64))
 @settings(max_examples=1000, deadline=None)
 @given(st.data())
