@@ -16,7 +16,7 @@ from data_pipeline.disk import locked, sync
 from data_pipeline.errors import StoreError, damaged, unreadable
 from data_pipeline.store import writer
 from data_pipeline.store.grouping import GroupedSource
-from data_pipeline.store.manifest import VERSION, digest_of, read_manifest, write_manifest
+from data_pipeline.store.manifest import read_back, read_manifest, write_manifest
 
 
 @runtime_checkable
@@ -81,23 +81,17 @@ def build(path: str | Path, source: Source) -> dict[str, Any]:
         StoreError: the folder cannot be written, or something came to `path` meanwhile.
         SourceError: a chain that cannot be stored.
     """
-    from data_pipeline.store.files import read_back
-
     path, notes = Path(path), Notes()
     grouped = source if isinstance(source, GroupedSource) else GroupedSource(source)
     try:
         with staged(path) as draft:
             written = writer.write(draft, grouped, notes)
-            content, files = read_back(draft)
             manifest = {
-                "version": VERSION,
-                "digest": digest_of(content),
                 "source": source.identity(),  # only now: it may have hashed what it read
                 **written,
                 "left_out": notes,
                 "residues_left_out": notes.residues,
-                "content": content,
-                "files": files,
+                **read_back(draft),
             }
             manifest = write_manifest(draft, manifest)
             for each in [*draft.rglob("*"), draft]:

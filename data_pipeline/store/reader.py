@@ -20,7 +20,7 @@ from jaxtyping import Int
 
 from data_pipeline.chains import SPLITS, fasta
 from data_pipeline.errors import ConfigError, OptionError, StoreError, damaged, unreadable
-from data_pipeline.store.manifest import OWN, read_manifest
+from data_pipeline.store.manifest import OWN, open_arrays, read_manifest
 
 CACHED_CHUNKS = 64
 """Decoded chunks that a reader keeps: at most 50 MB."""
@@ -37,8 +37,6 @@ class Store:
     """
 
     def __init__(self, path: str | Path):
-        from data_pipeline.store.files import open_arrays
-
         self.path = str(path)
         self.manifest = read_manifest(path)
         self.digest: str = self.manifest["digest"]
@@ -96,9 +94,13 @@ class Store:
         """Rows [start, stop) of each chain, one after another; every chunk is decoded once."""
         assert np.all((starts >= 0) & (starts <= stops) & (stops <= self.lengths[chains]))
         source, rows = self._arrays[array], self.chunk_rows(array)
-        first, last = self.offsets[chains] + starts, self.offsets[chains] + stops
-        places = before(last - first)
-        out = np.empty((int((last - first).sum()), *source.shape[1:]), source.dtype)
+        first, last, lengths = (
+            self.offsets[chains] + starts,
+            self.offsets[chains] + stops,
+            stops - starts,
+        )
+        places = np.cumsum(lengths) - lengths
+        out = np.empty((int(lengths.sum()), *source.shape[1:]), source.dtype)
         for i in np.argsort(first):  # in the order of the chunks, so that the cache suffices
             place, low, end = int(places[i]), int(first[i]), int(last[i])
             while low < end:
@@ -140,8 +142,3 @@ def open_alike(paths: Sequence[str]) -> list[Store]:
                 f"{', '.join(first.atoms)} and {first.kinds}: a mixture needs one kind"
             )
     return stores
-
-
-def before(counts: np.ndarray) -> np.ndarray:
-    """Sum of all counts before each."""
-    return np.cumsum(counts) - counts

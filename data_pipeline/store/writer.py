@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import zarr
+from zarr.codecs import ZstdCodec
 
 from data_pipeline.chains import ATOMS, SPLITS, Bonds, Chain, Notes, encode
 from data_pipeline.errors import SourceError
@@ -32,8 +34,6 @@ def write(folder: Path, source: GroupedSource, notes: Notes) -> dict[str, Any]:
         SourceError: no chain at all, or one that fits neither itself nor the others (named).
         OSError: as the disk says.
     """
-    import zarr
-
     group, atoms = zarr.create_group(folder), source.atoms
     arrays: dict[str, Any] = {}
 
@@ -89,8 +89,6 @@ def write(folder: Path, source: GroupedSource, notes: Notes) -> dict[str, Any]:
 
 def _create(group: Any, name: str, values: np.ndarray) -> Any:
     """An array that holds these values and can grow; if it will, they fill a chunk."""
-    from zarr.codecs import ZstdCodec
-
     array = group.create_array(
         name,
         shape=values.shape,

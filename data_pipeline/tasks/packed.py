@@ -7,7 +7,7 @@ from jaxtyping import Int, Shaped
 
 from data_pipeline.counter_rng import hash64, raw64
 from data_pipeline.errors import OptionError
-from data_pipeline.store.reader import Store, before
+from data_pipeline.store.reader import Store
 
 MOST_COPIES = 1 << 24
 """Of all chains of a split together: about 1 GB of memory."""
@@ -33,7 +33,8 @@ class Pieces:
     @property
     def places(self) -> Int[np.ndarray, " tokens"]:
         """Of every token in its chain."""
-        return np.arange(self.tokens.sum()) + self.per_token(self.starts - before(self.tokens))
+        first = np.cumsum(self.tokens) - self.tokens
+        return np.arange(self.tokens.sum()) + self.per_token(self.starts - first)
 
     def per_token(self, x: Shaped[np.ndarray, "pieces ..."]) -> Shaped[np.ndarray, "tokens ..."]:
         """What is said of each piece, said of each of its tokens."""

@@ -344,7 +344,7 @@ def test_what_the_machine_lacks_is_not_called_damage(stores, monkeypatch, error)
     async def fail(*arguments, **options):
         raise error
 
-    monkeypatch.setattr("data_pipeline.store.files.CheckedFiles.get", fail)
+    monkeypatch.setattr("data_pipeline.store.manifest.CheckedFiles.get", fail)
     with pytest.raises((StoreError, MemoryError)) as caught:
         store.read("xyz", 0, 0, 40)
     assert isinstance(error, MemoryError) or "Too many open files" in str(caught.value)

@@ -14,7 +14,7 @@ from data_pipeline.counter_rng import rotations
 from data_pipeline.errors import ConfigError
 from data_pipeline.store import writer
 from data_pipeline.store.build import build
-from data_pipeline.store.files import CheckedFiles
+from data_pipeline.store.manifest import CheckedFiles
 from data_pipeline.store.reader import Store
 from data_pipeline.tasks.denoising import Denoising
 from data_pipeline.tasks.packed import PackedBodies

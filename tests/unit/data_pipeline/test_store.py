@@ -17,7 +17,7 @@ from data_pipeline.chains import RESIDUES, SPLITS, Chain, Notes, decode, encode
 from data_pipeline.errors import SourceError, StoreError
 from data_pipeline.prepare import ensure_bundled
 from data_pipeline.sources.bundled import BundledSource
-from data_pipeline.store import clusters, files, writer
+from data_pipeline.store import clusters, manifest, reader, writer
 from data_pipeline.store.build import build, ensure, verify
 from data_pipeline.store.manifest import MANIFEST
 from data_pipeline.store.reader import Store, read_manifest
@@ -269,7 +269,8 @@ def test_memory_does_not_grow_with_the_store(tmp_path, monkeypatch):
     """A store of 12 MB takes the memory of one of 3 MB, to write and to stream from, within a
     megabyte; peaks of what Python and numpy allocate."""
     monkeypatch.setattr(writer, "CHUNK", 1 << 13)
-    for module in (writer, files):
+    monkeypatch.setattr(reader, "CACHED_CHUNKS", 16)
+    for module in (writer, manifest):
         monkeypatch.setattr(module, "BLOCK", 1 << 14)
     written, streamed = [], []
     for count in (200, 800):
@@ -279,7 +280,7 @@ def test_memory_does_not_grow_with_the_store(tmp_path, monkeypatch):
         with peak_mb(streamed):
             task = Denoising(str(path), neighbours=2)
             stream = Stream(task, "train", batch_size=8, micro_batch_size=8, seed=0, max_length=999)
-            for _ in range(10):
+            for _ in range(8):
                 next(stream)
             stream.close()
     assert max(written) < 12 and written[1] < written[0] + 1
