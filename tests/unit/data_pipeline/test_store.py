@@ -266,14 +266,14 @@ class LongSource:
 
 
 def test_memory_does_not_grow_with_the_store(tmp_path, monkeypatch):
-    """A store of 12 MB takes the memory of one of 3 MB, to write and to stream from, within a
+    """A store of 6 MB takes the memory of one of 1.5 MB, to write and to stream from, within a
     megabyte; peaks of what Python and numpy allocate."""
     monkeypatch.setattr(writer, "CHUNK", 1 << 13)
-    monkeypatch.setattr(reader, "CACHED_CHUNKS", 16)
+    monkeypatch.setattr(reader, "CACHED_CHUNKS", 8)
     for module in (writer, manifest):
         monkeypatch.setattr(module, "BLOCK", 1 << 14)
     written, streamed = [], []
-    for count in (200, 800):
+    for count in (100, 400):
         path = tmp_path / str(count)
         with peak_mb(written):
             build(path, LongSource(count))
