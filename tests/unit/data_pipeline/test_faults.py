@@ -211,7 +211,7 @@ def test_two_writers_at_once_make_one_store(tmp_path):
         except StoreError as error:
             outcomes.append(error)
 
-    sources = [WalkSource(pause=2e-3), WalkSource(pause=2e-3), WalkSource(1, pause=4e-3)]
+    sources = [WalkSource(pause=2e-3), WalkSource(pause=2e-3), WalkSource(1, pause=2e-2)]
     writers = [threading.Thread(target=attempt, args=(source,)) for source in sources]
     for each in writers:
         each.start()

@@ -62,7 +62,7 @@ MESHES = [(1, 1, 1), (1, 2, 4), (2, 1, 2), (2, 2, 1), (1, 3, 2), (4, 1, 1)]
 def segments(data) -> list[tuple[tuple[int, int, int], int, int]]:
     """Of a run: its ranks, the steps whose result is kept, and those that a kill lost."""
     segment = st.tuples(st.sampled_from(MESHES), st.integers(0, 2), st.integers(0, 1))
-    return data.draw(st.lists(segment, min_size=2, max_size=4))
+    return data.draw(st.lists(segment, min_size=2, max_size=3))
 
 
 BATCH = 4
