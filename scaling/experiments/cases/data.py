@@ -18,7 +18,7 @@ import torch
 
 from data_pipeline.chains import Chain, Notes
 from data_pipeline.store.build import build
-from data_pipeline.store.reader import Store, StoreMixture
+from data_pipeline.store.reader import Store
 from data_pipeline.stream.stream import Stream
 from data_pipeline.tasks.denoising import Denoising
 from data_pipeline.tasks.packed import PackedBodies
@@ -86,7 +86,7 @@ def data_rows(options: DataOptions, _group: Group, _device: torch.device) -> lis
 def _slices(path: Path, tokens: int, sp: int) -> list[Row]:
     """One rank's part of a packed sample: the same rows from the store and from numpy.memmap."""
     store, flat = Store(path), _memory_maps(path)
-    layout = PackedBodies(StoreMixture([str(path)]), "train", ATOMS, tokens)
+    layout = PackedBodies(store, "train", ATOMS, tokens)
     task = Denoising(str(path), packed_length=tokens)
     length = int(layout.lengths[0])
     ours, mapped, runs, samples = [], [], [], []

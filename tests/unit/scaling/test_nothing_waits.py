@@ -10,7 +10,7 @@ from torch.testing._internal.distributed import fake_pg
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data_pipeline.prepare import ensure_bundled
-from data_pipeline.stream.slot import DataSlot
+from data_pipeline.stream.order import DataSlot
 from data_pipeline.stream.stream import Stream
 from data_pipeline.tasks.registry import build_task
 from scaling.engine.ddp import DistributedDataParallelEngine
