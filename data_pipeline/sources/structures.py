@@ -19,9 +19,9 @@ import numpy as np
 from data_pipeline.chains import Chain, Notes
 from data_pipeline.errors import ConfigError, SourceError, StructureError
 from data_pipeline.sources.files import file_sha256
-from data_pipeline.sources.polymers import Link, chain_of, joined, molecules, unused
+from data_pipeline.sources.polymers import chain_of, joined, molecules
 from data_pipeline.sources.selection import Selection
-from data_pipeline.sources.structure_files import StructureFile
+from data_pipeline.sources.structure_files import Site, StructureFile
 
 _NAME = re.compile(r"(.+)\.(pdb[1-9]?|ent|cif|mmcif)(\.gz)?", re.IGNORECASE)
 _ONE_ASSEMBLY = re.compile(r".+\.pdb[1-9](\.gz)?", re.IGNORECASE)
@@ -174,41 +174,32 @@ def read_chains(
     stem = _stem(path.name) if stem is None else stem
     file = StructureFile(path)
     copies = _ONE_ASSEMBLY.fullmatch(path.name) is not None
-    every = copies or reading.models == "all"
-    models = list(file.models(every))
+    models = file.models(every=copies or reading.models == "all")
     if file.unread_models:
         notes["files of which the first of several models was read"].append(path.name)
-    numbers = [model.number for model in models]
-    if len(set(numbers)) < len(numbers):
-        numbers = [str(place) for place in range(1, len(numbers) + 1)]
-    samples, gathered, taken = [], [], set()
-    for number, model in zip(numbers, models, strict=True):
-        found = list(molecules(model, stem, notes))
-        if reading.names == "label" and file.is_mmcif:
-            found = [(links[0].place.label, links) for _, links in found]
-        suffix = ""
-        if copies:
-            found = [(unused(name, taken) if name in taken else name, links)
-                     for name, links in found]  # fmt: skip
-            taken |= {name for name, _ in found}
-            gathered += found
-            if number != numbers[-1]:
-                continue
-            found = gathered
-        elif len(models) > 1:
-            suffix = f"/model-{number}"
+    samples: list[Chain] = []
+    groups = [models] if copies else [[model] for model in models]
+    for number, group in enumerate(groups, 1):
+        suffix = f"/model-{number}" if len(groups) > 1 else ""
+        taken: set[str] = set()
+        chains = [
+            (links[0].site, chain_of(f"{stem}/{name}{suffix}", links, notes))
+            for model in group
+            for name, links in molecules(model, reading.names, stem, taken, notes)
+        ]
         if reading.assembly not in (None, "deposited"):
-            found = _copied(file, str(reading.assembly), found, f"{stem}{suffix}", notes)
-        chains = [chain_of(f"{stem}/{name}{suffix}", links, notes) for name, links in found]
-        if reading.assembly is not None and chains:
-            chains = [joined(f"{stem}/assembly-{reading.assembly}{suffix}", chains)]
-        samples += chains
+            made = _copied(file, str(reading.assembly), chains, notes)
+        else:
+            made = [chain for _, chain in chains]
+        if reading.assembly is not None and made:
+            made = [joined(f"{stem}/assembly-{reading.assembly}{suffix}", made)]
+        samples += made
     return samples
 
 
 def _copied(
-    file: StructureFile, name: str, chains: list[tuple[str, list[Link]]], stem: str, notes: Notes
-) -> list[tuple[str, list[Link]]]:
+    file: StructureFile, name: str, chains: list[tuple[Site, Chain]], notes: Notes
+) -> list[Chain]:
     """The chains of a biological assembly, each copy moved to its place."""
     assemblies, made, used = file.assemblies(), [], set()
     if name not in assemblies:
@@ -218,19 +209,18 @@ def _copied(
             "skip_unreadable=true"
         )
     for generator in assemblies[name].generators:
-        names = set(generator.chains), set(generator.subchains)
+        authors, labels = set(generator.chains), set(generator.subchains)
         for operator in generator.operators:
             rotation = np.array(operator.transform.mat.tolist())
             shift = np.array(operator.transform.vec.tolist())
-            for chain, links in chains:
-                place = links[0].place
-                if place.chain in names[0] or place.label in names[1]:
-                    used.add(chain)
-                    moved = [link.moved(rotation, shift) for link in links]
-                    made.append((f"{chain}-{len(made) + 1}", moved))
-    for chain, links in chains:
-        if chain not in used:
-            notes.leave_out("chains outside the assembly", f"{stem}/{chain}", len(links))
+            for site, chain in chains:
+                if site.author in authors or site.label in labels:
+                    used.add(chain.id)
+                    xyz = (chain.xyz @ rotation.T + shift).astype(np.float32)
+                    made.append(replace(chain, xyz=xyz))
+    for _, chain in chains:
+        if chain.id not in used:
+            notes.leave_out("chains outside the assembly", chain.id, len(chain.sequence))
     return made
 
 
