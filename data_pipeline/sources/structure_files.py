@@ -238,7 +238,7 @@ class StructureFile:
             self._column("Cartn_y"),
             self._column("Cartn_z"),
         )
-        site, residue = None, None
+        site, residue = None, ("",)
         for row, values in enumerate(zip(*columns, strict=True), 1):
             if site is None or values[:9] != residue:
                 residue = values[:9]
@@ -247,8 +247,8 @@ class StructureFile:
                 if sequence and entity:
                     named = (entity, nth, name) in sequence
                 number, hetero = number + code, group == "HETATM"
-                parent = _PARENTS.get(name, name)
-                site = Site(model, author or "_", label, number, label, parent, hetero, named)
+                name = _PARENTS.get(name) or name
+                site = Site(model, author or "_", label, number, label, name, hetero, named)
             yield site, values[9:], row
 
 
