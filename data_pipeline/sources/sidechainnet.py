@@ -20,13 +20,12 @@ from pathlib import Path
 from typing import IO, Annotated, Any
 
 import numpy as np
-from annotated_types import Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 from tqdm import tqdm
 
 from data_pipeline.chains import IMPOSSIBLE, Chain, Notes, impossible
 from data_pipeline.errors import OptionError, SourceError
-from data_pipeline.options import check_options
-from data_pipeline.sources.selection import Selection
+from data_pipeline.sources.protein import ProteinSource
 
 ADDRESS = "http://bits.csb.pitt.edu/~jok120/sidechainnet_data"
 """Where sidechainnet 1.0.1 downloads from."""
@@ -45,7 +44,7 @@ _OTHER = "get the file again, or choose another path"
 
 
 @dataclass
-class SideChainNetSource:
+class SideChainNetSource(ProteinSource):
     """One of SideChainNet's pickles, with its authors' splits."""
 
     path: Path = Path("sidechainnet_data")
@@ -57,13 +56,19 @@ class SideChainNetSource:
     of CASP 12 also `scnmin` and `scnunmin`."""
     sha256: str = ""
     """What the file must hash to; empty: whatever it does."""
-    selection: Selection = field(default_factory=lambda: Selection(1, None, 0.0))
     official_split: bool = True
     """train, valid-* and test as they are in the file; else by cluster, as for other sources."""
     memory_gib: Annotated[float, Gt(0), Lt(2**20)] | None = None
     """Limit of the reading process; None: three times the file and 2 GiB."""
+    min_length: Annotated[int, Ge(1)] = field(default=1, kw_only=True)
+    min_complete: Annotated[float, Ge(0), Le(1)] = field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.official_split and (self.clusters or self.max_identity):
+            key = "clusters" if self.clusters else "max_identity"
+            rule = "its authors' split needs no groups: add official_split=false"
+            raise OptionError(key, getattr(self, key), rule)
         known = {f"casp{c}_{t}" for c in range(7, 13) for t in (30, 50, 70, 90, 95, 100)}
         known |= {"debug", "casp12_scnmin", "casp12_scnunmin"}
         edition = "debug" if self.casp == "debug" else f"casp{self.casp}_{self.thinning}"
@@ -75,7 +80,6 @@ class SideChainNetSource:
             raise OptionError("casp", self.casp, rule)
         if edition.startswith("casp12_scn"):
             edition = f"{self.thinning}_ommloss_paper"
-        check_options(self)
         self._name = f"sidechainnet_{edition}.pkl"
         self._hash = ""
 
@@ -97,7 +101,7 @@ class SideChainNetSource:
             "kind": "sidechainnet",
             "files": {self.file.name: self._hash},
             "official_split": self.official_split,
-            **self.selection.identity(),
+            **self.rule(),
         }
 
     def chains(self, notes: Notes) -> Iterator[Chain]:
@@ -107,7 +111,7 @@ class SideChainNetSource:
             SourceError: the file cannot be opened, has another sha256, is no SideChainNet pickle,
                 asks for code, or needs more memory than allowed.
         """
-        return self.selection.chosen(self._read(notes), notes, self.file)
+        return self.chosen(self._read(notes), notes, self.file)
 
     def _check(self, file: IO[bytes]) -> None:
         self._hash = self._hash or _sha256(file)

