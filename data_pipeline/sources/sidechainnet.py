@@ -7,7 +7,6 @@ SidechainNet, Proteins 89, 1489 (2021).
 
 import json
 import os
-import select
 import subprocess
 import sys
 import urllib.request
@@ -15,7 +14,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from hashlib import blake2b, sha256
+from functools import cached_property
+from hashlib import blake2b
 from pathlib import Path
 from typing import IO, Annotated, Any
 
@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from data_pipeline.chains import IMPOSSIBLE, Chain, Notes, impossible
 from data_pipeline.errors import OptionError, SourceError
-from data_pipeline.sources.protein import ProteinSource
+from data_pipeline.sources.protein import ProteinSource, file_sha256
 
 ADDRESS = "http://bits.csb.pitt.edu/~jok120/sidechainnet_data"
 """Where sidechainnet 1.0.1 downloads from."""
@@ -81,7 +81,6 @@ class SideChainNetSource(ProteinSource):
         if edition.startswith("casp12_scn"):
             edition = f"{self.thinning}_ommloss_paper"
         self._name = f"sidechainnet_{edition}.pkl"
-        self._hash = ""
 
     @property
     def file(self) -> Path:
@@ -95,8 +94,6 @@ class SideChainNetSource(ProteinSource):
 
     def identity(self) -> dict[str, Any]:
         """Name and sha256 of the pickle, and the rule."""
-        with _opened(self.file) as file:
-            self._check(file)
         return {
             "kind": "sidechainnet",
             "files": {self.file.name: self._hash},
@@ -113,19 +110,22 @@ class SideChainNetSource(ProteinSource):
         """
         return self.chosen(self._read(notes), notes, self.file)
 
-    def _check(self, file: IO[bytes]) -> None:
-        self._hash = self._hash or _sha256(file)
-        if self.sha256 and self._hash != self.sha256.lower():
+    @cached_property
+    def _hash(self) -> str:
+        """The pickle's sha256; an error if another was asked for."""
+        digest = file_sha256(self.file)
+        if self.sha256 and digest != self.sha256.lower():
             raise SourceError(
-                f"{self.file} has sha256 {self._hash}, not sha256={self.sha256}; {_OTHER}"
+                f"{self.file} has sha256 {digest}, not sha256={self.sha256}; {_OTHER}"
             )
+        return digest
 
     def _read(self, notes: Notes) -> Iterator[Chain]:
-        with _opened(self.file) as file, ThreadPoolExecutor(1) as thread:
+        with ThreadPoolExecutor(1) as thread:
+            hashed = thread.submit(lambda: self._hash)
             if self.sha256:
-                self._check(file)  # before anything in it is looked at
-            hashed = thread.submit(self._check, file)
-            for header, payload in self._frames(file):
+                hashed.result()  # before anything in it is looked at
+            for header, payload in self._frames():
                 yield from self._batch(header, payload, notes)
             hashed.result()
 
@@ -150,18 +150,17 @@ class SideChainNetSource(ProteinSource):
             else:
                 yield Chain(name, letters[here], xyz[here])
 
-    def _frames(self, file: IO[bytes]) -> Iterator[tuple[dict[str, Any], bytearray]]:
+    def _frames(self) -> Iterator[tuple[dict[str, Any], bytearray]]:
         """The batches that the reading process sends, with progress on a terminal."""
-        size = os.fstat(file.fileno()).st_size
-        limit = 3 * size + (2 << 30) if self.memory_gib is None else int(self.memory_gib * 2**30)
-        done = False
-        with _reader(file, limit) as reader:
+        done, bar = False, None
+        with _opened(self.file) as file:
+            size = os.fstat(file.fileno()).st_size
+            limit = 3 * size + (2 << 30)
+            if self.memory_gib is not None:
+                limit = int(self.memory_gib * 2**30)
+            reader = _started(file, limit)
+        try:
             assert reader.stdout is not None and reader.stderr is not None
-            with _bar("unpickling", size, "B", 1024) as bar:
-                while not select.select([reader.stdout], [], [], 0.2)[0]:
-                    # The child's place in the file: it reads through this process's descriptor.
-                    bar.update(os.lseek(file.fileno(), 0, os.SEEK_CUR) - bar.n)
-            bar = None
             while line := reader.stdout.readline():
                 header = json.loads(line)
                 payload = bytearray(header["bytes"])
@@ -183,6 +182,9 @@ class SideChainNetSource(ProteinSource):
                     f"the process that reads {self.file} died (code {reader.wait()}): {last}; "
                     f"is there memory for memory_gib={limit / 2**30:.1f}?"
                 )
+        finally:
+            reader.kill()
+            reader.communicate()
 
 
 def download(address: str, file: Path) -> None:
@@ -223,19 +225,15 @@ def _explain(header: dict[str, Any], limit: int) -> str:
     }[header["error"]]
 
 
-@contextmanager
-def _reader(file: IO[bytes], limit: int) -> Iterator[subprocess.Popen]:
+def _started(file: IO[bytes], limit: int) -> subprocess.Popen:
     command = [sys.executable, "-m", "data_pipeline.sources.sidechainnet_reader", str(limit)]
-    environment = os.environ | _ENVIRONMENT
-    file.seek(0)
-    reader = subprocess.Popen(
-        command, stdin=file, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    return subprocess.Popen(
+        command,
+        stdin=file,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | _ENVIRONMENT,
     )
-    try:
-        yield reader
-    finally:
-        reader.kill()
-        reader.communicate()
 
 
 @contextmanager
@@ -249,17 +247,6 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
         ) from error
     with file:
         yield file
-
-
-def _sha256(file: IO[bytes]) -> str:
-    """Without moving the file's place, which the reading process shares."""
-    digest, place, buffer = sha256(), 0, memoryview(bytearray(1 << 20))  # stays in the cache
-    with _bar("hashing", os.fstat(file.fileno()).st_size, "B", 1024) as bar:
-        while count := os.preadv(file.fileno(), [buffer], place):
-            digest.update(buffer[:count])
-            place += count
-            bar.update(count)
-    return digest.hexdigest()
 
 
 def _bar(what: str, total: int, unit: str, scale: int) -> tqdm:
