@@ -12,12 +12,11 @@ import sys
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import Annotated, Any
 
 import numpy as np
 from annotated_types import Ge, Gt, Le, Lt
@@ -153,12 +152,22 @@ class SideChainNetSource(ProteinSource):
     def _frames(self) -> Iterator[tuple[dict[str, Any], bytearray]]:
         """The batches that the reading process sends, with progress on a terminal."""
         done, bar = False, None
-        with _opened(self.file) as file:
-            size = os.fstat(file.fileno()).st_size
-            limit = 3 * size + (2 << 30)
-            if self.memory_gib is not None:
-                limit = int(self.memory_gib * 2**30)
-            reader = _started(file, limit)
+        command = [sys.executable, "-m", "data_pipeline.sources.sidechainnet_reader"]
+        environment, pipe = os.environ | _ENVIRONMENT, subprocess.PIPE
+        try:
+            with open(self.file, "rb") as file:
+                limit = 3 * os.fstat(file.fileno()).st_size + (2 << 30)
+                if self.memory_gib is not None:
+                    limit = int(self.memory_gib * 2**30)
+                command.append(str(limit))
+                reader = subprocess.Popen(
+                    command, stdin=file, stdout=pipe, stderr=pipe, env=environment
+                )
+        except OSError as error:
+            raise SourceError(
+                f"cannot read path={self.file}: {error.strerror}; give a pickle that you may read, "
+                "or a folder to download one into"
+            ) from error
         try:
             assert reader.stdout is not None and reader.stderr is not None
             while line := reader.stdout.readline():
@@ -223,30 +232,6 @@ def _explain(header: dict[str, Any], limit: int) -> str:
         "unreadable": f"is no whole pickle ({reason}), perhaps half of a download; {_OTHER}",
         "format": f"is not as SideChainNet writes it: {reason}; {_OTHER}",
     }[header["error"]]
-
-
-def _started(file: IO[bytes], limit: int) -> subprocess.Popen:
-    command = [sys.executable, "-m", "data_pipeline.sources.sidechainnet_reader", str(limit)]
-    return subprocess.Popen(
-        command,
-        stdin=file,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=os.environ | _ENVIRONMENT,
-    )
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
-    try:
-        file = os.fdopen(os.open(path, os.O_RDONLY), "rb")
-    except OSError as error:
-        raise SourceError(
-            f"cannot read path={path}: {error.strerror}; give a pickle that you may read, "
-            "or a folder to download one into"
-        ) from error
-    with file:
-        yield file
 
 
 def _bar(what: str, total: int, unit: str, scale: int) -> tqdm:

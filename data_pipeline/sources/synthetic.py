@@ -21,6 +21,7 @@ from jaxtyping import Float64
 from data_pipeline.chains import RESIDUES, Chain, Notes
 from data_pipeline.counter_rng import hash64, normals, uniforms
 from data_pipeline.errors import ConfigError, SourceError
+from data_pipeline.sources.batches import batches
 from data_pipeline.sources.protein import ProteinSource, file_sha256
 
 ANNOTATIONS = Path("resources", "full_protein_dssp_annotations.json")
@@ -140,15 +141,7 @@ def read_annotations(file: Path) -> Iterator[tuple[str, str, str]]:
 
 def grow(entries: Iterable[tuple[str, str, str]], seed: int) -> Iterator[Chain]:
     """The backbone of each (id, sequence, DSSP); it follows from these and the seed alone."""
-    batch: list[tuple[str, str, str]] = []
-    residues = 0
-    for entry in entries:
-        batch.append(entry)
-        residues += len(entry[1])
-        if residues >= TOGETHER:
-            yield from _grow_batch(batch, seed)
-            batch, residues = [], 0
-    if batch:
+    for batch in batches(entries, TOGETHER, letters=1):
         yield from _grow_batch(batch, seed)
 
 
