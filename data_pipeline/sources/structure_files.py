@@ -144,7 +144,7 @@ class StructureFile:
 
     def _atom(self, site: Site, texts: Sequence[str], row: int) -> Atom:
         name, location, *numbers = texts
-        occupancy, x, y, z = (self._gemmi.cif.as_number(text.strip()) for text in numbers)
+        occupancy, x, y, z = map(self._gemmi.cif.as_number, map(str.strip, numbers))
         if not (abs(x) < FAR and abs(y) < FAR and abs(z) < FAR):
             raise StructureError(
                 f"{self.path} {'row' if self._block else 'line'} {row}: atom {name} of "

