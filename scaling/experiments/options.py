@@ -44,10 +44,9 @@ class StepOptions(Checked):
     """Free vector channels of the input, besides the points."""
     scalars: Annotated[int, Ge(0)] = 4
     """Scalar channels of the input."""
-    warmup_steps: Annotated[int, Ge(0)] = 1
-    steps: Count = 5
-    """Timed steps of a point; their median counts."""
     seed: int = 0
+    execution: Execution = field(default_factory=Execution)
+    """How the model runs."""
 
 
 @dataclass(kw_only=True)
@@ -60,4 +59,6 @@ class SweepOptions(StepOptions):
     """Tokens."""
     sp: Annotated[Counts, NotIdentity()]
     """Ranks that share a sequence."""
-    execution: Execution = field(default_factory=Execution)
+    warmup_steps: Annotated[int, Ge(0)] = 1
+    steps: Count = 5
+    """Timed steps of a point; their median counts."""

@@ -13,6 +13,8 @@ from data_pipeline.errors import RunError
 from launch import sweep
 from launch.measure import ENTRY
 from scaling.experiments import ranks
+from scaling.experiments.experiment import Point
+from scaling.experiments.options import Running
 from scaling.experiments.ranks import reason as reason_of
 from scaling.runs.folder import RunFolder
 
@@ -128,9 +130,8 @@ def test_who_is_told_to_stop_leaves_no_ranks_running(tmp_path, monkeypatch):
     try:
         Thread(target=stop, daemon=True).start()
         with pytest.raises(SystemExit):
-            ranks.measure(
-                "sweep", {}, tmp_path, 1, entry=ENTRY, threads=1, timeout_s=10.0, device="cpu"
-            )
+            running = Running(name="x", timeout_s=10.0, device="cpu")
+            ranks.measure("sweep", {}, Point(), tmp_path, running, ENTRY)
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGTERM, before)
