@@ -64,7 +64,9 @@ class Experiment(Checked):
         return ""
 
 
-def row(case: str, value: float, unit: str = "s", ratio: float | None = None, **labels: Any) -> Row:
+def row(
+    case: str, value: int | float, unit: str = "s", ratio: float | None = None, **labels: Any
+) -> Row:
     """A measured number, and its ratio to another side's, as the name of the case says.
 
     Args:

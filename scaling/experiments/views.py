@@ -47,7 +47,7 @@ def table(rows: Sequence[Row], goals: Mapping[str, tuple[str, float]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _number(x: float) -> str:
+def _number(x: int | float) -> str:
     return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}"
 
 

@@ -97,7 +97,7 @@ class Machine(StepOptions, Experiment):
         normal = partial(torch.randn, device=device)
 
         def rates(
-            unit: str, *sides: tuple[str, float, Callable[[], object]], length: int = 0
+            unit: str, *sides: tuple[str, int | float, Callable[[], object]], length: int = 0
         ) -> Iterator[Row]:
             """sides: name, flops or bytes of a call, and the call."""
             seconds = medians({name: call for name, _, call in sides}, self.seconds, device)
