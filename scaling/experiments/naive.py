@@ -8,7 +8,7 @@ autograd wants is kept.
 """
 
 import math
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -40,48 +40,26 @@ Multivectors = Float[Tensor, "t c 8"]
 
 
 def straightforward(model: nn.Module) -> None:
-    """Makes a model on one process compute in the straightforward way, for rows that are full.
-
-    Its Clifford MLPs and operators are put into modules that use their parameters in another way.
-    """
-    for module in list(model.modules()):
+    """Makes a model on one process compute in the straightforward way, for rows that are full."""
+    replaced = {clifford.CliffordMLP: clifford_mlp, HyenaBlock: expanded_operator}
+    for module in model.modules():
         if isinstance(module, Tiled):
             module.execution, module.runs_whole = Execution(), True
-        for name, child in module.named_children():
-            if isinstance(child, clifford.CliffordMLP):
-                setattr(module, name, DenseMLP(child))
-            elif isinstance(child, HyenaBlock):
-                setattr(module, name, ExpandedOperator(child))
+        for kind, forward in replaced.items():
+            if isinstance(module, kind):
+                module.forward = partial(forward, module)
 
 
-class DenseMLP(nn.Module):
-    """A Clifford MLP by the dense table."""
-
-    def __init__(self, mlp: clifford.CliffordMLP) -> None:
-        super().__init__()
-        self.mlp = mlp
-
-    def forward(self, x: Float[Tensor, "b d i n"]) -> Float[Tensor, "b 8 o n"]:
-        return clifford_mlp(self.mlp, x)
-
-
-class ExpandedOperator(nn.Module):
-    """An operator with the convolutions that the paper lists, on whole rows in one piece."""
-
-    def __init__(self, operator: HyenaBlock) -> None:
-        super().__init__()
-        self.operator = operator
-
-    def forward(
-        self, f: Tensor, x: Tensor, rows: MaskedRows, *features: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        operator = self.operator
-        qs, ks, vs, q, k, v = operator.project(f, x, *features, rows.mask)
-        if isinstance(operator, HyenaOperator):
-            convolved = geometric_conv((qs, q), (ks, k))
-        else:
-            convolved = scalar_conv(qs, ks), vector_conv(q, k)
-        return operator.mix(f, x, vs, v, rows.length_to(operator.power, f), *convolved)
+def expanded_operator(
+    operator: HyenaBlock, f: Tensor, x: Tensor, rows: MaskedRows, *features: Tensor
+) -> tuple[Tensor, Tensor]:
+    """With the convolutions that the paper lists, on whole rows in one piece."""
+    qs, ks, vs, q, k, v = operator.project(f, x, *features, rows.mask)
+    if isinstance(operator, HyenaOperator):
+        convolved = geometric_conv((qs, q), (ks, k))
+    else:
+        convolved = scalar_conv(qs, ks), vector_conv(q, k)
+    return operator.mix(f, x, vs, v, rows.length_to(operator.power, f), *convolved)
 
 
 def clifford_mlp(mlp: Any, x: Float[Tensor, "b d i n"]) -> Float[Tensor, "b 8 o n"]:

@@ -65,7 +65,8 @@ def test_a_reader_needs_no_lock_and_changes_nothing(tmp_path):
         run.append({"step": 3, "split": "train", "loss": 1.0})
         before = {file.name: file.stat().st_mtime_ns for file in path.iterdir()}
         reader = RunFolder(path)
-        assert reader.config() == {"name": "first"} and reader.environment() == {"world": 1}
+        assert (path / "config.yaml").read_text() == "name: first\n"
+        assert json.loads((path / "environment.json").read_text()) == {"world": 1}
         assert (reader.status()["state"], reader.status()["step"]) == ("running", 3)
         assert reader.identity()["task"] == {"name": "recall", "tokens": 9, "weights": [1, 2]}
         (row,) = reader.rows()
@@ -159,13 +160,9 @@ def test_an_error_is_noted_unless_the_run_had_finished(tmp_path):
 @pytest.mark.parametrize("content", ["", "[1]", '{"half'])
 def test_a_damaged_file_is_named(tmp_path, content):
     open_and_close(tmp_path)
-    for name, read in (("status", RunFolder.status), ("environment", RunFolder.environment)):
-        (tmp_path / f"{name}.json").write_text(content)
-        with pytest.raises(RunError, match=rf"{name}\.json is damaged .* remove it"):
-            read(RunFolder(tmp_path))
-    (tmp_path / "config.yaml").write_text("a: [1" if content else "[1]")
-    with pytest.raises(RunError, match=r"config\.yaml is damaged .* remove it"):
-        RunFolder(tmp_path).config()
+    (tmp_path / "status.json").write_text(content)
+    with pytest.raises(RunError, match=r"status\.json is damaged .* remove it"):
+        RunFolder(tmp_path).status()
     (tmp_path / "identity.json").write_text(content)
     with pytest.raises(RunError, match=r"identity\.json is damaged .* remove it"):
         open_and_close(tmp_path)
