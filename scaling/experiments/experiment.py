@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -44,8 +43,6 @@ class Experiment(Checked):
     independent: ClassVar[bool] = False
     """Each point tells something alone: earlier points of the folder count too, and it concludes
     without those that failed."""
-    table: ClassVar[str] = "rows.csv"
-    figure: ClassVar[str] = "figure.png"
 
     def points(self) -> Iterable[Point]:
         """In the order in which they are measured."""
@@ -58,10 +55,6 @@ class Experiment(Checked):
     def conclude(self, rows: list[Row]) -> tuple[list[Row], str]:
         """The rows of table and figure, from those of all points; and remarks."""
         return rows, ""
-
-    def show(self, rows: list[Row], folder: Path) -> str:
-        """Further views of all points' rows, written into the folder; a line that says where."""
-        return ""
 
 
 def row(

@@ -22,7 +22,7 @@ from scaling.runs.folder import RunWriter, claimed
 from scaling.runs.identity import Identity
 from scaling.runs.rows import Row
 
-SUMMARY = "summary.md"
+TABLE, SUMMARY, FIGURE = "rows.csv", "summary.md", "figure.png"
 
 
 def run_experiment(
@@ -54,10 +54,10 @@ def run_experiment(
         **hardware() | {"threads": running.threads, "command": shlex.join(command)}
     )
     with claimed(folder, identity, config, environment, parent) as run:
-        for view in (experiment.table, SUMMARY, experiment.figure):
+        for view in (TABLE, SUMMARY, FIGURE):
             (folder / view).unlink(missing_ok=True)  # they may be of other points
         rows = _measure(run, name, experiment, running, entry)
-        run.write(experiment.table, as_csv(rows))
+        run.write(TABLE, as_csv(rows))
         statuses = {row["point"]: row["status"] for row in rows if "status" in row}
         failed = {point: status for point, status in statuses.items() if status != "ok"}
         if not failed or (experiment.independent and "ok" in statuses.values()):
@@ -106,18 +106,14 @@ def _present(
     environment: Mapping[str, Any],
 ) -> None:
     """Table, figure and where they are, written and printed."""
-    measured = [row for row in rows if row["point"] not in failed]
-    concluded, remarks = experiment.conclude(measured)
+    concluded, remarks = experiment.conclude([row for row in rows if row["point"] not in failed])
     missing = "\n".join(f"- Not measured: {point}: {why}." for point, why in failed.items())
     text = "\n\n".join(filter(None, [table(concluded, experiment.goals), remarks, missing]))
     run.write(SUMMARY, f"`{environment['command']}`\n\n{text}\n\n{_circumstances(environment)}\n")
     with run.writing():
-        plot(concluded, run.path / experiment.figure, run.path.name, missing)
-        shown = experiment.show(measured, run.path)
-    print("", text, "", f"numbers   {run.path / experiment.table}", sep="\n")
-    print(f"table     {run.path / SUMMARY}\nfigure    {run.path / experiment.figure}")
-    if shown:
-        print(shown)
+        plot(concluded, run.path / FIGURE, run.path.name, missing)
+    print("", text, "", f"numbers   {run.path / TABLE}", sep="\n")
+    print(f"table     {run.path / SUMMARY}\nfigure    {run.path / FIGURE}")
 
 
 def _circumstances(environment: Mapping[str, Any]) -> str:

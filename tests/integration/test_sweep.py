@@ -33,7 +33,7 @@ def test_sweep_measures_resumes_and_keeps_failures(tmp_path, monkeypatch, capsys
     arguments = [*TINY, f"sweeps={tmp_path}"]
     sweep.main([*arguments, "lengths=[64]"])
     folder = tmp_path / "tiny"
-    rows = read(folder / "results.csv")
+    rows = read(folder / "rows.csv")
     assert [(row["length"], row["sp"]) for row in rows] == [("64", "1"), ("64", "2")]
     for row in rows:
         assert row["status"] == "ok"
@@ -51,7 +51,7 @@ def test_sweep_measures_resumes_and_keeps_failures(tmp_path, monkeypatch, capsys
     real = 32 * (2 * (16 + 14) * 4 / 2 + 41 / 2 + 6 * 4)
     assert real <= float(shared["comm_bytes"]) <= 1.15 * real
     said = capsys.readouterr().out
-    assert f"tensorboard --logdir {tmp_path}\n" in said and "tokens/s" in said
+    assert "tokens/s" in said
     summary = (folder / "summary.md").read_text()
     assert "| all ranks together, tokens/s | 2 | " in summary
     assert "launch sweep name=tiny" in summary
@@ -60,17 +60,16 @@ def test_sweep_measures_resumes_and_keeps_failures(tmp_path, monkeypatch, capsys
     assert json.loads((folder / "environment.json").read_text())["threads"] == 1
     assert [row["point"] for row in run.rows()] == ["N64_sp1", "N64_sp2"]
     assert all(row["time"] > 1.7e9 for row in run.rows())
-    assert (folder / "sweep.png").stat().st_size > 20_000
-    assert {run.name for run in (folder / "tensorboard").iterdir()} == {"sp=1", "sp=2"}
+    assert (folder / "figure.png").stat().st_size > 20_000
 
     monkeypatch.setattr(ranks.sys, "executable", "/bin/false")  # nothing is measured again
     sweep.main([*arguments, "lengths=[64]"])
     assert capsys.readouterr().out.count("measured before, kept") == 2
-    assert read(folder / "results.csv") == rows
+    assert read(folder / "rows.csv") == rows
 
     with pytest.raises(RunError, match="1 of 3 points failed"):
         sweep.main([*arguments, "lengths=[9]", "sp=[1]"])
-    assert [row["status"] for row in read(folder / "results.csv")] == [
+    assert [row["status"] for row in read(folder / "rows.csv")] == [
         "ok", "ok", "failed without a word",
     ]  # fmt: skip
     assert "Not measured: N9_sp1: failed without a word" in (folder / "summary.md").read_text()
