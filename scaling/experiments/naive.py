@@ -49,7 +49,9 @@ def expanded_operator(
     if isinstance(operator, HyenaOperator):
         convolved = geometric_conv((qs, q), (ks, k))
     else:
-        convolved = scalar_conv(qs, ks), vector_conv(q, k)
+        scalars = torch.fft.irfft(torch.fft.rfft(qs) * torch.fft.rfft(ks), qs.shape[-1])
+        vectors = expanded_conv(CROSS, q.flatten(0, 1), k.flatten(0, 1)).view(q.shape)
+        convolved = scalars, vectors
     return operator.mix(f, x, vs, v, rows.length_to(operator.power, f), *convolved)
 
 
@@ -122,16 +124,6 @@ def _grades(parameter: Float[Tensor, "4 c 1"]) -> Float[Tensor, "c 4"]:
 
 def _squared_norms(x: Multivectors) -> Float[Tensor, "t c 4"]:
     return torch.stack([part.square().sum(-1) for part in x.split((1, 3, 3, 1), -1)], -1)
-
-
-def scalar_conv(q: Float[Tensor, "b c n"], k: Float[Tensor, "b c n"]) -> Float[Tensor, "b c n"]:
-    return torch.fft.irfft(torch.fft.rfft(q) * torch.fft.rfft(k), q.shape[-1])
-
-
-def vector_conv(
-    q: Float[Tensor, "b c 3 n"], k: Float[Tensor, "b c 3 n"]
-) -> Float[Tensor, "b c 3 n"]:
-    return expanded_conv(CROSS, q.flatten(0, 1), k.flatten(0, 1)).view(q.shape)
 
 
 def geometric_conv(

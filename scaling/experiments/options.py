@@ -12,6 +12,8 @@ from scaling.runs.identity import NotIdentity
 Count = Annotated[int, Ge(1)]
 Counts = Annotated[list[Count], MinLen(1)]
 Positive = Annotated[float, Gt(0)]
+Selection = Annotated[Counts, NotIdentity()]
+"""Which points are measured; others may join them later."""
 
 
 class Checked:
@@ -55,9 +57,9 @@ class SweepOptions(StepOptions):
 
     model: dict[str, Any]
     """`name` and options."""
-    lengths: Annotated[Counts, NotIdentity()]
+    lengths: Selection
     """Tokens."""
-    sp: Annotated[Counts, NotIdentity()]
+    sp: Selection
     """Ranks that share a sequence."""
     warmup_steps: Annotated[int, Ge(0)] = 1
     steps: Count = 5

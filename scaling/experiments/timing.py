@@ -1,5 +1,6 @@
 """Time and memory of what is measured, the same answer on every rank."""
 
+import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
@@ -43,6 +44,12 @@ def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return perf_counter()
+
+
+def available_cores() -> int:
+    """Of this process, which may not use all of the machine's."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def peak_of(run: Callable[[], object], device: torch.device) -> int:

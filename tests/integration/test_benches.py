@@ -20,7 +20,6 @@ from scaling.experiments.cases.attention import (
     NUMBERS,
     PLAIN,
     Attention,
-    crossover,
 )
 from scaling.experiments.cases.scaling import CROWDED, Scaling
 from scaling.experiments.experiment import Point, row
@@ -244,7 +243,19 @@ def test_memory_is_about_what_was_foreseen():
     assert found["value"] - before < 2.5 * 4 * NUMBERS[PLAIN][1] * 2**22
 
 
-def test_crossovers_lie_between_the_points():
-    assert crossover({10: 0.5, 1000: 50.0, 20: 2.0}) == pytest.approx(10 * 2**0.5)
-    assert crossover({1: 0.5, 2: 0.9}) is None
-    assert crossover({1: 1.0, 2: 4.0}) == 0
+@pytest.mark.parametrize(
+    ("ratios", "said"),
+    [
+        ({10: 0.5, 1000: 50.0, 20: 2.0}, "slower than the long convolution from N = 20 on"),
+        ({1: 0.5, 2: 0.9}, "as fast as the long convolution, or faster, at the longest N"),
+        ({1: 1.0, 2: 4.0}, "slower than the long convolution from N = 1 on"),
+        ({1: 2.0, 2: 0.9}, "as fast as the long convolution, or faster, at the longest N"),
+    ],
+)
+def test_attention_says_from_which_length_on_it_is_slower(ratios, said):
+    case = f"{PLAIN}: time / {CONVOLUTION}"
+    rows = [row(case, 1.0, "s", ratio, length=n) for n, ratio in ratios.items()]
+    rows.append(row(f"{PLAIN}: would take", 5.0, "GiB", length=2000))
+    concluded, remarks = Attention([1]).conclude(rows)
+    assert f"- Plain attention: {said}; N = 2,000 would take 5 GiB.\n" in remarks
+    assert concluded == rows[:-1]

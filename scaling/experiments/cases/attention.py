@@ -1,19 +1,16 @@
 """Vector attention, plain and in blocks, beside the long convolution until it no longer fits."""
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
 
 import torch
 
 from scaling.experiments.experiment import Experiment, Point, row
-from scaling.experiments.options import Count, Counts, Positive
+from scaling.experiments.options import Count, Positive, Selection
 from scaling.experiments.timing import both_ways, medians, now, peak_of
 from scaling.ops import vector_long_conv
 from scaling.ops.attention import BLOCK, vector_attention
-from scaling.runs.identity import NotIdentity
 from scaling.runs.rows import Row
 
 CONVOLUTION, PLAIN, BLOCKED = "long convolution", "plain attention", "attention in blocks"
@@ -35,7 +32,7 @@ class Attention(Experiment):
         seconds: of every comparison, of three rounds at least.
     """
 
-    lengths: Annotated[Counts, NotIdentity()]
+    lengths: Selection
     channels: Count = 1
     memory_bytes: Count = 1 << 32
     longest_s: Positive = 10.0
@@ -93,29 +90,17 @@ class Attention(Experiment):
         """Where attention becomes slower, and the first N that was too much."""
         remarks = []
         for side in (PLAIN, BLOCKED):
-            title = f"{side}: time / {CONVOLUTION}"
-            place = crossover({r["length"]: r["ratio"] for r in rows if r["case"] == title})
-            if place is None:
-                said = "as fast as the long convolution or faster at every N measured"
-            elif place == 0:
-                said = "slower than the long convolution at every N measured"
-            else:
-                said = f"slower than the long convolution from N = {place:,.0f} on"
-            for stop in [r for r in rows if r["case"] == f"{side}: would take"][:1]:
+            beside = [r for r in rows if r["case"] == f"{side}: time / {CONVOLUTION}"]
+            if not beside:
+                continue
+            fast = max((r["length"] for r in beside if r["ratio"] < 1), default=0)
+            slow = min((r["length"] for r in beside if r["length"] > fast), default=0)
+            said = (
+                f"slower than the long convolution from N = {slow:,} on" if slow else "never slower"
+            )
+            stops = [r for r in rows if r["case"] == f"{side}: would take"]
+            for stop in sorted(stops, key=lambda r: r["length"])[:1]:
                 said += f"; N = {stop['length']:,} would take {stop['value']:.3g} {stop['unit']}"
             remarks.append(f"- {side.capitalize()}: {said}.")
         remarks.append("- Forward and backward; memory is the peak of a whole process.")
         return [r for r in rows if not r["case"].endswith("would take")], "\n".join(remarks)
-
-
-def crossover(ratios: dict[int, float]) -> float | None:
-    """N from which a ratio stays at least 1, between two measured N by a power law; None: never,
-    0: everywhere."""
-    lengths = sorted(ratios)
-    below = [n for n in lengths if ratios[n] < 1]
-    if not below or below[-1] == lengths[-1]:
-        return None if below else 0.0
-    left = below[-1]
-    right = lengths[lengths.index(left) + 1]
-    share = math.log(ratios[left]) / (math.log(ratios[left]) - math.log(ratios[right]))
-    return left * (right / left) ** share

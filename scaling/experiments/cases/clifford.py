@@ -7,7 +7,7 @@ all 8 components throughout, weights expanded to the table.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from scaling.algebra.clifford import PATHS, CliffordMLP, embed, geometric_product
 from scaling.experiments.experiment import Experiment, Point, row
 from scaling.experiments.naive import clifford_mlp, dense_product
-from scaling.experiments.options import Count, Counts, Positive
+from scaling.experiments.options import Count, Counts, Positive, Selection
 from scaling.experiments.timing import both_ways, medians
-from scaling.runs.identity import NotIdentity
 from scaling.runs.rows import Row
 
 IN, OUT = 17, 51
@@ -30,7 +29,7 @@ ERROR = "error against the dense table"
 class Clifford(Experiment):
     """One rank; forward and backward in float32."""
 
-    lengths: Annotated[Counts, NotIdentity()]
+    lengths: Selection
     """N, tokens of one row."""
     channels: Count = 128
     """Of the product."""

@@ -3,14 +3,14 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from data_pipeline.errors import OptionError
 from scaling.experiments.experiment import Experiment, Point, row
-from scaling.experiments.options import Count, Counts, Positive
+from scaling.experiments.options import Count, Positive, Selection
 from scaling.experiments.rivals import CROSS, channel_all_to_all_conv, expanded_conv, transforms
 from scaling.experiments.timing import both_ways, medians, peak_of
 from scaling.long_conv.form import fast_length
@@ -18,7 +18,6 @@ from scaling.ops import geometric_long_conv, vector_long_conv
 from scaling.parallel.collectives import global_maxima
 from scaling.parallel.shard import SequenceShard
 from scaling.parallel.telemetry import measuring
-from scaling.runs.identity import NotIdentity
 from scaling.runs.rows import Row
 
 CHANNELS = 8
@@ -35,8 +34,8 @@ class LongConv(Experiment):
         seconds: of every comparison.
     """
 
-    lengths: Annotated[Counts, NotIdentity()]
-    sp: Annotated[Counts, NotIdentity()]
+    lengths: Selection
+    sp: Selection
     tokens: Count = 1 << 22
     seconds: Positive = 2.0
 

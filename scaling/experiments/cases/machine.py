@@ -4,24 +4,22 @@ Peaks are measured by torch on sizes that the models have, with one thread and w
 part of a step is then set against the least time that its work needs at these peaks.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from statistics import fmean
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from scaling.experiments.cases.train_step import training_step
 from scaling.experiments.experiment import Experiment, Point, row
-from scaling.experiments.options import Counts, Positive, StepOptions
-from scaling.experiments.timing import medians, now
+from scaling.experiments.options import Counts, Positive, Selection, StepOptions
+from scaling.experiments.timing import available_cores, medians, now
 from scaling.models import build
 from scaling.observe.metrics import WARMUP_STEPS
 from scaling.parallel.telemetry import measuring
-from scaling.runs.identity import NotIdentity
 from scaling.runs.rows import Row
 
 IN_CACHE = 1 << 14
@@ -70,7 +68,7 @@ class Machine(StepOptions, Experiment):
     """
 
     models: dict[str, dict[str, Any]]
-    lengths: Annotated[Counts, NotIdentity()]
+    lengths: Selection
     transforms: Counts
     seconds: Positive = 4.0
 
@@ -89,8 +87,7 @@ class Machine(StepOptions, Experiment):
         if point.part == "step":
             return self._step(point.side, point.length, device)
         if point.side == ALL:
-            affinity = getattr(os, "sched_getaffinity", None)
-            torch.set_num_threads(len(affinity(0)) if affinity else os.cpu_count() or 1)
+            torch.set_num_threads(available_cores())
         return self._peaks(point.side, device)
 
     def _peaks(self, threads: str, device: torch.device) -> Iterator[Row]:

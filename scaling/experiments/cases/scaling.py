@@ -1,6 +1,5 @@
 """How a training step scales: strong (one length on more ranks) and weak (tokens a rank fixed)."""
 
-import os
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +12,8 @@ from annotated_types import Ge
 
 from scaling.experiments.cases.train_step import step_cost
 from scaling.experiments.experiment import Experiment, Point, row
-from scaling.experiments.options import Count, Counts, StepOptions
+from scaling.experiments.options import Count, Selection, StepOptions
+from scaling.experiments.timing import available_cores
 from scaling.runs.identity import NotIdentity
 from scaling.runs.rows import Row
 
@@ -35,10 +35,10 @@ class Scaling(StepOptions, Experiment):
     """
 
     model: dict[str, Any]
-    strong_lengths: Annotated[Counts, NotIdentity()]
-    strong_sp: Annotated[Counts, NotIdentity()]
+    strong_lengths: Selection
+    strong_sp: Selection
     weak_tokens: Annotated[int, Ge(2), NotIdentity()]  # an FFT of 1 is no work
-    weak_sp: Annotated[Counts, NotIdentity()]
+    weak_sp: Selection
     rounds: Annotated[Count, NotIdentity()] = 3
     steps: Count = 3
 
@@ -61,9 +61,8 @@ class Scaling(StepOptions, Experiment):
     def measure(self, point: Point, device: torch.device) -> Iterator[Row]:
         """Step and exposed communication."""
         cost = step_cost(self, self.model, point.length, device, warmup_steps=1, steps=self.steps)
-        affinity = getattr(os, "sched_getaffinity", None)
-        cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-        crowded = device.type == "cpu" and point.ranks * torch.get_num_threads() > cores
+        threads = point.ranks * torch.get_num_threads()
+        crowded = device.type == "cpu" and threads > available_cores()
         mark = CROWDED if crowded else ""
         yield row(f"step{mark}", cost["step_s"])
         yield row(f"exposed communication{mark}", cost["comm_s"])

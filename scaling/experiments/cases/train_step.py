@@ -4,7 +4,7 @@ import gc
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from statistics import median
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from scaling.engine.build import build_engine
 from scaling.engine.loss import engine_loss
 from scaling.experiments.experiment import Experiment, Point, row
 from scaling.experiments.naive import straightforward
-from scaling.experiments.options import Counts, Positive, StepOptions
+from scaling.experiments.options import Positive, Selection, StepOptions
 from scaling.experiments.timing import medians, now, peak_of
 from scaling.models import build
 from scaling.observe.memory import peak_bytes, reset_peak
@@ -22,7 +22,6 @@ from scaling.ops.tiles import set_execution
 from scaling.parallel.collectives import global_maxima
 from scaling.parallel.shard import SequenceShard, redistribute_batch
 from scaling.parallel.telemetry import measuring
-from scaling.runs.identity import NotIdentity
 from scaling.runs.rows import Row
 
 REDUCTIONS = {"sum", "lengths"}
@@ -140,7 +139,7 @@ class TrainStep(StepOptions, Experiment):
     """
 
     models: dict[str, dict[str, Any]]
-    lengths: Annotated[Counts, NotIdentity()]
+    lengths: Selection
     seconds: Positive = 10.0
 
     goals: ClassVar = {
