@@ -95,9 +95,9 @@ class Attention(Experiment):
                 continue
             fast = max((r["length"] for r in beside if r["ratio"] < 1), default=0)
             slow = min((r["length"] for r in beside if r["length"] > fast), default=0)
-            said = (
-                f"slower than the long convolution from N = {slow:,} on" if slow else "never slower"
-            )
+            said = "as fast as the long convolution, or faster, at the longest N"
+            if slow:
+                said = f"slower than the long convolution from N = {slow:,} on"
             stops = [r for r in rows if r["case"] == f"{side}: would take"]
             for stop in sorted(stops, key=lambda r: r["length"])[:1]:
                 said += f"; N = {stop['length']:,} would take {stop['value']:.3g} {stop['unit']}"
