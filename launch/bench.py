@@ -37,14 +37,13 @@ def main(arguments: list[str]) -> None:
     config, overrides = command_line(arguments, "bench", BenchConfig, about, check=_options)
     from scaling.experiments.harness import run_experiment
 
-    options, values = _options(config), asdict(config)
-    running = {key: value for key, value in values.items() if key != "bench"}
+    options = _options(config)
+    running = {key: value for key, value in asdict(config).items() if key != "bench"}
     run_experiment(
         config.bench["name"],
         options,
         config,
         Identity({"": (BenchConfig, running), "bench": (type(options), asdict(options))}),
-        values,
         "benches",
         ["python", "-m", "launch", "bench", *overrides],
         ENTRY,
@@ -56,18 +55,17 @@ def _options(config: BenchConfig) -> Any:
     from scaling.experiments.registry import BENCHES
     from scaling.models import MODELS
 
-    takers = {name: bench.options for name, bench in BENCHES.items()}
-    check_choice("bench", config.bench, takers)
     options = options_of(config.bench)
+    if isinstance(execution := options.get("execution"), dict):
+        check_choice("bench.execution", {"name": "own"} | execution, {"own": Execution})
+        options["execution"] = Execution(**execution)
+    check_choice("bench", config.bench, BENCHES)
     models = {f"models.{name}": model for name, model in options.get("models", {}).items()}
     models |= {key: options[key] for key in ("model",) if key in options}
     for key, model in models.items():
         check_choice(f"bench.{key}", model, MODELS, given=("vectors", "scalars"))
-    execution = options.get("execution", {})
-    check_choice("bench.execution", {"name": "own"} | execution, {"own": Execution})
-    Execution(**execution)
     try:
-        return takers[config.bench["name"]](**options)
+        return BENCHES[config.bench["name"]](**options)
     except OptionError as error:
         raise error.within("bench") from None
 

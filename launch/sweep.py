@@ -31,15 +31,14 @@ def main(arguments: list[str]) -> None:
     """Measure what is missing, then draw."""
     about = "Measure tokens/s, exchanged bytes and memory of training steps over lengths and ranks."
     config, overrides = command_line(arguments, "sweep", SweepConfig, about, check=_check_model)
+    from scaling.experiments.cases.sweep import Sweep
     from scaling.experiments.harness import run_experiment
 
-    values = asdict(config)
     run_experiment(
         "sweep",
-        SweepOptions(**{each.name: getattr(config, each.name) for each in fields(SweepOptions)}),
+        Sweep(**{each.name: getattr(config, each.name) for each in fields(Sweep)}),
         config,
-        Identity({"": (SweepConfig, values)}),
-        values,
+        Identity({"": (SweepConfig, asdict(config))}),
         "sweeps",
         ["python", "-m", "launch", "sweep", *overrides],
         ENTRY,
