@@ -84,12 +84,10 @@ def load_what_a_rank_loads(config: Config) -> None:
     from torch import nn
 
     import scaling.train.loop  # noqa: F401
-    from launch.ranks.extension import require_extension
     from scaling.engine.build import build_engine
 
     if config.engine.name != "deepspeed":
         return
-    require_extension()
     with process_group(discover(), torch.device("cpu"), config.parallel.timeout_s, needed=True):
         engine = build_engine(
             "deepspeed",

@@ -40,10 +40,6 @@ def main(arguments: list[str]) -> None:
     follow_accelerate(config, overrides)
     device = choose_device(config.device, ranks)
     uses_deepspeed = config.engine.name == "deepspeed"
-    if uses_deepspeed and device.type == "cpu":
-        from launch.ranks.extension import require_extension
-
-        require_extension()
     with (
         contextlib.redirect_stdout(Unheard(sys.stdout)),
         process_group(ranks, device, config.parallel.timeout_s, needed=uses_deepspeed),

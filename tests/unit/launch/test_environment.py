@@ -1,12 +1,9 @@
-"""Ranks from every launcher's variables, and DeepSpeed's extension folder."""
+"""Ranks from every launcher's variables, and how a process of one begins and ends."""
 
-import importlib
 import os
-import shutil
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +11,6 @@ import pytest
 from data_pipeline.errors import ConfigError
 from launch.config.compose import compose
 from launch.config.settings import Config
-from launch.ranks import extension
 from launch.ranks.discovery import Ranks, discover, require_ranks
 from launch.ranks.exit import run_command
 from launch.ranks.group import choose_device, share_cores
@@ -213,101 +209,6 @@ def test_errors_of_the_user_are_one_line_and_ours_have_a_traceback(capsys):
     assert run_command(fails(RuntimeError("Connection closed by peer [::1]:1")), []) == 1
     assert "another rank ended first" in capsys.readouterr().err
     assert run_command(fails(KeyboardInterrupt()), []) == 130
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An extension folder; a build there only touches the library."""
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    place = tmp_path / extension.NAME
-    place.mkdir()
-    monkeypatch.setattr(
-        extension,
-        "_BUILD",
-        f"import pathlib, time; time.sleep(0.5); p = pathlib.Path({str(place)!r});"
-        "f = (p / 'builds').open('a'); f.write('x'); f.close();"
-        f"(p / '{extension.NAME}.so').touch()",
-    )
-    return place
-
-
-def test_extension_is_built_once_by_any_number_of_processes(folder: Path):
-    children = [os.fork() for _ in range(3)]
-    if 0 in children:
-        code = 1
-        try:
-            extension.require_extension(30)
-            code = 0
-        finally:
-            os._exit(code)
-    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
-    assert (folder / "builds").read_text() == "x"
-    began = time.monotonic()
-    assert extension.require_extension(30) == folder / f"{extension.NAME}.so"
-    assert time.monotonic() - began < 0.4
-
-
-def left_behind(lock: Path, age_s: float = 100) -> None:
-    lock.touch()
-    os.utime(lock, (time.time() - age_s, time.time() - age_s))
-
-
-def test_a_lock_that_nobody_holds_goes_where_the_library_is_whole(folder: Path, capfd):
-    library, lock = folder / f"{extension.NAME}.so", folder / "lock"
-    shutil.copy(str(importlib.import_module("_bisect").__file__), library)
-    left_behind(lock)
-    assert extension.require_extension(60) == library
-    assert not lock.exists()
-    assert (
-        f"held by no process, beside a library that loads: removed {lock}" in capfd.readouterr().err
-    )
-    left_behind(lock, age_s=30)  # another machine may be at work
-    with pytest.raises(ConfigError, match="time ran out waiting"):
-        extension.require_extension(0.5)
-    assert lock.exists()
-    left_behind(lock)
-    with lock.open(), pytest.raises(ConfigError, match="time ran out waiting"):
-        extension.require_extension(0.5)
-    assert lock.exists()
-
-
-@pytest.mark.parametrize("built", [True, False])
-def test_a_lock_that_nobody_holds_is_named_not_waited_for(folder: Path, built: bool):
-    if built:
-        (folder / f"{extension.NAME}.so").write_text("half a library")
-    lock = folder / "lock"
-    left_behind(lock)
-    for _ in range(2):
-        with pytest.raises(
-            ConfigError, match=f"stale build lock.* no library .* remove it: rm {lock}"
-        ):
-            extension.require_extension(30)
-    # Held: somebody is at work, so wait; here until time runs out.
-    with lock.open(), pytest.raises(ConfigError, match="time ran out waiting"):
-        extension.require_extension(0.5)
-
-
-def test_a_build_that_hangs_is_stopped_and_one_that_fails_is_explained(folder, monkeypatch):
-    monkeypatch.setattr(extension, "_BUILD", "import time; time.sleep(60)")
-    (folder / "lock").unlink(missing_ok=True)
-    began = time.monotonic()
-    with pytest.raises(ConfigError, match="time ran out"):
-        extension.require_extension(1)
-    assert time.monotonic() - began < 10
-    monkeypatch.setattr(extension, "_BUILD", "raise SystemExit('no headers')")
-    with pytest.raises(ConfigError, match=r"did not build .* see .*build\.log, or use engine=ddp"):
-        extension.require_extension(30)
-    assert "no headers" in (folder / "build.log").read_text()
-    monkeypatch.setenv("PATH", "")
-    with pytest.raises(ConfigError, match="needs a C\\+\\+ compiler"):
-        extension.require_extension(30)
-
-
-def test_private_folder_belongs_to_this_environment(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
-    place = extension.cache_folder()
-    assert place.is_relative_to(sys.prefix) or "longfold" in place.parts
-    assert place.name.startswith("torch-") and "-deepspeed-" in place.name
 
 
 def test_a_process_that_waits_alone_gives_up_with_one_line(tmp_path: Path):
