@@ -5,15 +5,12 @@ summary.md one row a case: the geometric mean over the lengths, beside its goal.
 only what is missing or failed.
 """
 
-import sys
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
-from data_pipeline.errors import OptionError
-from launch.config.check import check_choice, check_folder_name, options_of
+from launch.config.check import build, check_choice, check_folder_name, options_of
 from launch.config.compose import command_line
 from launch.measure import ENTRY
-from scaling.execution import Execution
 from scaling.experiments.options import Running
 from scaling.runs.identity import Identity, NotIdentity
 
@@ -29,15 +26,30 @@ class BenchConfig(Running):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_folder_name(self.name, "benches")
+        self.options()
+
+    def options(self) -> Any:
+        """The bench's options, checked, with the models in them."""
+        from scaling.experiments.registry import BENCHES
+        from scaling.models import MODELS
+
+        takers = {name: bench.options for name, bench in BENCHES.items()}
+        check_choice("bench", self.bench, takers)
+        options = options_of(self.bench)
+        models = {f"models.{name}": model for name, model in options.get("models", {}).items()}
+        models |= {"model": options["model"]} if "model" in options else {}
+        for key, model in models.items():
+            check_choice(f"bench.{key}", model, MODELS, filled=("vectors", "scalars"))
+        return build(takers[self.bench["name"]], options, place="bench")
 
 
 def main(arguments: list[str]) -> None:
     """Measure what is missing, write, summarise."""
     about = "Measure an operator or a training step beside its rivals."
-    config, overrides = command_line(arguments, "bench", BenchConfig, about, check=_options)
+    config, overrides = command_line(arguments, "bench", BenchConfig, about)
     from scaling.experiments.harness import run_experiment
 
-    options, values = _options(config), asdict(config)
+    options, values = config.options(), asdict(config)
     running = {key: value for key, value in values.items() if key != "bench"}
     run_experiment(
         config.bench["name"],
@@ -49,30 +61,3 @@ def main(arguments: list[str]) -> None:
         ["python", "-m", "launch", "bench", *overrides],
         ENTRY,
     )
-
-
-def _options(config: BenchConfig) -> Any:
-    """The bench's options, checked, with the models and the execution in them."""
-    from scaling.experiments.registry import BENCHES
-    from scaling.models import MODELS
-
-    takers = {name: bench.options for name, bench in BENCHES.items()}
-    check_choice("bench", config.bench, takers)
-    options = options_of(config.bench)
-    models = {f"models.{name}": model for name, model in options.get("models", {}).items()}
-    models |= {key: options[key] for key in ("model",) if key in options}
-    for key, model in models.items():
-        check_choice(f"bench.{key}", model, MODELS, given=("vectors", "scalars"))
-    execution = options.get("execution", {})
-    check_choice("bench.execution", {"name": "own"} | execution, {"own": Execution})
-    Execution(**execution)
-    try:
-        return takers[config.bench["name"]](**options)
-    except OptionError as error:
-        raise error.within("bench") from None
-
-
-if __name__ == "__main__":
-    from launch.ranks.exit import run_command
-
-    sys.exit(run_command(main, sys.argv[1:]))

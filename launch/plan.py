@@ -4,7 +4,6 @@ Everything that `train` takes says which run. Nothing of it is started: one rank
 with few tokens, in a world of as many ranks that exchanges nothing (scaling/cost/planner.py).
 """
 
-import sys
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -101,9 +100,3 @@ def load_what_a_rank_loads(config: Config) -> None:
         )
         engine.backward(engine(torch.ones(1, 1)).sum())
         engine.step(0.0)
-
-
-if __name__ == "__main__":
-    from launch.ranks.exit import run_command
-
-    sys.exit(run_command(main, sys.argv[1:]))

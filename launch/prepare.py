@@ -24,11 +24,16 @@ class PrepareConfig:
     """Folder of the figures that `inspect` draws; None: the store's name with .inspect."""
     action: Literal["build", "verify", "inspect", "fasta"] = "build"
 
+    def __post_init__(self) -> None:
+        if self.action == "build" and "://" in self.store:
+            rule = "is a URL, and stores are written into folders: write one here, then copy it"
+            raise ConfigError(f"store={self.store} {rule}")
+
 
 def main(arguments: list[str]) -> None:
     """Build, verify or show a data store."""
     config, _ = command_line(
-        arguments, "prepare", PrepareConfig, "Build, verify or show a data store.", check=_check
+        arguments, "prepare", PrepareConfig, "Build, verify or show a data store."
     )
     began, store, more = time.perf_counter(), config.store, ""
     if config.action == "build":
@@ -57,17 +62,14 @@ def _beside(store: str) -> str:
     return store.rpartition("/")[2] if "://" in store else store.rstrip("/")
 
 
-_NOT_OBSERVED = {"synthetic": " backbones, made and not observed"}
-
-
 def summary(manifest: dict[str, Any]) -> str:
     """What a store holds: counts, split, bonds, what was left out."""
     counts, source = manifest["counts"], manifest["source"]
     size = sum(file["size"] for file in manifest["files"].values())
     bonds = [f"{name} {mean:.2f} ± {std:.2f}" for name, (mean, std) in manifest["bonds"].items()]
+    made = " backbones, made and not observed" if source["kind"] == "synthetic" else ""
     lines = [
-        f"  source      {source['kind']}{_NOT_OBSERVED.get(source['kind'], '')}, "
-        f"{len(source['files'])} file(s)",
+        f"  source      {source['kind']}{made}, {len(source['files'])} file(s)",
         f"  chains      {counts['chains']:,} in {counts['clusters']:,} groups of like sequences",
         f"  residues    {counts['residues']:,}; {counts['breaks']:,} chain breaks, "
         f"{counts['missing atoms']:,} missing atoms",
@@ -97,11 +99,3 @@ def _account(read: int, left_out: dict[str, int]) -> str:
         f"  amino acids {read + lost:,} in what was read = {read:,} stored + {lost:,} left out"
         + (f" ({reasons})" if reasons else "")
     )
-
-
-def _check(config: PrepareConfig) -> None:
-    if config.action == "build" and "://" in config.store:
-        raise ConfigError(
-            f"store={config.store} is a URL, and stores are written into folders: write one here, "
-            "then copy it there"
-        )

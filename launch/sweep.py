@@ -4,14 +4,14 @@ Every point runs in fresh processes, so that memory is its own; a rerun measures
 missing or failed, and results of other lengths and ranks stay.
 """
 
-import sys
 from dataclasses import asdict, dataclass, fields
 from typing import Annotated
 
-from launch.config.check import check_choice, check_folder_name
+from launch.config.check import check_folder_name
 from launch.config.compose import command_line
+from launch.config.settings import Model
 from launch.measure import ENTRY
-from scaling.experiments.options import Running, SweepOptions
+from scaling.experiments.options import Positive, Running, SweepOptions
 from scaling.runs.identity import Identity, NotIdentity
 
 
@@ -19,8 +19,9 @@ from scaling.runs.identity import Identity, NotIdentity
 class SweepConfig(SweepOptions, Running):
     """Results live in <sweeps>/<name>."""
 
+    model: Model
     sweeps: Annotated[str, NotIdentity()] = "sweeps"
-    timeout_s: Annotated[float, NotIdentity()] = 300.0
+    timeout_s: Annotated[Positive, NotIdentity()] = 300.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -30,7 +31,7 @@ class SweepConfig(SweepOptions, Running):
 def main(arguments: list[str]) -> None:
     """Measure what is missing, then draw."""
     about = "Measure tokens/s, exchanged bytes and memory of training steps over lengths and ranks."
-    config, overrides = command_line(arguments, "sweep", SweepConfig, about, check=_check_model)
+    config, overrides = command_line(arguments, "sweep", SweepConfig, about)
     from scaling.experiments.harness import run_experiment
 
     values = asdict(config)
@@ -44,15 +45,3 @@ def main(arguments: list[str]) -> None:
         ["python", "-m", "launch", "sweep", *overrides],
         ENTRY,
     )
-
-
-def _check_model(config: SweepConfig) -> None:
-    from scaling.models import MODELS
-
-    check_choice("model", config.model, MODELS, given=("vectors", "scalars"))
-
-
-if __name__ == "__main__":
-    from launch.ranks.exit import run_command
-
-    sys.exit(run_command(main, sys.argv[1:]))

@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from data_pipeline.errors import ConfigError
-from launch.ranks.mpi import mpi_variables
-from launch.ranks.slurm import slurm_variables, tasks_not_started
+from launch.ranks.launchers import mpi_variables, slurm_variables, tasks_not_started
 
 
 @dataclass(frozen=True)
@@ -45,10 +44,9 @@ def discover(environ: Mapping[str, str] = os.environ) -> Ranks:
             "or configs/accelerate/*.yaml"
         )
     theirs = slurm_variables(environ) or mpi_variables(environ)
-    for key, own in {"RANK": "0", "WORLD_SIZE": "1"}.items():
-        own = theirs.get(key, own)
+    for key, missing, alone in (("RANK", "WORLD_SIZE", "0"), ("WORLD_SIZE", "RANK", "1")):
+        own = theirs.get(key, alone)
         if environ.get(key, own) != own:
-            missing = "RANK" if key == "WORLD_SIZE" else "WORLD_SIZE"
             raise ConfigError(
                 f"{key}={environ[key]} is set, but {missing} is not, and without them this would "
                 f"be {key} {own}: set both, or unset {key}"
@@ -65,11 +63,12 @@ def _ranks(variables: Mapping[str, str]) -> Ranks:
     port = variables.get("MASTER_PORT", "29500")
     size = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in variables else "LOCAL_SIZE"
     local_world = _number(variables, size) if size in variables else world
+    here = address in ("localhost", "::1") or address.startswith("127.")
     if "LOCAL_RANK" in variables:
         local_rank = _number(variables, "LOCAL_RANK")
     elif local_world == 1:
         local_rank = 0
-    elif local_world == world and (size in variables or _is_loopback(address)):
+    elif local_world == world and (size in variables or here):
         local_rank = rank
     else:
         raise ConfigError(
@@ -96,10 +95,6 @@ def _number(variables: Mapping[str, str], key: str) -> int:
         return int(variables[key])
     except ValueError:
         raise ConfigError(f"{key}={variables[key]!r} is no whole number") from None
-
-
-def _is_loopback(address: str) -> bool:
-    return address in ("localhost", "::1") or address.startswith("127.")
 
 
 def require_ranks(ranks: Ranks, alone: bool, environ: Mapping[str, str] = os.environ) -> None:

@@ -11,12 +11,10 @@ from typing import Any, TextIO
 
 from data_pipeline.errors import LongfoldError
 from launch.ranks import group
-from launch.ranks.discovery import discover
+from launch.ranks.discovery import Ranks, discover
 
 BAD_INPUT = 2
 """Exit code of a LongfoldError."""
-
-
 _PATIENCE_S = 3.0
 """Longer than a launcher needs to end the other ranks after one has failed."""
 
@@ -29,13 +27,6 @@ def run_command(command: Callable[[list[str]], None], arguments: list[str]) -> i
     """
     try:
         command(arguments)
-        if group.met_others:
-            # A thread of gloo that lets go of its last tensor while the interpreter shuts down
-            # aborts the process, rarely and on busy machines: no shutting down.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(0)
-        return 0
     except LongfoldError as error:
         return _fail(f"error: {error}", BAD_INPUT)
     except KeyboardInterrupt:
@@ -45,6 +36,13 @@ def run_command(command: Callable[[list[str]], None], arguments: list[str]) -> i
         return 1
     except Exception as error:
         return _fail(_lost_rank(error) or traceback.format_exc().rstrip(), 1)
+    if group.met_others:
+        # A thread of gloo that lets go of its last tensor while the interpreter shuts down aborts
+        # the process, rarely and on busy machines: no shutting down.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+    return 0
 
 
 class Unheard:
@@ -55,16 +53,14 @@ class Unheard:
 
     def write(self, text: str) -> int:
         try:
-            return self._stream.write(text)
-        except OSError:
-            _silence(self._stream)
-            return len(text)
-
-    def flush(self) -> None:
-        try:
+            self._stream.write(text)
             self._stream.flush()
         except OSError:
             _silence(self._stream)
+        return len(text)
+
+    def flush(self) -> None:
+        """Nothing waits."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -88,21 +84,16 @@ def _lost_rank(error: Exception) -> str | None:
 
 
 def _fail(text: str, code: int) -> int:
+    ranks = Ranks()
     with contextlib.suppress(LongfoldError):
         ranks = discover()
-        if ranks.rank > 0:
-            time.sleep(_PATIENCE_S)
-            text = f"rank {ranks.rank}: {text}"
-        if ranks.world > 1:
-            _print_line(text)
-            # No destructors: those of a process group may wait for ranks that never come.
-            os._exit(code)
-    _print_line(text)
-    return code
-
-
-def _print_line(text: str) -> None:
+    if ranks.rank > 0:
+        time.sleep(_PATIENCE_S)
+        text = f"rank {ranks.rank}: {text}"
     sys.stdout.flush()
-    # One write, so that lines of several ranks do not mix.
-    sys.stderr.write(text + "\n")
+    sys.stderr.write(text + "\n")  # one write, so that lines of several ranks do not mix
     sys.stderr.flush()
+    if ranks.world > 1:
+        # No destructors: those of a process group may wait for ranks that never come.
+        os._exit(code)
+    return code

@@ -74,12 +74,19 @@ def process_group(
         yield
         return
     import torch.distributed as dist
+    from torch._C._distributed_c10d import HashStore
 
-    _export(ranks)
+    places = {"RANK": ranks.rank, "WORLD_SIZE": ranks.world, "LOCAL_RANK": ranks.local_rank,
+              "LOCAL_WORLD_SIZE": ranks.local_world}  # fmt: skip
+    os.environ.update({key: str(value) for key, value in places.items()})  # DeepSpeed reads them
+    meeting: dict[str, Any] = {"init_method": "env://"}
+    if ranks.master is not None:
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = ranks.master
+    else:  # alone: no port, so that two such jobs never collide
+        meeting = {"store": HashStore(), "rank": 0, "world_size": 1}
     backend = "nccl" if device.type == "cuda" else "gloo"
-    wait = timedelta(seconds=timeout_s)
     try:
-        dist.init_process_group(backend, timeout=wait, **_meeting_place(ranks))
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **meeting)
     except (dist.DistError, TimeoutError, ValueError) as error:
         address = ":".join(ranks.master or ())
         reason = str(error).strip().splitlines()[0][:200]
@@ -93,20 +100,3 @@ def process_group(
     # Not in a finally: after an error the other ranks are elsewhere and would never come here.
     dist.barrier()
     dist.destroy_process_group()
-
-
-def _export(ranks: Ranks) -> None:
-    """What libraries below look for, whoever started us."""
-    places = {"RANK": ranks.rank, "WORLD_SIZE": ranks.world, "LOCAL_RANK": ranks.local_rank,
-              "LOCAL_WORLD_SIZE": ranks.local_world}  # fmt: skip
-    os.environ.update({key: str(value) for key, value in places.items()})
-    if ranks.master is not None:
-        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = ranks.master
-
-
-def _meeting_place(ranks: Ranks) -> dict[str, Any]:
-    from torch._C._distributed_c10d import HashStore
-
-    if ranks.master is None:  # alone: no port, so that two such jobs never collide
-        return {"store": HashStore(), "rank": 0, "world_size": 1}
-    return {"init_method": "env://"}

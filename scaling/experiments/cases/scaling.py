@@ -35,7 +35,7 @@ class ScalingOptions(Checked):
         scalars: scalar channels of the input.
         rounds: of fresh processes, every point once in each; medians over rounds count.
         steps: timed steps of a process; their median counts.
-        execution: how the model runs: fields of `Execution`.
+        execution: how the model runs.
         length: of the point that a process measures; its points choose it.
     """
 
@@ -48,7 +48,7 @@ class ScalingOptions(Checked):
     scalars: int = 4
     rounds: Annotated[Count, NotIdentity()] = 3
     steps: Count = 3
-    execution: dict[str, Any] = field(default_factory=dict)
+    execution: Execution = field(default_factory=Execution)
     length: int = 0
 
     def strong(self) -> list[tuple[int, int]]:
@@ -65,7 +65,7 @@ def scaling_rows(case: ScalingOptions, group: Group, device: torch.device) -> li
         StepCase(
             model=case.model,
             length=case.length,
-            execution=Execution(**case.execution),
+            execution=case.execution,
             vectors=case.vectors,
             scalars=case.scalars,
             steps=case.steps,

@@ -133,7 +133,7 @@ class TrainStepOptions(Checked):
         vectors: free vector channels of the input, besides the points.
         scalars: scalar channels of the input.
         seconds: of every comparison; at least three rounds.
-        execution: how our side runs: fields of `Execution`.
+        execution: how our side runs.
         sides: those that one process measures; its points choose them.
     """
 
@@ -142,7 +142,7 @@ class TrainStepOptions(Checked):
     vectors: int = 0
     scalars: int = 16
     seconds: Positive = 10.0
-    execution: dict[str, Any] = field(default_factory=dict)
+    execution: Execution = field(default_factory=Execution)
     sides: Sequence[Side] = SIDES
 
 
@@ -163,7 +163,7 @@ def train_step_rows(options: TrainStepOptions, group: Group, device: torch.devic
     case = StepCase(
         model=model,
         length=length,
-        execution=Execution(**options.execution),
+        execution=options.execution,
         vectors=options.vectors,
         scalars=options.scalars,
     )

@@ -14,8 +14,8 @@ from launch.config.settings import Config
 from launch.ranks.discovery import Ranks, discover, require_ranks
 from launch.ranks.exit import run_command
 from launch.ranks.group import choose_device, share_cores
-from launch.ranks.slurm import first_host, tasks_per_node
-from launch.train import follow_accelerate
+from launch.ranks.launchers import first_host, tasks_per_node
+from launch.train import accelerate_overrides
 from launch.train import main as train_command
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
@@ -86,9 +86,9 @@ def test_ranks_of_every_launcher(environ: dict[str, str], ranks: Ranks):
         (TORCHRUN | {"RANK": "-1"}, "rank -1 of 4"),
         (TORCHRUN | {"RANK": "one"}, "RANK='one' is no whole number"),
         (SLURM | {"SLURM_PROCID": "7"}, "rank 7 of 7"),
-        (HYDRA, "several machines.*MASTER_ADDR NAME"),
-        (OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "4"}, "several machines.* -x MASTER_ADDR=NAME"),
-        ({"PMI_RANK": "0", "PMI_SIZE": "2"}, "does not set MPI_LOCALNRANKS, MPI_LOCALRANKID"),
+        (HYDRA, "4 ranks, 2 of .*MASTER_ADDR NAME"),
+        (OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "4"}, "4 ranks, 2 of .* -x MASTER_ADDR=NAME"),
+        ({"PMI_RANK": "0", "PMI_SIZE": "2"}, "2 ranks, no known number of them on this machine"),
         (SLURM | {"SLURM_JOB_NODELIST": "gpu[07-"}, r"cannot read SLURM's node list 'gpu\[07-'"),
         (SLURM | {"SLURM_TASKS_PER_NODE": "4(x2"}, "cannot read SLURM's tasks per node"),
     ],
@@ -183,15 +183,14 @@ def test_a_gpu_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch):
 def test_accelerates_zero_stage_is_followed_unless_one_is_said(tmp_path: Path):
     file = tmp_path / "zero.json"
     file.write_text('{"zero_optimization": {"stage": 2}}')
-    environ = {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
-    config = compose("train", [], Config)
-    follow_accelerate(config, [], environ)
-    assert config.engine.zero_stage == 2
-    config = compose("train", ["engine.zero_stage=1"], Config)
-    follow_accelerate(config, ["engine.zero_stage=1"], environ)
-    assert config.engine.zero_stage == 1  # the engine then names both
-    with pytest.raises(ConfigError, match="cannot read accelerate's DeepSpeed file"):
-        follow_accelerate(config, [], {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "nowhere.json"})
+    theirs = accelerate_overrides({"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)})
+    assert compose("train", theirs, Config).engine.zero_stage == 2
+    ours = [*theirs, "engine.zero_stage=1"]  # the engine then names both
+    assert compose("train", ours, Config).engine.zero_stage == 1
+    assert accelerate_overrides({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}) == ["engine.zero_stage=3"]
+    for nothing in ({}, {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "auto"},
+                    {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "nowhere.json"}):  # fmt: skip
+        assert accelerate_overrides(nothing) == []
 
 
 def test_errors_of_the_user_are_one_line_and_ours_have_a_traceback(capsys):
