@@ -8,7 +8,7 @@ only what is missing or failed.
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
-from launch.config.check import build, check_choice, check_folder_name, options_of
+from launch.config.check import FolderName, build, check_choice, options_of
 from launch.config.compose import command_line
 from launch.measure import ENTRY
 from scaling.experiments.options import Running
@@ -19,13 +19,13 @@ from scaling.runs.identity import Identity, NotIdentity
 class BenchConfig(Running):
     """Results live in <benches>/<name>."""
 
+    name: Annotated[FolderName, NotIdentity()]
     bench: dict[str, Any]
     """`name` and options: the fields of its options in scaling/experiments/cases/<name>.py."""
     benches: Annotated[str, NotIdentity()] = "benches"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_folder_name(self.name, "benches")
         self.options()
 
     def options(self) -> Any:
@@ -40,24 +40,16 @@ class BenchConfig(Running):
         models |= {"model": options["model"]} if "model" in options else {}
         for key, model in models.items():
             check_choice(f"bench.{key}", model, MODELS, filled=("vectors", "scalars"))
-        return build(takers[self.bench["name"]], options, place="bench")
+        return build(takers[self.bench["name"]], options, prefix="bench.")
 
 
 def main(arguments: list[str]) -> None:
     """Measure what is missing, write, summarise."""
-    about = "Measure an operator or a training step beside its rivals."
-    config, overrides = command_line(arguments, "bench", BenchConfig, about)
+    config, overrides = command_line(arguments, "bench", BenchConfig)
     from scaling.experiments.harness import run_experiment
 
     options, values = config.options(), asdict(config)
     running = {key: value for key, value in values.items() if key != "bench"}
-    run_experiment(
-        config.bench["name"],
-        options,
-        config,
-        Identity({"": (BenchConfig, running), "bench": (type(options), asdict(options))}),
-        values,
-        "benches",
-        ["python", "-m", "launch", "bench", *overrides],
-        ENTRY,
-    )
+    identity = Identity({"": (BenchConfig, running), "bench": (type(options), asdict(options))})
+    name, command = config.bench["name"], ["python", "-m", "launch", "bench", *overrides]
+    run_experiment(name, options, config, identity, values, "benches", command, ENTRY)

@@ -14,7 +14,7 @@ from launch.config.check import options_within
 from launch.config.compose import command_line
 from launch.config.settings import Config, mesh_sizes
 from launch.ranks.discovery import discover
-from launch.ranks.group import process_group
+from launch.ranks.process import process_group
 from launch.train import task_and_model
 
 
@@ -26,7 +26,6 @@ class PlanConfig(Config):
     """Tokens of a row; null: the longest sample of the task's training split."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.device == "cuda":
             raise ConfigError("device=cuda: plan foresees ranks on CPUs alone; say device=cpu")
         if self.train.precision == "float64":
@@ -35,8 +34,7 @@ class PlanConfig(Config):
 
 def main(arguments: list[str]) -> None:
     """Print the memory of one rank by part."""
-    about = "Foresee the peak memory of a training run, by part."
-    config, _ = command_line(arguments, "plan", PlanConfig, about)
+    config, _ = command_line(arguments, "plan", PlanConfig)
     import torch
 
     torch.set_num_threads(1)  # as a rank that shares its cores; the step here is a small one
@@ -70,11 +68,10 @@ def main(arguments: list[str]) -> None:
     )
     load_what_a_rank_loads(config)
     parts = memory_by_part(job)
-    total = sum(parts.values())
     print(f"a rank of {config.ranks} on a CPU (dp {dp}, sp {sp}), {job.rows} x {length:,} tokens:")
     for part, size in parts.items():
         print(f"  {part:<28}{size / 2**20:>10,.0f} MiB")
-    print(f"  {'peak memory':<28}{total / 2**20:>10,.0f} MiB")
+    print(f"  {'peak memory':<28}{sum(parts.values()) / 2**20:>10,.0f} MiB")
 
 
 def load_what_a_rank_loads(config: Config) -> None:

@@ -32,9 +32,7 @@ class PrepareConfig:
 
 def main(arguments: list[str]) -> None:
     """Build, verify or show a data store."""
-    config, _ = command_line(
-        arguments, "prepare", PrepareConfig, "Build, verify or show a data store."
-    )
+    config, _ = command_line(arguments, "prepare", PrepareConfig)
     began, store, more = time.perf_counter(), config.store, ""
     if config.action == "build":
         with options_within(config, "source"):
@@ -87,15 +85,11 @@ def summary(manifest: dict[str, Any]) -> str:
             f"{share:>7.1%}"
         )
     if source["kind"] in ("structures", "sidechainnet"):
-        lines.append(_account(counts["residues"], manifest.get("residues_left_out", {})))
+        kept, left_out = counts["residues"], manifest.get("residues_left_out", {})
+        lost = sum(left_out.values())
+        reasons = ", ".join(f"{count:,} in {reason}" for reason, count in left_out.items() if count)
+        lines.append(
+            f"  amino acids {kept + lost:,} in what was read = {kept:,} stored + {lost:,} left out"
+            + (f" ({reasons})" if reasons else "")
+        )
     return "\n".join(lines)
-
-
-def _account(read: int, left_out: dict[str, int]) -> str:
-    """That every amino-acid residue of what was read is in the store, or left out for a reason."""
-    lost = sum(left_out.values())
-    reasons = ", ".join(f"{count:,} in {reason}" for reason, count in left_out.items() if count)
-    return (
-        f"  amino acids {read + lost:,} in what was read = {read:,} stored + {lost:,} left out"
-        + (f" ({reasons})" if reasons else "")
-    )

@@ -7,7 +7,7 @@ missing or failed, and results of other lengths and ranks stay.
 from dataclasses import asdict, dataclass, fields
 from typing import Annotated
 
-from launch.config.check import check_folder_name
+from launch.config.check import FolderName
 from launch.config.compose import command_line
 from launch.config.settings import Model
 from launch.measure import ENTRY
@@ -19,29 +19,21 @@ from scaling.runs.identity import Identity, NotIdentity
 class SweepConfig(SweepOptions, Running):
     """Results live in <sweeps>/<name>."""
 
+    name: Annotated[FolderName, NotIdentity()]
     model: Model
     sweeps: Annotated[str, NotIdentity()] = "sweeps"
     timeout_s: Annotated[Positive, NotIdentity()] = 300.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_folder_name(self.name, "sweeps")
-
 
 def main(arguments: list[str]) -> None:
     """Measure what is missing, then draw."""
-    about = "Measure tokens/s, exchanged bytes and memory of training steps over lengths and ranks."
-    config, overrides = command_line(arguments, "sweep", SweepConfig, about)
+    config, overrides = command_line(arguments, "sweep", SweepConfig)
     from scaling.experiments.harness import run_experiment
 
     values = asdict(config)
-    run_experiment(
-        "sweep",
-        SweepOptions(**{each.name: getattr(config, each.name) for each in fields(SweepOptions)}),
-        config,
-        Identity({"": (SweepConfig, values)}),
-        values,
-        "sweeps",
-        ["python", "-m", "launch", "sweep", *overrides],
-        ENTRY,
+    options = SweepOptions(
+        **{each.name: getattr(config, each.name) for each in fields(SweepOptions)}
     )
+    identity = Identity({"": (SweepConfig, values)})
+    command = ["python", "-m", "launch", "sweep", *overrides]
+    run_experiment("sweep", options, config, identity, values, "sweeps", command, ENTRY)

@@ -17,8 +17,7 @@ from launch.config.check import options_of, options_within
 from launch.config.compose import command_line
 from launch.config.settings import Config, mesh_sizes
 from launch.ranks.discovery import discover, require_ranks
-from launch.ranks.exit import Unheard, run_command
-from launch.ranks.group import choose_device, process_group, share_cores
+from launch.ranks.process import Unheard, choose_device, process_group, run_command, share_cores
 from scaling.train.stop import launcher_chain
 
 if TYPE_CHECKING:
@@ -33,8 +32,7 @@ def main(arguments: list[str]) -> None:
     launcher_chain()  # before anything slow: whoever started this rank may end at any moment
     ranks = discover()
     share_cores(ranks)  # the check of names is the first to import torch
-    arguments = [*accelerate_overrides(), *arguments]
-    config, _ = command_line(arguments, "train", Config, "Train a model on a task.")
+    config, _ = command_line([*accelerate_overrides(), *arguments], "train", Config)
     require_ranks(ranks, alone=config.parallel.dp == config.parallel.sp == 1)
     device = choose_device(config.device, ranks)
     uses_deepspeed = config.engine.name == "deepspeed"

@@ -5,30 +5,36 @@ it. A value that the command line gives is what Hydra reads in it where the opti
 the text as it was written: `name=123` is a name, `task.store=a=b` a path.
 """
 
-import dataclasses
 import difflib
 import inspect
 import json
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib import import_module
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, TypeVar
+from pkgutil import resolve_name
+from typing import Annotated, Any, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import AfterValidator, TypeAdapter, ValidationError
 
 from data_pipeline.errors import ConfigError, OptionError
 from data_pipeline.options import rule_of
 
 T = TypeVar("T")
-Written = Mapping[str, str]
-"""Key -> the text that stood on the command line."""
-NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
-@dataclasses.dataclass(frozen=True)
+def _one_folder(name: str) -> str:
+    if not name.isprintable() or Path(name).name != name or name in ("", ".."):
+        raise ValueError("must be one folder name; another key chooses its parent")
+    return name
+
+
+FolderName = Annotated[str, AfterValidator(_one_folder)]
+"""Names a folder inside that of another key."""
+
+
+@dataclass(frozen=True)
 class Choice:
     """Annotates a section of free keys: its `name` picks a constructor, the rest are options."""
 
@@ -39,33 +45,30 @@ class Choice:
 
 
 def build(
-    schema: Callable[..., T], values: Mapping[str, Any], written: Written = NOTHING, place: str = ""
+    schema: Callable[..., T],
+    values: Mapping[str, Any],
+    written: Mapping[str, str] = {},
+    prefix: str = "",
 ) -> T:
     """The dataclass made of these values, and dataclasses in it; every key and value checked.
 
     Args:
-        place: the section that holds the values.
+        written: key -> the text that stood on the command line.
+        prefix: what stands before each key, such as `train.`.
     """
-    parameters = _parameters(schema)
-    for key in values:
-        if key not in parameters:
-            hint = _nearest_key(key, parameters, place)
-            raise ConfigError(f"unknown key {_within(place, key)}{hint}")
-    arguments = _checked_arguments(parameters, values, written, place)
+    arguments = _arguments(schema, values, written, prefix)
     try:
         return schema(**arguments)
     except OptionError as error:
-        raise error.within(error.section or place) from None
+        raise error.within(error.section or prefix[:-1]) from None
 
 
-def check_choices(config: Any, written: Written) -> None:
+def check_choices(config: Any, written: Mapping[str, str]) -> None:
     """Every section of a configuration that is a Choice, against its registry."""
     for section, parameter in _parameters(type(config)).items():
         for mark in typing.get_args(parameter.annotation):
             if isinstance(mark, Choice):
-                module, _, name = mark.registry.partition(":")
-                registry = getattr(import_module(module), name)
-                choice = getattr(config, section)
+                choice, registry = getattr(config, section), resolve_name(mark.registry)
                 choice |= check_choice(section, choice, registry, mark.filled, written)
 
 
@@ -74,7 +77,7 @@ def check_choice(
     choice: dict[str, Any],
     registry: Mapping[str, Callable],
     filled: Iterable[str] = (),
-    written: Written = NOTHING,
+    written: Mapping[str, str] = {},
 ) -> dict[str, Any]:
     """The options in a section, checked against the constructor that its name picks.
 
@@ -82,18 +85,12 @@ def check_choice(
         registry: name -> class or function; its signature says which options exist.
         filled: parameters that the program fills itself.
     """
-    name, options = str(choice.get("name")), options_of(choice)
+    name = str(choice.get("name"))
     if name not in registry:
         hint = suggest(name, registry)
         raise ConfigError(f"unknown {section}.name={name}{hint}; options: {', '.join(registry)}")
-    parameters = _parameters(registry[name], filled)
-    for key in options:
-        if key not in parameters:
-            hint = _nearest_key(key, parameters, section)
-            if others := [n for n, made in registry.items() if key in _parameters(made)]:
-                hint += f"; it is of {section}={' or '.join(others)}"
-            raise ConfigError(f"unknown key {section}.{key} for {section}={name}{hint}")
-    return _checked_arguments(parameters, options, written, section)
+    options, chosen = options_of(choice), f" for {section}={name}"
+    return _arguments(registry[name], options, written, f"{section}.", filled, chosen, registry)
 
 
 def suggest(word: str, names: Iterable[str]) -> str:
@@ -102,34 +99,49 @@ def suggest(word: str, names: Iterable[str]) -> str:
     return f", did you mean {near[0]}?" if near else ""
 
 
-def _nearest_key(key: str, parameters: Mapping[str, inspect.Parameter], place: str) -> str:
+def _arguments(
+    function: Callable,
+    values: Mapping[str, Any],
+    written: Mapping[str, str],
+    prefix: str,
+    filled: Iterable[str] = (),
+    chosen: str = "",
+    registry: Mapping[str, Callable] = {},
+) -> dict[str, Any]:
+    """The values, checked against what the function takes; errors say who else takes them."""
+    parameters = {k: p for k, p in _parameters(function).items() if k not in filled}
+    for key in values:
+        if key not in parameters:
+            hint = _nearest_key(key, parameters, prefix)
+            if others := [name for name, made in registry.items() if key in _parameters(made)]:
+                hint += f"; it is of {prefix[:-1]}={' or '.join(others)}"
+            raise ConfigError(f"unknown key {prefix}{key}{chosen}{hint}")
+    arguments = {}
+    for key, parameter in parameters.items():
+        kind, value, place = parameter.annotation, values.get(key), prefix + key
+        if key not in values:
+            if parameter.default is parameter.empty:
+                raise ConfigError(f"{place} is missing{chosen}")
+        elif isinstance(value, dict) and isinstance(kind, type) and is_dataclass(kind):
+            arguments[key] = build(kind, value, written, f"{place}.")
+        else:
+            arguments[key] = _checked(kind, value, written, place)
+    return arguments
+
+
+def _nearest_key(key: str, parameters: Mapping[str, inspect.Parameter], prefix: str) -> str:
     """The key that was meant, in this section or in one below it (lr for optim.lr), or all."""
     places = {
-        inner: _within(place, f"{outer}.{inner}")
+        inner: f"{prefix}{outer}.{inner}"
         for outer, parameter in parameters.items()
-        if dataclasses.is_dataclass(parameter.annotation)
-        for inner in _parameters(typing.cast(Any, parameter.annotation))
-    } | {name: _within(place, name) for name in parameters}
+        if is_dataclass(parameter.annotation) and isinstance(parameter.annotation, type)
+        for inner in _parameters(parameter.annotation)
+    } | {name: prefix + name for name in parameters}
     near = difflib.get_close_matches(key, places, n=1, cutoff=0.6)
     return f", did you mean {places[near[0]]}?" if near else f"; it has: {', '.join(parameters)}"
 
 
-def _checked_arguments(
-    parameters: Mapping[str, inspect.Parameter], values: Mapping[str, Any], written: Written,
-    place: str,
-) -> dict[str, Any]:  # fmt: skip
-    arguments = {}
-    for key, parameter in parameters.items():
-        name, kind = _within(place, key), parameter.annotation
-        if key in values:
-            nested = dataclasses.is_dataclass(kind) and isinstance(values[key], dict)
-            arguments[key] = (build if nested else _checked)(kind, values[key], written, name)
-        elif parameter.default is parameter.empty:
-            raise ConfigError(f"{name} is missing")
-    return arguments
-
-
-def _checked(annotation: Any, value: Any, written: Written, place: str) -> Any:
+def _checked(annotation: Any, value: Any, written: Mapping[str, str], place: str) -> Any:
     """The value where it is taken, else the text where that is."""
     text, errors = written.get(place, value), []
     for candidate in (value, text):
@@ -149,14 +161,9 @@ def _checked(annotation: Any, value: Any, written: Written, place: str) -> Any:
     raise OptionError(key, repr(value), rule, section)
 
 
-def _parameters(function: Callable, filled: Iterable[str] = ()) -> dict[str, inspect.Parameter]:
+def _parameters(function: Callable) -> Mapping[str, inspect.Parameter]:
     """What a function, or a dataclass, takes, its annotations resolved."""
-    parameters = inspect.signature(function, eval_str=True).parameters
-    return {name: each for name, each in parameters.items() if name not in filled}
-
-
-def _within(section: str, key: str) -> str:
-    return f"{section}.{key}" if section else key
+    return inspect.signature(function, eval_str=True).parameters
 
 
 @contextmanager
@@ -172,13 +179,6 @@ def options_within(config: Any, *sections: str) -> Iterator[None]:
         root = error.key.partition(".")[0]
         has = (name for name in sections if hasattr(getattr(config, name), root))
         raise error.within(error.section or next(has, sections[0])) from None
-
-
-def check_folder_name(name: str, parent: str) -> None:
-    """Raises OptionError unless `name` is one folder inside that of the key `parent`."""
-    if not name.isprintable() or Path(name).name != name or name in ("", ".."):
-        rule = f"must be one folder name; {parent}= chooses the folder"
-        raise OptionError("name", repr(name), rule)
 
 
 def options_of(choice: Mapping[str, Any]) -> dict[str, Any]:

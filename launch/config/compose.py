@@ -9,7 +9,6 @@ import dataclasses
 import json
 import re
 import sys
-import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,18 +18,24 @@ from launch.config.check import build, check_choices, suggest
 
 T = TypeVar("T")
 
+COMMANDS = {
+    "train": "Train a model on a task (under any launcher: -m launch.train).",
+    "prepare": "Build a data store from structure files or the bundled ones; verify it; show it.",
+    "plan": "Foresee a training run's peak memory, part by part.",
+    "sweep": "Measure tokens/s, exchanged bytes and memory over lengths and ranks.",
+    "bench": "Measure operators and training steps beside their rivals.",
+}
 
-def command_line(
-    arguments: Sequence[str], command: str, schema: type[T], about: str
-) -> tuple[T, list[str]]:
+
+def command_line(arguments: Sequence[str], command: str, schema: type[T]) -> tuple[T, list[str]]:
     """The configuration of a command, and the overrides that chose it.
 
     Answers --help and --cfg (print, then exit). A command that takes paths has a field `paths`,
     a list whose bounds of length say how many.
     """
     paths, overrides, flags = _separate(arguments)
-    if "--help" in flags:
-        print(usage(command, schema, about))
+    if flags & {"--help", "-h"}:
+        print(usage(command, schema))
         sys.exit(0)
     config = compose(command, overrides, schema, paths)
     if "--cfg" in flags:
@@ -49,13 +54,11 @@ def _separate(arguments: Sequence[str]) -> tuple[list[str], list[str], set[str]]
     paths: list[str] = []
     overrides: list[str] = []
     flags: set[str] = set()
-    rest = iter(arguments)
-    for argument in rest:
-        if argument.startswith(("--local_rank", "--local-rank")):
-            if "=" not in argument:
-                next(rest, None)
-        elif argument in ("--help", "-h", "--cfg"):
-            flags.add("--help" if argument == "-h" else argument)
+    for argument in arguments:
+        if argument in ("--help", "-h", "--cfg"):
+            flags.add(argument)
+        elif argument.startswith(("--local_rank=", "--local-rank=")):
+            pass
         elif argument.startswith("-"):
             hint = suggest(argument, ["--help", "--cfg"])
             raise ConfigError(f"unknown option {argument}{hint}; values are written key=value")
@@ -175,22 +178,19 @@ def _hydra(override: str) -> Any:
 def config_folder() -> Path:
     """Folder of the YAML files: inside the installed package, else beside it in a checkout."""
     package = Path(__file__).parents[1]
-    candidates = [package / "configs", package.parent / "configs"]
-    for folder in candidates:
-        if (folder / "train.yaml").is_file():
-            return folder
-    raise ConfigError(f"no configuration files in {candidates[0]} or {candidates[1]}; reinstall")
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
 
 
-def to_yaml(config: object) -> str:
+def to_yaml(config: Any) -> str:
     """The whole configuration, defaults written out."""
     from omegaconf import OmegaConf
 
-    values = _replaced(dataclasses.asdict(typing.cast(Any, config)), "${", _MARKED)
+    values = _replaced(dataclasses.asdict(config), "${", _MARKED)
     return OmegaConf.to_yaml(OmegaConf.create(values)).replace("$\\0{", "${")
 
 
-def usage(command: str, schema: type, about: str) -> str:
+def usage(command: str, schema: type) -> str:
     """Help of a command: its groups with their options, and every key with its default."""
     values, folder = _compose_values(command, [])[0], config_folder()
     if _takes_paths(schema):
@@ -204,7 +204,7 @@ def usage(command: str, schema: type, about: str) -> str:
         if group.is_dir() and f"- {group.name}:" in text
     }
     return "\n".join([
-        about, "",
+        COMMANDS[command], "",
         f"usage: python -m launch {command}{' path ...' * _takes_paths(schema)} "
         "[group=option] [key=value] ...",
         "       --cfg prints the resulting configuration and stops", "",

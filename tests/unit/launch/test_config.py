@@ -92,7 +92,7 @@ def test_values_come_from_groups_then_experiment_then_command_line():
 )
 def test_a_mistake_is_one_line_that_names_it(override: str, named: str):
     with pytest.raises(ConfigError) as error:
-        command_line([override], "train", Config, "about")
+        command_line([override], "train", Config)
     assert named in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -164,7 +164,7 @@ def test_null_sizes_fill_what_the_other_leaves(dp, sp, world, sizes):
 
 def test_printed_configuration_composes_to_the_same(capsys: pytest.CaptureFixture):
     with pytest.raises(SystemExit) as end:
-        command_line(["--local_rank=1", "train.steps=9", "--cfg"], "train", Config, "about")
+        command_line(["--local_rank=1", "train.steps=9", "--cfg"], "train", Config)
     assert end.value.code == 0
     printed = yaml.safe_load(capsys.readouterr().out)
     config = composed("train.steps=9")
@@ -177,10 +177,10 @@ def test_printed_configuration_composes_to_the_same(capsys: pytest.CaptureFixtur
 
 def test_help_lists_groups_options_and_keys(capsys: pytest.CaptureFixture):
     with pytest.raises(SystemExit):
-        command_line(["--help"], "train", Config, "Train.")
+        command_line(["--help"], "train", Config)
     text = capsys.readouterr().out
     for word in (
-        "Train.",
+        "Train a model",
         "engine      ddp, deepspeed",
         "materialised, nbody, needles, needles_million, recall",
         "batch_size: ",
@@ -281,7 +281,7 @@ def test_a_reference_is_followed_only_where_the_default_is_one():
 
 def test_paths_stand_before_the_first_override(capsys: pytest.CaptureFixture):
     def paths(*arguments: str) -> list[str]:
-        return command_line(arguments, "prepare", Prepare, "about")[0].paths
+        return command_line(arguments, "prepare", Prepare)[0].paths
 
     assert paths("runs/a") == ["runs/a"]
     assert paths("runs/a", "./b=c", "store=x") == ["runs/a", "./b=c"]

@@ -11,10 +11,8 @@ import pytest
 from data_pipeline.errors import ConfigError
 from launch.config.compose import compose
 from launch.config.settings import Config
-from launch.ranks.discovery import Ranks, discover, require_ranks
-from launch.ranks.exit import run_command
-from launch.ranks.group import choose_device, share_cores
-from launch.ranks.launchers import first_host, tasks_per_node
+from launch.ranks.discovery import Ranks, discover, first_host, require_ranks, tasks_per_node
+from launch.ranks.process import choose_device, run_command, share_cores
 from launch.train import accelerate_overrides
 from launch.train import main as train_command
 
@@ -218,7 +216,7 @@ def test_a_process_that_waits_alone_gives_up_with_one_line(tmp_path: Path):
                             "MASTER_PORT": str(port), "LOCAL_RANK": "0"}  # fmt: skip
     script = (
         "import sys, torch; from launch.ranks.discovery import discover\n"
-        "from launch.ranks.exit import run_command; from launch.ranks.group import *\n"
+        "from launch.ranks.process import process_group, run_command\n"
         "def main(a):\n"
         "    with process_group(discover(), torch.device('cpu'), 2.0): pass\n"
         "sys.exit(run_command(main, []))"
