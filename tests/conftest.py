@@ -14,12 +14,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from launch.ranks.extension import cache_folder
-
-# What `make test` has built: a rank that were to build it in the user's own cache might be killed
-# in the middle, and what it locks there would stop all later ones.
-os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache_folder()))
-
 pytest_plugins = ["tests.left_out"]
 
 POOL = 8

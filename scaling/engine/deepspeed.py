@@ -3,8 +3,7 @@
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
-from io import StringIO
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -36,7 +35,10 @@ class DeepSpeedEngine(Engine):
                 "give it the shape (1,), or say engine=ddp"
             )
         _quieten_deepspeed()
-        import deepspeed  # slow, and needs a compiler at first use: only who chooses it pays
+        import deepspeed  # slow: only who chooses it pays
+
+        # Its all-reduce in shared memory serves inference alone, and would first be compiled.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
         self.stage: int = config["zero_optimization"]["stage"]
         for part in module.modules() if self.stage == 3 else ():
@@ -45,10 +47,9 @@ class DeepSpeedEngine(Engine):
                 part.register_forward_pre_hook(_ask_for_a_gradient)
             elif hasattr(part, "gathers_whole"):
                 vars(part)["runs_whole"] = True
-        with redirect_stdout(StringIO()):  # every rank would print that its extension is built
-            self._deepspeed: Any = deepspeed.initialize(
-                model=module, optimizer=optimizer, config=config, dist_init_required=False
-            )[0]
+        self._deepspeed: Any = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=config, dist_init_required=False
+        )[0]
         self._wrapped = self._deepspeed.optimizer
         # Under ZeRO the client optimizer lives on inside, over this rank's flat partitions.
         self.optimizer = self._wrapped.optimizer if self.stage else self._wrapped
