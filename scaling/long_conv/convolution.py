@@ -56,17 +56,22 @@ class Convolution:
         some = next(iter(tokens.values()))
         _, channels, _, n_local = some.shape
         chunks = self.chunks(channels)
-        results = {
-            (role, number): some.new_zeros(self.rows[role], channels, size, n_local)
-            for role in wanted
-            for number, size in enumerate(self.form.sizes[role])
-        }
+        results = {}
+        for role in wanted:
+            new = some.new_empty if self._is_ready(role, channels, n_local) else some.new_zeros
+            for number, size in enumerate(self.form.sizes[role]):
+                results[role, number] = new(self.rows[role], channels, size, n_local)
         spectra: list[list[Block]] = [[] for _ in chunks]
         interleave(
             self._chunk(tokens, old, results, chunk, new if keep else None)
             for chunk, old, new in zip(chunks, kept or spectra, spectra, strict=True)
         )
         return results, spectra
+
+    def _is_ready(self, role: Role, channels: int, n_local: int) -> bool:
+        """Whether what comes back is a role's tensor already, and need not be copied into it."""
+        whole = [group.is_tensor(role, self.rows[role], n_local) for group in self.groups]
+        return whole == [True] and len(self.chunks(channels)) == 1
 
     def chunks(self, channels: int) -> list[slice]:
         """Channels that are worked on at once; the same on every rank."""
@@ -112,8 +117,11 @@ class Convolution:
         del fresh, products, wire  # before room is made for what comes back
         back = iter((yield from rows))
         for group in self.groups:
-            for (role, _), x in results.items():
-                group.read(role, next(back), x[:, chunk])
+            for (role, number), x in results.items():
+                if self._is_ready(role, x.shape[1], x.shape[3]):
+                    results[role, number] = next(back).to(x.dtype)
+                else:
+                    group.read(role, next(back), x[:, chunk])
 
     def _layout(self, parts: Iterable[Part], chunk: slice) -> Layout:
         channels = chunk.stop - chunk.start

@@ -86,9 +86,7 @@ class RowGroup:
             goal = out[run.sources, ..., run.tokens]
             goal.add_(tokens) if self.static and role == "k" else goal.copy_(tokens)
 
-    def factor(
-        self, dtype: torch.dtype, device: torch.device
-    ) -> Complex[Tensor, "_rank #group_row k"] | None:
+    def factor(self, dtype: torch.dtype, device: torch.device) -> Complex[Tensor, "_ _ k"] | None:
         """What the product's spectrum is multiplied with; None: nothing."""
         factor = None
         if any(self.shifts):

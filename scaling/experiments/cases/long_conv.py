@@ -203,7 +203,8 @@ class _Bench:
                 train()
         count = measured.exchanges["long_conv"]
         (exposed,) = global_maxima(count.seconds / steps, group=self.group, device=self.device)
-        formula = 18 * self.channels * self.shard.length // ranks * 4 * (ranks - 1) / ranks
+        bins = self.shard.length // ranks // 2 + 1
+        formula = 18 * self.channels * bins * 8 * (ranks - 1) / ranks
         share = exposed / times["ours"]
         rows.append(
             self.row("exchange: time not hidden / forward + backward", exposed, ratio=share)
