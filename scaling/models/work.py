@@ -87,8 +87,8 @@ def convolution_work(
     both, terms = sum(streams.values()), len(form.terms)
     complex_flops = sum(8 * terms - 2 * streams[role] for role in ROLES)
     per_token = n / length * channels
-    # Of n / ranks numbers of a stream each rank keeps its share; all travel as complex numbers.
-    travelling = 2 * NUMBER * (ranks - 1) * ((n // ranks + 1) // 2)
+    # Of a rank's n / ranks numbers of a stream all bins travel but for its own share.
+    travelling = 2 * NUMBER * (ranks - 1) * (n // ranks // 2 + 1)
     return Work(
         transform_flops=2 * both * 2.5 * log2(n) * per_token,
         frequency_flops=complex_flops / 2 * per_token,

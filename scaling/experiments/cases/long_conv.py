@@ -155,7 +155,8 @@ class LongConv(Experiment):
         (exposed,) = global_maxima(count.seconds / steps, device=device)
         case = "exchange: time not hidden / forward + backward"
         yield row(case, exposed, "s", exposed / whole)
-        formula = 18 * channels * shard.length // ranks * 4 * (ranks - 1) / ranks
+        bins = shard.length // ranks // 2 + 1
+        formula = 18 * channels * bins * 8 * (ranks - 1) / ranks
         sent = count.bytes / steps
         yield row("exchange: bytes / formula", sent, "B", sent / formula)
 
