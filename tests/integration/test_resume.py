@@ -81,8 +81,8 @@ def train(
 
 
 def saved_step(folder: Path) -> int:
-    latest = folder / "checkpoints" / "latest"
-    return int(latest.read_text().removeprefix("step-")) if latest.exists() else 0
+    saved = (folder / "checkpoints").glob("step-*[0-9]")
+    return max((int(path.name.removeprefix("step-")) for path in saved), default=0)
 
 
 def curve(folder: Path) -> list[dict]:
