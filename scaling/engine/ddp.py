@@ -21,7 +21,7 @@ class DistributedDataParallelEngine(Engine):
         self._ddp = None
         if self.world > 1:
             self._ddp = nn.parallel.DistributedDataParallel(
-                _TouchesAllParameters(module), process_group=group, gradient_as_bucket_view=True
+                module, process_group=group, gradient_as_bucket_view=True
             )
 
     def __call__(self, *arguments: Any) -> Any:
@@ -32,7 +32,8 @@ class DistributedDataParallelEngine(Engine):
         return nullcontext() if self._ddp is None or last else self._ddp.no_sync()
 
     def backward(self, loss: Tensor) -> None:
-        loss.backward()
+        # DDP waits for all parameters: one that a step leaves unused would make it wait forever.
+        _Touch.apply(loss, *self.parameters.values()).backward()
 
     def step(self, learning_rate: float) -> float:
         norm = self._clip_gradients(self.clipping)
@@ -43,22 +44,9 @@ class DistributedDataParallelEngine(Engine):
         return norm.item()
 
 
-class _TouchesAllParameters(nn.Module):
-    """Hangs every parameter on the outputs with a zero gradient: DDP waits for all of them, and a
-    parameter that one step leaves unused would make it wait forever."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, *arguments: Any) -> Any:
-        outputs = self.module(*arguments)
-        if not isinstance(outputs, tuple):
-            return _Touch.apply(outputs, *self.module.parameters())
-        return _Touch.apply(outputs[0], *self.module.parameters()), *outputs[1:]
-
-
 class _Touch(torch.autograd.Function):
+    """The same number, on which every parameter hangs with a zero gradient."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
         ctx.count = len(parameters)

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from data_pipeline.errors import ConfigError
 
@@ -29,6 +29,7 @@ OUR_NAMES = {
     "train_batch_size": "DeepSpeed's count (every rank a data-parallel one)",
     "gradient_clipping": "optim.gradient_clipping",
     "zero_optimization.stage": "engine.zero_stage",
+    "zero_allow_untested_optimizer": "Longfold",
     "fp16.enabled": "precision",
     "bf16.enabled": "precision",
 }
@@ -62,36 +63,40 @@ def deepspeed_config(
     Raises:
         ConfigError: a key contradicts ours, or is about something that DeepSpeed must not know.
     """
-    ours = {
+    config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation,
         "train_batch_size": micro_batch_size * accumulation * world,
         # Always written: DeepSpeed's default clips at 1.
         "gradient_clipping": gradient_clipping,
-        "zero_optimization.stage": zero_stage,
+        "zero_optimization": {"stage": zero_stage},
         "zero_allow_untested_optimizer": True,
-        "fp16.enabled": False,
-        "bf16.enabled": False,
-    }
-    merged: dict[str, Any] = {
-        "zero_optimization.reduce_bucket_size": bucket_size,
-        "zero_optimization.allgather_bucket_size": bucket_size,
+        "fp16": {"enabled": False},
+        "bf16": {"enabled": False},
     }
     for source, keys in _foreign(user, environment):
-        for key, value in keys.items():
-            root = key.split(".")[0]
-            if value == "auto":
-                continue
-            if root in FORBIDDEN:
-                raise ConfigError(f"{source} sets {root}; leave it out: {FORBIDDEN[root]}")
-            if key in ours and ours[key] != value:
-                name = OUR_NAMES.get(key, "Longfold")
-                raise ConfigError(
-                    f"{source} says {key} = {value!r}, but {name} = {ours[key]!r}; make them "
-                    'equal, or write "auto" there'
-                )
-            merged[key] = value
-    return _nested(merged | ours)
+        _join(config, keys, source)
+    buckets = {"reduce_bucket_size": bucket_size, "allgather_bucket_size": bucket_size}
+    config["zero_optimization"] = buckets | config["zero_optimization"]
+    return config
+
+
+def _join(config: dict[str, Any], keys: Mapping[str, Any], source: str, within: str = "") -> None:
+    """Adds a source's keys to what is there already, which they may not contradict."""
+    for name, value in keys.items():
+        key = within + name
+        if value == "auto":
+            continue
+        if key in FORBIDDEN:
+            raise ConfigError(f"{source} sets {key}; leave it out: {FORBIDDEN[key]}")
+        if isinstance(value, Mapping) and isinstance(config.setdefault(name, {}), dict):
+            _join(config[name], value, source, f"{key}.")
+        elif config.setdefault(name, value) != value:
+            ours = OUR_NAMES.get(key, "another source's")
+            raise ConfigError(
+                f"{source} says {key} = {value!r}, but {ours} = {config[name]!r}; make them "
+                'equal, or write "auto" there'
+            )
 
 
 def check_launcher(engine: str, precision: str, environment: Mapping[str, str]) -> None:
@@ -115,39 +120,21 @@ def check_launcher(engine: str, precision: str, environment: Mapping[str, str]) 
 
 def _foreign(
     user: Mapping[str, Any], environment: Mapping[str, str]
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every source of keys besides our own, by the name a user knows it by; keys dotted."""
-    yield "engine.deepspeed_config", dict(_dotted(user))
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Every source of keys besides our own, by the name a user knows it by."""
+    yield "engine.deepspeed_config", user
     if path := environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
         try:
-            content = json.loads(Path(path).read_text())
+            yield f"accelerate's deepspeed_config_file {path!r}", json.loads(Path(path).read_text())
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"accelerate's deepspeed_config_file {path!r} cannot be read ({error}); "
                 "correct the path or the JSON"
             ) from error
-        yield f"accelerate's deepspeed_config_file {path!r}", dict(_dotted(content))
     for variable, key in ENVIRONMENT.items():
         if (value := environment.get(variable, "none")) != "none":
             with suppress(ValueError):  # numbers, true, false; else text
                 value = json.loads(value)
-            yield f"accelerate ({variable})", {key: value}
-
-
-def _dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from _dotted(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for key, value in flat.items():
-        *parents, leaf = key.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = value
-    return tree
+            for name in reversed(key.split(".")):
+                value = {name: value}
+            yield f"accelerate ({variable})", cast(dict[str, Any], value)

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from scaling.algebra.clifford import CliffordMLP
-from scaling.models.work import Work, clifford_work, pointwise_work
+from scaling.models.work import Work
 from scaling.ops.masked_rows import MaskedRows
 from scaling.ops.tiles import Tiled
 
@@ -68,5 +68,5 @@ class HyenaBlock(Tiled, ABC):
             stream, convolved: numbers of a token between operators, and of its convolutions.
         """
         read, written = stream + features + (2 * stream + convolved), 3 * stream + stream
-        mlps = (clifford_work(mlp) for mlp in (self.phi, self.gamma, self.xi))
-        return sum(mlps, pointwise_work(read, written))
+        mlps = (Work.clifford(mlp) for mlp in (self.phi, self.gamma, self.xi))
+        return sum(mlps, Work.pointwise(read, written))

@@ -20,7 +20,6 @@ from scaling.engine.loss import check_weight, engine_loss
 from scaling.models import Model
 from scaling.observe.metrics import StepMeter
 from scaling.observe.profile import StepProfiler
-from scaling.observe.progress import Summary
 from scaling.parallel.collectives import first_rank_says, sum_over_ranks
 from scaling.parallel.mesh import Mesh
 from scaling.parallel.telemetry import timed
@@ -29,7 +28,7 @@ from scaling.runs.rows import Row
 from scaling.train.evaluate import Evaluation
 from scaling.train.objective import Objective
 from scaling.train.optim import learning_rate, optimizer_maker
-from scaling.train.report import Reporter
+from scaling.train.report import Reporter, Summary
 from scaling.train.settings import EngineSettings, OptimSettings, TrainSettings
 from scaling.train.stop import StopRequest
 

@@ -17,13 +17,13 @@ from scaling.models import Model, build
 from scaling.observe.memory import peak_bytes, reset_peak
 from scaling.observe.metrics import StepMeter
 from scaling.observe.profile import StepProfiler
-from scaling.observe.progress import progress_line, summarise
 from scaling.observe.sinks import TensorBoardSink
 from scaling.parallel.mesh import Mesh
 from scaling.parallel.telemetry import exchanging, is_traced, timed
 from scaling.train.evaluate import Evaluation
 from scaling.train.objective import Objective
 from scaling.train.optim import optimizer_maker
+from scaling.train.report import progress_line, summarise
 from scaling.train.settings import OptimSettings, TrainSettings
 from tests.small_models import PlainModel
 
