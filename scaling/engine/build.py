@@ -53,14 +53,17 @@ def build_engine(
         )
     from scaling.engine.deepspeed import DeepSpeedEngine
 
-    config = deepspeed_config(
-        deepspeed or {},
-        zero_stage=zero_stage,
-        micro_batch_size=micro_batch_size,
-        accumulation=accumulation,
-        gradient_clipping=gradient_clipping,
-        world=group_size(group),
-        bucket_size=min(2 * sum(p.numel() for p in module.parameters()), 50_000_000),  # even
-        environment=environment,
-    )
+    ours = {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": micro_batch_size * accumulation * group_size(group),
+        # Always written: DeepSpeed's default clips at 1.
+        "gradient_clipping": gradient_clipping,
+        "zero_optimization": {"stage": zero_stage},
+    }
+    config = deepspeed_config(ours, deepspeed or {}, environment)
+    # DeepSpeed's own half a billion elements would be the largest buffers of a small model.
+    bucket = min(2 * sum(p.numel() for p in module.parameters()), 50_000_000)  # even
+    for key in ("reduce_bucket_size", "allgather_bucket_size"):
+        config["zero_optimization"].setdefault(key, bucket)
     return DeepSpeedEngine(module, optimizer, config, group)

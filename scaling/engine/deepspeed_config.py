@@ -5,9 +5,9 @@ else is an error that names both values; one that we do not set is passed on.
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,41 +43,26 @@ ENVIRONMENT = {
 
 
 def deepspeed_config(
-    user: Mapping[str, Any],
-    *,
-    zero_stage: int,
-    micro_batch_size: int,
-    accumulation: int,
-    gradient_clipping: float,
-    world: int,
-    bucket_size: int,
-    environment: Mapping[str, str] = os.environ,
+    ours: Mapping[str, Any], user: Mapping[str, Any], environment: Mapping[str, str]
 ) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`.
 
     Args:
-        user: further keys (`engine.deepspeed_config`), nested as DeepSpeed's JSON is.
-        bucket_size: elements of a gradient bucket, unless the user says another: DeepSpeed's own
-            half a billion would be the largest buffer of a small model.
+        ours: what this run has decided, nested as DeepSpeed's JSON is.
+        user: further keys (`engine.deepspeed_config`).
+        environment: where `accelerate launch` leaves its choices.
 
     Raises:
         ConfigError: a key contradicts ours, or is about something that DeepSpeed must not know.
     """
-    config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": micro_batch_size,
-        "gradient_accumulation_steps": accumulation,
-        "train_batch_size": micro_batch_size * accumulation * world,
-        # Always written: DeepSpeed's default clips at 1.
-        "gradient_clipping": gradient_clipping,
-        "zero_optimization": {"stage": zero_stage},
+    config = {
         "zero_allow_untested_optimizer": True,
         "fp16": {"enabled": False},
         "bf16": {"enabled": False},
+        **deepcopy(dict(ours)),
     }
     for source, keys in _foreign(user, environment):
         _join(config, keys, source)
-    buckets = {"reduce_bucket_size": bucket_size, "allgather_bucket_size": bucket_size}
-    config["zero_optimization"] = buckets | config["zero_optimization"]
     return config
 
 

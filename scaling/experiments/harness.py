@@ -20,7 +20,7 @@ from scaling.experiments.options import Running
 from scaling.experiments.plots import plot
 from scaling.experiments.registry import EXPERIMENTS
 from scaling.experiments.summary import summarise, table
-from scaling.observe.hardware import hardware
+from scaling.observe.memory import hardware
 from scaling.runs.environment import describe_environment
 from scaling.runs.folder import RunWriter, claimed
 from scaling.runs.identity import Identity

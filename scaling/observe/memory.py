@@ -1,16 +1,27 @@
-"""How much memory this process has held at most."""
+"""How much memory this process has held at most, and on what hardware."""
 
 import ctypes
 import re
 import resource
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
 LARGE_BLOCK = 4 << 20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Numbers of malloc.h."""
+
+
+def hardware() -> dict[str, Any]:
+    """What torch knows of the machine, for `describe_environment`."""
+    return {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "world": dist.get_world_size() if dist.is_initialized() else 1,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from data_pipeline.tasks.protocol import Task
-from scaling.observe.hardware import hardware
+from scaling.observe.memory import hardware
 from scaling.observe.metrics import TIME_SHARES
 from scaling.observe.sinks import TensorBoardSink, tensorboard_command
 from scaling.parallel.collectives import first_rank_says

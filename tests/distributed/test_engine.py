@@ -243,12 +243,11 @@ def test_a_gradient_that_is_not_finite_moves_nothing():
 
 
 OURS = {
-    "zero_stage": 1,
-    "micro_batch_size": 4,
-    "accumulation": 2,
+    "train_micro_batch_size_per_gpu": 4,
+    "gradient_accumulation_steps": 2,
+    "train_batch_size": 24,
     "gradient_clipping": 0.5,
-    "world": 3,
-    "bucket_size": 100,
+    "zero_optimization": {"stage": 1},
 }
 
 
@@ -263,14 +262,14 @@ def test_deepspeed_configuration_joins_its_sources(tmp_path):
         "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
     }
     user = {"zero_optimization": {"reduce_bucket_size": 7}, "train_batch_size": 24}
-    config = deepspeed_config(user, **OURS, environment=environment)
+    config = deepspeed_config(OURS, user, environment)
     assert config["gradient_clipping"] == 0.5 and config["gradient_accumulation_steps"] == 2
     assert config["zero_optimization"] == {
         "stage": 1,
         "overlap_comm": False,
         "reduce_bucket_size": 7,
-        "allgather_bucket_size": 100,
     }
+    assert OURS["zero_optimization"] == {"stage": 1}
 
 
 @pytest.mark.parametrize(
@@ -286,7 +285,7 @@ def test_deepspeed_configuration_joins_its_sources(tmp_path):
 )
 def test_a_contradiction_names_both_values(user, environment, said):
     with pytest.raises(ConfigError, match=said) as error:
-        deepspeed_config(user, **OURS, environment=environment)
+        deepspeed_config(OURS, user, environment)
     assert "\n" not in str(error.value)
 
 

@@ -13,7 +13,7 @@ from data_pipeline.errors import RunError
 from data_pipeline.stream.stream import Stream
 from scaling.checkpoint.checkpoint import Checkpoints
 from scaling.engine.build import build_engine
-from scaling.train.optim import learning_rate, optimizer_maker
+from scaling.train.loop import learning_rate, optimizer_maker
 from scaling.train.settings import OptimSettings
 
 

@@ -21,8 +21,8 @@ from scaling.observe.sinks import TensorBoardSink
 from scaling.parallel.mesh import Mesh
 from scaling.parallel.telemetry import exchanging, is_traced, timed
 from scaling.train.evaluate import Evaluation
+from scaling.train.loop import optimizer_maker
 from scaling.train.objective import Objective
-from scaling.train.optim import optimizer_maker
 from scaling.train.report import progress_line, summarise
 from scaling.train.settings import OptimSettings, TrainSettings
 from tests.small_models import PlainModel
