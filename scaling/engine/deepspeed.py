@@ -29,12 +29,6 @@ class DeepSpeedEngine(Engine):
                 "DeepSpeed needs torch.distributed and all of its ranks; start by torchrun, "
                 "accelerate launch, deepspeed or srun, or say engine=ddp"
             )
-        scalars = [name for name, p in self.parameters.items() if p.ndim == 0]
-        if scalars:
-            raise ConfigError(
-                f"DeepSpeed cannot partition the parameter {scalars[0]}, which has no axis; "
-                "give it the shape (1,), or say engine=ddp"
-            )
         _quieten_deepspeed()
         import deepspeed  # slow, and needs a compiler at first use: only who chooses it pays
 

@@ -18,6 +18,8 @@ from scaling.ops.tiles import Tiled
 Scalars = Float[Tensor, "b c n"]
 Vectors = Float[Tensor, "b v 3 n"]
 Mask = Bool[Tensor, "b n"]
+OfBody = Float[Tensor, "b 1 #n"]
+"""A number of each token's body."""
 
 
 class HyenaBlock(Tiled, ABC):
@@ -44,7 +46,7 @@ class HyenaBlock(Tiled, ABC):
 
     @abstractmethod
     def mix(
-        self, f: Scalars, x: Vectors, vs: Scalars, v: Vectors, z: Tensor, *convolved: Tensor
+        self, f: Scalars, x: Vectors, vs: Scalars, v: Vectors, z: OfBody, *convolved: Tensor
     ) -> tuple[Scalars, Vectors]:
         """Gates the convolutions, multiplies by values, and what xi makes of it."""
 

@@ -39,7 +39,7 @@ from scaling.algebra.norms import smooth_sqrt
 from scaling.algebra.vectors import cross
 from scaling.long_conv.form import PRODUCTS, trilinear_form
 from scaling.long_conv.operators import Padding, geometric_long_conv
-from scaling.models.hyena import HyenaBlock, Mask, Scalars, Vectors
+from scaling.models.hyena import HyenaBlock, Mask, OfBody, Scalars, Vectors
 from scaling.models.protocol import Channels, Model
 from scaling.models.work import NUMBER, Work
 from scaling.ops.masked_rows import MaskedRows, zero_invalid
@@ -192,7 +192,7 @@ class HyenaOperator(HyenaBlock):
         x: Vectors,
         vs: Scalars,
         v: Vectors,
-        z: Float[Tensor, "b 1 #n"],
+        z: OfBody,
         a: Scalars,
         u: Vectors,
         axial: Vectors,

@@ -40,7 +40,7 @@ from scaling.algebra.clifford import CliffordMLP, embed, grade_0, grade_1
 from scaling.algebra.vectors import cross
 from scaling.long_conv.form import trilinear_form
 from scaling.long_conv.operators import scalar_long_conv, vector_long_conv
-from scaling.models.hyena import HyenaBlock, Mask, Scalars, Vectors
+from scaling.models.hyena import HyenaBlock, Mask, OfBody, Scalars, Vectors
 from scaling.models.protocol import Channels, Model
 from scaling.models.work import NUMBER, Work
 from scaling.ops.masked_rows import MaskedRows, zero_invalid
@@ -133,14 +133,7 @@ class PaperOperator(HyenaBlock):
         )
 
     def mix(
-        self,
-        f: Scalars,
-        x: Vectors,
-        vs: Scalars,
-        v: Vectors,
-        z: Float[Tensor, "b 1 #n"],
-        a: Scalars,
-        u: Vectors,
+        self, f: Scalars, x: Vectors, vs: Scalars, v: Vectors, z: OfBody, a: Scalars, u: Vectors
     ) -> tuple[Scalars, Vectors]:
         u = z.unsqueeze(2) * u
         gate_a, gate_u = torch.sigmoid(grade_0(self.gamma(self._embed(a, u)))).chunk(2, 1)

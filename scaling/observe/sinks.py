@@ -1,6 +1,6 @@
 """TensorBoard: a view of the rows in metrics.jsonl."""
 
-import shutil
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,12 +27,7 @@ SECTIONS = {
 def tensorboard_command(folder: Path) -> str:
     """What to type to see the curves of the runs in `folder`, under their names, whether or not
     the environment is activated."""
-    program, here = Path(sys.executable).with_name("tensorboard"), Path.cwd()
-    if shutil.which("tensorboard") or not program.exists():
-        program = Path("tensorboard")
-    elif program.is_relative_to(here):
-        program = program.relative_to(here)
-    return f"{program} --logdir {folder}"
+    return f"{os.path.relpath(Path(sys.executable).with_name('tensorboard'))} --logdir {folder}"
 
 
 class TensorBoardSink:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from time import perf_counter
 
 import torch
@@ -14,7 +15,7 @@ from data_pipeline.stream.stream import check_lengths, evaluation_batches
 from data_pipeline.tasks.protocol import Task
 from scaling.engine.base import Engine
 from scaling.models import equivariance_error
-from scaling.parallel.collectives import all_reduce_sum, sum_over_ranks
+from scaling.parallel.collectives import all_reduce_sum, global_sums, sum_over_ranks
 from scaling.parallel.shard import SequenceShard
 from scaling.runs.rows import Row
 from scaling.train.objective import Objective
@@ -66,8 +67,7 @@ class Evaluation:
                 if equivariance is None:
                     engine = self._as_model(sample, moved)
                     equivariance = equivariance_error(engine, sample.inputs, shard)
-        counts = torch.tensor([weight, tokens], dtype=torch.float64, device=device)
-        loss, weight, tokens = sum_over_ranks(torch.cat([total.view(1), counts])).tolist()
+        loss, weight, tokens = global_sums(total, weight, tokens, device=device)
         row = {
             "step": step,
             "split": split,
@@ -121,14 +121,14 @@ class ErrorByPosition:
         """Of each part where something counts: its first token and the one behind its last, loss in
         `unit`, and the loss's standard error; None where a single row counts. Collective."""
         columns = sum_over_ranks(self._sums.clone()).T.tolist()
-        found = []
-        for part, (rows, e, w, ee, ew, ww) in enumerate(columns):
+        parts = []
+        for (first, behind), (n, e, w, ee, ew, ww) in zip(
+            pairwise(self._bounds), columns, strict=True
+        ):
             if w > 0:
-                loss, n = e / w, round(rows)
+                loss = e / w
                 spread = max(ee - 2 * loss * ew + loss * loss * ww, 0)  # sum of (e - loss w)²
-                error = math.sqrt(spread * n / (n - 1)) / w / unit if n > 1 else None
-                first, behind = self._bounds[part : part + 2]
-                found.append(
-                    {"from": first, "to": behind, "loss": loss / unit, "standard_error": error}
-                )
-        return found
+                error = math.sqrt(spread * n / (n - 1)) / w / unit if n > 1.5 else None
+                part = {"from": first, "to": behind, "loss": loss / unit}
+                parts.append(part | {"standard_error": error})
+        return parts

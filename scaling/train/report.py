@@ -24,16 +24,12 @@ def claimed_together(
     path: Path, identity: Identity, config: Mapping[str, Any]
 ) -> Iterator[RunFolder]:
     """The folder, claimed by the first rank for all; a refusal is everybody's. Collective."""
-    run = RunFolder(path)
+    environment = describe_environment(**hardware())
     with ExitStack() as stack:
-
-        def claim() -> None:
-            nonlocal run
-            environment = describe_environment(**hardware())
-            run = stack.enter_context(claimed(path, identity, config, environment))
-
-        first_rank_says(claim)
-        yield run
+        runs: list[RunFolder] = []
+        claim = claimed(path, identity, config, environment)
+        first_rank_says(lambda: runs.append(stack.enter_context(claim)))
+        yield runs[0] if runs else RunFolder(path)
 
 
 def progress_line(row: Row, steps: int) -> str:

@@ -6,8 +6,6 @@ import signal
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from socket import socketpair
-from threading import Thread
 from time import monotonic
 from types import FrameType
 from typing import Any
@@ -64,50 +62,31 @@ class StopRequest:
     """Notes that this process was asked; the ranks agree on it elsewhere.
 
     A handler only sets a flag: a rank that left at once would leave the others waiting. Whoever
-    asks again later wants no agreement: the process ends with the code 128 + signal, even while it
-    waits for a rank that never comes. Outside the `with`, signals do what they did before.
+    asks again later wants no agreement: the process ends with the code 128 + signal. Outside the
+    `with`, signals do what they did before.
     """
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        self._signal: int | None = None
+        self._asked_at: float | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
         launcher_chain()
-        # Python runs handlers between bytecodes, so never inside a wait for another rank. The
-        # interpreter's own handler writes to this socket at once, and a thread listens.
-        self._listens, self._tells = socketpair()
-        self._tells.setblocking(False)
-        told = self._tells.fileno()
-        self._told_before = signal.set_wakeup_fd(told, warn_on_full_buffer=False)
-        self._listener = Thread(target=self._listen, name="signals", daemon=True)
-        self._listener.start()
-        for number in SIGNALS:
-            self._before[number] = signal.signal(number, self._note)
+        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
     def __exit__(self, *_: Any) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        signal.set_wakeup_fd(self._told_before)
-        self._tells.close()  # the listener leaves
-        self._listener.join()
-        self._listens.close()
 
     def asked(self) -> bool:
         """A signal has come, the file is there, or the launcher has ended."""
-        return self._signal is not None or self._file.exists() or launcher_ended()
+        return self._asked_at is not None or self._file.exists() or launcher_ended()
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self._signal = number
-
-    def _listen(self) -> None:
-        first: float | None = None
-        while heard := self._listens.recv(1):
-            if heard[0] not in INSISTENT:
-                continue
-            first = monotonic() if first is None else first
-            if monotonic() - first > SAME_REQUEST_S:
-                os.write(2, b"asked again: stopping at once, without a checkpoint\n")
-                os._exit(128 + heard[0])
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if self._asked_at is None:
+            self._asked_at = monotonic()
+        elif number in INSISTENT and monotonic() - self._asked_at > SAME_REQUEST_S:
+            os.write(2, b"asked again: stopping at once, without a checkpoint\n")
+            os._exit(128 + number)

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from data_pipeline.errors import ConfigError, RunError
 from scaling.engine.base import Engine
-from scaling.engine.build import build_engine
-from scaling.engine.deepspeed_config import deepspeed_config
+from scaling.engine.build import build_engine, deepspeed_config
 from scaling.engine.loss import engine_loss
 from scaling.parallel.collectives import all_reduce_sum, global_sums
 from tests.processes import run
