@@ -15,12 +15,12 @@ import torch
 import torch.distributed as dist
 
 from launch.ranks.extension import cache_folder
-from tests.left_out import pytest_collection_modifyitems as pytest_collection_modifyitems
-from tests.left_out import pytest_terminal_summary as pytest_terminal_summary
 
 # What `make test` has built: a rank that were to build it in the user's own cache might be killed
 # in the middle, and what it locks there would stop all later ones.
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache_folder()))
+
+pytest_plugins = ["tests.left_out"]
 
 POOL = 8
 PATIENCE = 100.0  # seconds for one case, below pytest's own limit

@@ -1,5 +1,6 @@
 """Stores: what was written is what is read, clusters stay whole, and damage is refused."""
 
+import gc
 import json
 import shutil
 import tracemalloc
@@ -291,7 +292,11 @@ def test_memory_does_not_grow_with_the_store(tmp_path, monkeypatch):
 
 @contextmanager
 def peak_mb(found: list[float]):
+    # Python collects cycles the later the more objects live: those of other tests do not count.
+    gc.freeze()
+    gc.collect()
     tracemalloc.start()
     yield
     found.append(tracemalloc.get_traced_memory()[1] / 1e6)
     tracemalloc.stop()
+    gc.unfreeze()
