@@ -16,7 +16,7 @@ from scaling.experiments import ranks
 from scaling.experiments.experiment import Experiment
 from scaling.experiments.options import Running
 from scaling.experiments.views import as_csv, plot, table
-from scaling.observe.hardware import hardware
+from scaling.observe.memory import hardware
 from scaling.runs.environment import describe_environment
 from scaling.runs.folder import RunWriter, claimed
 from scaling.runs.identity import Identity
