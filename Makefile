@@ -31,7 +31,6 @@ help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
 install: $(VENV)/installed
-	@$(BIN)/python -m launch.ranks.extension
 
 # A mistake in ARGS is found by one process, with one line. Port 0: a free one, so that two jobs on
 # one machine do not collide. Threads: all cores, shared by the ranks.
@@ -49,7 +48,6 @@ bench: install
 	$(BIN)/python -m launch bench $(ARGS)
 
 test: $(VENV)/installed-dev
-	@$(BIN)/python -m launch.ranks.extension
 	$(BIN)/python -m pytest $(ARGS)
 
 test-fast: $(VENV)/installed-dev

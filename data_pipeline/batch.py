@@ -128,7 +128,7 @@ class Sample:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Sample":
         """Moved to `device`; floating-point fields also to `dtype`."""
-        own = {"target": self.target, "weight": self.weight} | self.token_tensors
+        own = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
         moved = {name: _move(x, device, dtype) for name, x in own.items()}
         return replace(self, inputs=self.inputs.to(device, dtype), **moved)
 

@@ -13,12 +13,11 @@ RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
 SHORTEST_BOND, LONGEST_BOND = 1.0, 2.5
 """Å between which two atoms of a backbone, such as C and the next N, count as bonded."""
 SPLITS = ("train", "validation", "test")
-
-
 IMPOSSIBLE = (
     f"residues with impossible bonds (N-CA or CA-C not {SHORTEST_BOND} to {LONGEST_BOND} Å), "
     "read as missing"
 )
+"""The reason, among those for which something is left out."""
 
 
 class Notes(defaultdict[str, list[str]]):
@@ -107,11 +106,8 @@ def bonded(x: Float[np.ndarray, "*n 3"], y: Float[np.ndarray, "*n 3"]) -> np.nda
 
 def impossible(xyz: Float32[np.ndarray, "length 4 3"]) -> Bool[np.ndarray, " length"]:
     """Residues whose N-CA or CA-C is no bond's length; a missing atom has no bond."""
-    n, ca, c = xyz[:, 0], xyz[:, 1], xyz[:, 2]
-    wrong = np.zeros(len(xyz), bool)
-    for x, y in ((n, ca), (ca, c)):
-        wrong |= np.isfinite(x + y).all(1) & ~bonded(x, y)
-    return wrong
+    x, y = xyz[:, :2], xyz[:, 1:3]  # N and CA, CA and C
+    return np.any(np.isfinite(x + y).all(2) & ~bonded(x, y), axis=1)
 
 
 def bond_lengths(chains: Iterable[Chain]) -> dict[str, tuple[float, float]]:
@@ -126,7 +122,7 @@ class Bonds:
     """Bond lengths of backbones that come piece by piece."""
 
     def __init__(self) -> None:
-        self._moments: dict[str, np.ndarray] = {}
+        self._moments: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(3))
 
     def add(
         self, xyz: Float32[np.ndarray, "length 4 3"], breaks: Bool[np.ndarray, " length"]
@@ -143,8 +139,7 @@ class Bonds:
         ):
             found = norms(first - second).astype(np.float64)
             found = found[np.isfinite(found)]
-            moments = np.array([len(found), found.sum(), np.square(found).sum()])
-            self._moments[name] = self._moments.get(name, 0) + moments
+            self._moments[name] += len(found), found.sum(), np.square(found).sum()
 
     def result(self) -> dict[str, tuple[float, float]]:
         """Mean and standard deviation of each kind that was found."""
@@ -157,8 +152,8 @@ class Bonds:
 
 def describe(notes: Mapping[str, list[str]]) -> str:
     """One line: how many of each kind, with the first three names."""
-    parts = []
-    for reason, names in notes.items():
-        more = ", ..." if len(names) > 3 else ""
-        parts.append(f"{len(names)} {reason} ({', '.join(names[:3])}{more})")
+    parts = [
+        f"{len(names)} {reason} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for reason, names in notes.items()
+    ]
     return "; ".join(parts) or "nothing"

@@ -51,11 +51,12 @@ def how_to_build(store: str) -> str:
     return f"build it with: python -m launch prepare source=... store={store}"
 
 
-def how_to_rebuild(store: str) -> str:
-    """The way out of a damaged store."""
+def damaged(store: str, what: str) -> StoreError:
+    """What is wrong with a file of a store, and the way out."""
+    fix = f"delete it (rm -r {store}) and {how_to_build(store)}"
     if "://" in store:
-        return "copy it there anew from a store that action=verify finds whole"
-    return f"delete it (rm -r {store}) and {how_to_build(store)}"
+        fix = "copy it there anew from a store that action=verify finds whole"
+    return StoreError(f"{store}/{what}; {fix}")
 
 
 def unreadable(file: str, error: Exception) -> str:

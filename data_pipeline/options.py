@@ -46,7 +46,7 @@ def check_arguments(what: str, function: Callable[..., Any], options: Mapping[st
 
 def rule_of(error: ValidationError) -> str:
     """What was wanted, as the end of a line: `must be greater than or equal to 1`."""
-    text = error.errors()[0]["msg"].replace("Input should", "must")
+    text = error.errors()[0]["msg"].replace("Input should", "must").removeprefix("Value error, ")
     return text[:1].lower() + text[1:]
 
 

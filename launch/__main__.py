@@ -5,15 +5,8 @@ from importlib import import_module
 
 from data_pipeline.errors import ConfigError
 from launch.config.check import suggest
-from launch.ranks.exit import run_command
-
-COMMANDS = {
-    "train": "train a model on a task (under any launcher: -m launch.train)",
-    "prepare": "build a data store from structure files or from the bundled ones",
-    "plan": "foresee a training run's peak memory, part by part",
-    "sweep": "measure tokens/s, exchanged bytes and memory over lengths and ranks",
-    "bench": "measure operators and training steps beside their rivals",
-}
+from launch.config.compose import COMMANDS
+from launch.ranks.process import run_command
 
 
 def main() -> int:
@@ -23,7 +16,11 @@ def main() -> int:
 
 def _dispatch(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("--help", "-h", "help"):
-        print(_help())
+        commands = [f"  {name:<10}{about}" for name, about in COMMANDS.items()]
+        print("usage: python -m launch <command> [path ...] [group=option] [key=value] ...", "",
+              *commands, "",
+              "python -m launch <command> --help shows its groups, keys and defaults",
+              sep="\n")  # fmt: skip
         return
     name, *rest = arguments
     if name not in COMMANDS:
@@ -31,15 +28,6 @@ def _dispatch(arguments: list[str]) -> None:
         raise ConfigError(f"unknown command {name}{hint}; commands: {', '.join(COMMANDS)}")
     # Only now: the others' libraries stay unloaded, and a typing error costs no second.
     import_module(f"launch.{name}").main(rest)
-
-
-def _help() -> str:
-    lines = [f"  {name:<10}{about}" for name, about in COMMANDS.items()]
-    return "\n".join([
-        "usage: python -m launch <command> [path ...] [group=option] [key=value] ...", "",
-        *lines, "",
-        "python -m launch <command> --help shows its groups, keys and defaults",
-    ])  # fmt: skip
 
 
 if __name__ == "__main__":

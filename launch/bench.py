@@ -5,15 +5,12 @@ summary.md one row a case: the geometric mean over the lengths, beside its goal.
 only what is missing or failed.
 """
 
-import sys
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
-from data_pipeline.errors import OptionError
-from launch.config.check import check_choice, check_folder_name, options_of
+from launch.config.check import FolderName, build, check_choice, options_of
 from launch.config.compose import command_line
 from launch.measure import ENTRY
-from scaling.execution import Execution
 from scaling.experiments.options import Running
 from scaling.runs.identity import Identity, NotIdentity
 
@@ -22,57 +19,36 @@ from scaling.runs.identity import Identity, NotIdentity
 class BenchConfig(Running):
     """Results live in <benches>/<name>."""
 
+    name: Annotated[FolderName, NotIdentity()]
     bench: dict[str, Any]
     """`name` and options: the fields of its options in scaling/experiments/cases/<name>.py."""
     benches: Annotated[str, NotIdentity()] = "benches"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_folder_name(self.name, "benches")
+        self.options()
+
+    def options(self) -> Any:
+        """The bench's options, checked, with the models in them."""
+        from scaling.experiments.registry import BENCHES
+        from scaling.models import MODELS
+
+        check_choice("bench", self.bench, BENCHES)
+        options = options_of(self.bench)
+        models = {f"models.{name}": model for name, model in options.get("models", {}).items()}
+        models |= {"model": options["model"]} if "model" in options else {}
+        for key, model in models.items():
+            check_choice(f"bench.{key}", model, MODELS, filled=("vectors", "scalars"))
+        return build(BENCHES[self.bench["name"]], options, prefix="bench.")
 
 
 def main(arguments: list[str]) -> None:
     """Measure what is missing, write, summarise."""
-    about = "Measure an operator or a training step beside its rivals."
-    config, overrides = command_line(arguments, "bench", BenchConfig, about, check=_options)
+    config, overrides = command_line(arguments, "bench", BenchConfig)
     from scaling.experiments.harness import run_experiment
 
-    options, values = _options(config), asdict(config)
-    running = {key: value for key, value in values.items() if key != "bench"}
-    run_experiment(
-        config.bench["name"],
-        options,
-        config,
-        Identity({"": (BenchConfig, running), "bench": (type(options), asdict(options))}),
-        values,
-        "benches",
-        ["python", "-m", "launch", "bench", *overrides],
-        ENTRY,
-    )
-
-
-def _options(config: BenchConfig) -> Any:
-    """The bench's options, checked, with the models and the execution in them."""
-    from scaling.experiments.registry import BENCHES
-    from scaling.models import MODELS
-
-    takers = {name: bench.options for name, bench in BENCHES.items()}
-    check_choice("bench", config.bench, takers)
-    options = options_of(config.bench)
-    models = {f"models.{name}": model for name, model in options.get("models", {}).items()}
-    models |= {key: options[key] for key in ("model",) if key in options}
-    for key, model in models.items():
-        check_choice(f"bench.{key}", model, MODELS, given=("vectors", "scalars"))
-    execution = options.get("execution", {})
-    check_choice("bench.execution", {"name": "own"} | execution, {"own": Execution})
-    Execution(**execution)
-    try:
-        return takers[config.bench["name"]](**options)
-    except OptionError as error:
-        raise error.within("bench") from None
-
-
-if __name__ == "__main__":
-    from launch.ranks.exit import run_command
-
-    sys.exit(run_command(main, sys.argv[1:]))
+    options = config.options()
+    running = {key: value for key, value in asdict(config).items() if key != "bench"}
+    identity = Identity({"": (BenchConfig, running), "bench": (type(options), asdict(options))})
+    name, command = config.bench["name"], ["python", "-m", "launch", "bench", *overrides]
+    run_experiment(name, options, config, identity, "benches", command, ENTRY)

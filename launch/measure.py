@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 from launch.ranks.discovery import discover
-from launch.ranks.exit import run_command
-from launch.ranks.group import choose_device, process_group, share_cores
+from launch.ranks.process import choose_device, process_group, run_command, share_cores
 
 ENTRY = ("-m", "launch.measure")
 """What torchrun starts."""

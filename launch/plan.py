@@ -4,7 +4,6 @@ Everything that `train` takes says which run. Nothing of it is started: one rank
 with few tokens, in a world of as many ranks that exchanges nothing (scaling/cost/planner.py).
 """
 
-import sys
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -15,7 +14,7 @@ from launch.config.check import options_within
 from launch.config.compose import command_line
 from launch.config.settings import Config, mesh_sizes
 from launch.ranks.discovery import discover
-from launch.ranks.group import process_group
+from launch.ranks.process import process_group
 from launch.train import task_and_model
 
 
@@ -27,7 +26,6 @@ class PlanConfig(Config):
     """Tokens of a row; null: the longest sample of the task's training split."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.device == "cuda":
             raise ConfigError("device=cuda: plan foresees ranks on CPUs alone; say device=cpu")
         if self.train.precision == "float64":
@@ -36,8 +34,7 @@ class PlanConfig(Config):
 
 def main(arguments: list[str]) -> None:
     """Print the memory of one rank by part."""
-    about = "Foresee the peak memory of a training run, by part."
-    config, _ = command_line(arguments, "plan", PlanConfig, about)
+    config, _ = command_line(arguments, "plan", PlanConfig)
     import torch
 
     torch.set_num_threads(1)  # as a rank that shares its cores; the step here is a small one
@@ -71,11 +68,10 @@ def main(arguments: list[str]) -> None:
     )
     load_what_a_rank_loads(config)
     parts = memory_by_part(job)
-    total = sum(parts.values())
     print(f"a rank of {config.ranks} on a CPU (dp {dp}, sp {sp}), {job.rows} x {length:,} tokens:")
     for part, size in parts.items():
         print(f"  {part:<28}{size / 2**20:>10,.0f} MiB")
-    print(f"  {'peak memory':<28}{total / 2**20:>10,.0f} MiB")
+    print(f"  {'peak memory':<28}{sum(parts.values()) / 2**20:>10,.0f} MiB")
 
 
 def load_what_a_rank_loads(config: Config) -> None:
@@ -84,12 +80,10 @@ def load_what_a_rank_loads(config: Config) -> None:
     from torch import nn
 
     import scaling.train.loop  # noqa: F401
-    from launch.ranks.extension import require_extension
     from scaling.engine.build import build_engine
 
     if config.engine.name != "deepspeed":
         return
-    require_extension()
     with process_group(discover(), torch.device("cpu"), config.parallel.timeout_s, needed=True):
         engine = build_engine(
             "deepspeed",
@@ -103,9 +97,3 @@ def load_what_a_rank_loads(config: Config) -> None:
         )
         engine.backward(engine(torch.ones(1, 1)).sum())
         engine.step(0.0)
-
-
-if __name__ == "__main__":
-    from launch.ranks.exit import run_command
-
-    sys.exit(run_command(main, sys.argv[1:]))

@@ -24,12 +24,15 @@ class PrepareConfig:
     """Folder of the figures that `inspect` draws; None: the store's name with .inspect."""
     action: Literal["build", "verify", "inspect", "fasta"] = "build"
 
+    def __post_init__(self) -> None:
+        if self.action == "build" and "://" in self.store:
+            rule = "is a URL, and stores are written into folders: write one here, then copy it"
+            raise ConfigError(f"store={self.store} {rule}")
+
 
 def main(arguments: list[str]) -> None:
     """Build, verify or show a data store."""
-    config, _ = command_line(
-        arguments, "prepare", PrepareConfig, "Build, verify or show a data store.", check=_check
-    )
+    config, _ = command_line(arguments, "prepare", PrepareConfig)
     began, store, more = time.perf_counter(), config.store, ""
     if config.action == "build":
         with options_within(config, "source"):
@@ -57,17 +60,14 @@ def _beside(store: str) -> str:
     return store.rpartition("/")[2] if "://" in store else store.rstrip("/")
 
 
-_NOT_OBSERVED = {"synthetic": " backbones, made and not observed"}
-
-
 def summary(manifest: dict[str, Any]) -> str:
     """What a store holds: counts, split, bonds, what was left out."""
     counts, source = manifest["counts"], manifest["source"]
     size = sum(file["size"] for file in manifest["files"].values())
     bonds = [f"{name} {mean:.2f} ± {std:.2f}" for name, (mean, std) in manifest["bonds"].items()]
+    made = " backbones, made and not observed" if source["kind"] == "synthetic" else ""
     lines = [
-        f"  source      {source['kind']}{_NOT_OBSERVED.get(source['kind'], '')}, "
-        f"{len(source['files'])} file(s)",
+        f"  source      {source['kind']}{made}, {len(source['files'])} file(s)",
         f"  chains      {counts['chains']:,} in {counts['clusters']:,} groups of like sequences",
         f"  residues    {counts['residues']:,}; {counts['breaks']:,} chain breaks, "
         f"{counts['missing atoms']:,} missing atoms",
@@ -85,23 +85,11 @@ def summary(manifest: dict[str, Any]) -> str:
             f"{share:>7.1%}"
         )
     if source["kind"] in ("structures", "sidechainnet"):
-        lines.append(_account(counts["residues"], manifest.get("residues_left_out", {})))
-    return "\n".join(lines)
-
-
-def _account(read: int, left_out: dict[str, int]) -> str:
-    """That every amino-acid residue of what was read is in the store, or left out for a reason."""
-    lost = sum(left_out.values())
-    reasons = ", ".join(f"{count:,} in {reason}" for reason, count in left_out.items() if count)
-    return (
-        f"  amino acids {read + lost:,} in what was read = {read:,} stored + {lost:,} left out"
-        + (f" ({reasons})" if reasons else "")
-    )
-
-
-def _check(config: PrepareConfig) -> None:
-    if config.action == "build" and "://" in config.store:
-        raise ConfigError(
-            f"store={config.store} is a URL, and stores are written into folders: write one here, "
-            "then copy it there"
+        kept, left_out = counts["residues"], manifest.get("residues_left_out", {})
+        lost = sum(left_out.values())
+        reasons = ", ".join(f"{count:,} in {reason}" for reason, count in left_out.items() if count)
+        lines.append(
+            f"  amino acids {kept + lost:,} in what was read = {kept:,} stored + {lost:,} left out"
+            + (f" ({reasons})" if reasons else "")
         )
+    return "\n".join(lines)

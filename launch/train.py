@@ -9,17 +9,15 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_pipeline.errors import ConfigError
 from launch.config.check import options_of, options_within
 from launch.config.compose import command_line
 from launch.config.settings import Config, mesh_sizes
 from launch.ranks.discovery import discover, require_ranks
-from launch.ranks.exit import Unheard, run_command
-from launch.ranks.group import choose_device, process_group, share_cores
+from launch.ranks.process import Unheard, choose_device, process_group, run_command, share_cores
 from scaling.train.stop import launcher_chain
 
 if TYPE_CHECKING:
@@ -34,16 +32,10 @@ def main(arguments: list[str]) -> None:
     launcher_chain()  # before anything slow: whoever started this rank may end at any moment
     ranks = discover()
     share_cores(ranks)  # the check of names is the first to import torch
-    about = "Train a model on a task."
-    config, overrides = command_line(arguments, "train", Config, about)
+    config, _ = command_line([*accelerate_overrides(), *arguments], "train", Config)
     require_ranks(ranks, alone=config.parallel.dp == config.parallel.sp == 1)
-    follow_accelerate(config, overrides)
     device = choose_device(config.device, ranks)
     uses_deepspeed = config.engine.name == "deepspeed"
-    if uses_deepspeed and device.type == "cpu":
-        from launch.ranks.extension import require_extension
-
-        require_extension()
     with (
         contextlib.redirect_stdout(Unheard(sys.stdout)),
         process_group(ranks, device, config.parallel.timeout_s, needed=uses_deepspeed),
@@ -103,24 +95,16 @@ def task_and_model(config: Config) -> "tuple[Task, Model]":
         return task, build(config.model["name"], **channels, **options_of(config.model))
 
 
-def follow_accelerate(
-    config: Config, overrides: Sequence[str], environ: Mapping[str, str] = os.environ
-) -> None:
-    """Take the ZeRO stage that `accelerate launch` was given, unless the command line says one.
+def accelerate_overrides(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """The ZeRO stage that `accelerate launch` was given, for the command line's own to win over.
 
-    The engine reads accelerate's other keys, and refuses one that contradicts the configuration.
+    The engine reads accelerate's other keys, and refuses what contradicts the configuration.
     """
-    if any(each.lstrip("+").startswith("engine.zero_stage=") for each in overrides):
-        return
-    stage = environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
+    stage = environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "auto")
     if path := environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
-        try:
+        with contextlib.suppress(OSError, ValueError):  # the engine says so
             stage = json.loads(Path(path).read_text()).get("zero_optimization", {}).get("stage")
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"cannot read accelerate's DeepSpeed file {path}: {error}") from None
-    if stage not in (None, "auto"):
-        with options_within(config, "engine"):
-            config.engine = dataclasses.replace(config.engine, zero_stage=int(stage))
+    return [] if stage in (None, "auto") else [f"engine.zero_stage={stage}"]
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import os
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from multiprocessing import get_context
 from multiprocessing.connection import wait
@@ -14,12 +15,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from launch.ranks.extension import cache_folder
-
-# What `make test` has built: a rank that were to build it in the user's own cache might be killed
-# in the middle, and what it locks there would stop all later ones.
-os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache_folder()))
-
 pytest_plugins = ["tests.left_out"]
 
 POOL = 8
@@ -29,11 +24,11 @@ torch.set_num_threads(1)
 
 
 class RankPool:
-    """Eight gloo ranks on this machine. A case runs on a group of them, which need not be the first
-    ones: an operator that confuses group ranks and global ranks is found."""
+    """Gloo ranks on this machine. A case runs on a group of them, which need not be the first ones:
+    an operator that confuses group ranks and global ranks is found."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, size: int = POOL) -> None:
+        self.folder, self.size = folder, size
         self.processes: list[Any] = []
         self.pipes: list[Any] = []
 
@@ -43,14 +38,14 @@ class RankPool:
         """Runs function(group, *args) on `world` ranks; their results, or the first error."""
         if not self.processes:
             self.start()
-        first = POOL - world if first_rank is None else first_rank
+        first = self.size - world if first_rank is None else first_rank
         for pipe in self.pipes:
             pipe.send((function, first, world, args))
         results: dict[int, Any] = {}
         deadline = monotonic() + PATIENCE
-        while len(results) < POOL:
+        while len(results) < self.size:
             ready = wait(set(self.pipes) - {self.pipes[r] for r in results}, deadline - monotonic())
-            error = "" if ready else f"no answer from ranks {set(range(POOL)) - set(results)}"
+            error = "" if ready else f"no answer from ranks {set(range(self.size)) - set(results)}"
             for pipe in (pipe for pipe in self.pipes if pipe in ready):
                 rank = self.pipes.index(pipe)
                 results[rank], said = pipe.recv()
@@ -63,9 +58,11 @@ class RankPool:
     def start(self) -> None:
         context = get_context("fork")  # shares the imports
         rendezvous = self.folder / uuid4().hex
-        for rank in range(POOL):
+        for rank in range(self.size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, rendezvous, theirs), daemon=True)
+            process = context.Process(
+                target=_serve, args=(rank, self.size, rendezvous, theirs), daemon=True
+            )
             process.start()
             self.pipes.append(ours)
             self.processes.append(process)
@@ -77,9 +74,12 @@ class RankPool:
         self.processes, self.pipes = [], []
 
 
-def _serve(rank: int, rendezvous: Path, pipe: Any) -> None:
+def _serve(rank: int, size: int, rendezvous: Path, pipe: Any) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=POOL)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+    # No port of any use: DeepSpeed's shared memory of this machine is named after it.
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(os.getppid() * 10 + size)}
+    dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=size)
     groups: dict[tuple[int, int], Any] = {}
     while True:
         function, first, world, args = pipe.recv()
@@ -99,6 +99,19 @@ def distributed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
     pool = RankPool(tmp_path_factory.mktemp("pool"))
     yield pool
     pool.stop()
+
+
+@pytest.fixture(scope="session")
+def deepspeed_worlds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, RankPool]]:
+    """Pools of 2 and of 4 ranks: DeepSpeed takes all that there are. They share its import."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import deepspeed  # noqa: F401
+        import torch._dynamo  # noqa: F401  which the first optimiser imports
+    pools = {world: RankPool(tmp_path_factory.mktemp("pool"), world) for world in (2, 4)}
+    yield pools
+    for pool in pools.values():
+        pool.stop()
 
 
 @pytest.fixture(autouse=True)

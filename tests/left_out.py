@@ -46,8 +46,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if hasattr(session.config, "workeroutput"):  # one of several processes, which prints nothing
-        session.config.workeroutput["left_out"] = dict(_left_out)
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:  # one of several processes, which prints nothing
+        output["left_out"] = dict(_left_out)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -26,7 +26,7 @@ class PlainModel(Model):
     def move(self, batch: Any, shard: Any) -> Any:
         return self.forward(batch, shard)
 
-    def work(self, length: int, ranks: int = 1) -> Work:
+    def work_of_row(self, length: int, ranks: int) -> Work:
         return Work()
 
 

@@ -3,11 +3,9 @@
 from typing import Any
 
 import numpy as np
-from matplotlib.collections import LineCollection, PolyCollection
+from matplotlib.collections import LineCollection
 from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
-
-from data_pipeline.inspect.cartoon import quads
 
 COLORS = {"train": "#4c72b0", "validation": "#dd8452", "test": "#55a868"}
 _DENSITY = LinearSegmentedColormap.from_list("density", ["white", "#9ecae1", "#2171b5", "#08306b"])
@@ -74,34 +72,20 @@ def _density(axes: Any, angles: np.ndarray) -> None:
     axes.plot(*outside.T, ".", color="#c0392b", markersize=2.5, alpha=0.6, markeredgewidth=0)
 
 
-def draw_backbone(xyz: np.ndarray, segment: np.ndarray, title: str) -> Figure:
-    """A cartoon, blue at the N end and red at the C end, seen along its shortest axis."""
-    corners, colors, ends = quads(xyz, segment)
-    width, height = np.ptp(corners.reshape(-1, 2), axis=0)
-    figure, axes = _figure(8.0, 1 + 8 * max(height / width, 0.3), title)
-    # Edges of the faces' own colour close the seams between them.
-    axes.add_collection(PolyCollection(list(corners), facecolors=list(colors), linewidths=0.3,
-                                       edgecolors=list(colors)))  # fmt: skip
-    for label, place in zip("NC", ends, strict=True):
-        axes.annotate(label, place, xytext=(7, 7), textcoords="offset points", weight="bold",
-                      bbox={"boxstyle": "circle,pad=0.2", "fc": "white", "ec": "0.5"})  # fmt: skip
-    _frame(axes, corners.reshape(-1, 2), "Å")
-    return figure
-
-
-def draw_path(xyz: np.ndarray, segment: np.ndarray, title: str) -> Figure:
-    """The points in their order, violet to yellow, seen along their shortest axis."""
+def draw_path(points: np.ndarray, segment: np.ndarray, unit: str, title: str) -> Figure:
+    """Points (length, 3) in their order, violet to yellow, seen along their shortest axis."""
     figure, axes = _figure(7.0, 7.0, title)
-    points = xyz[:, 0]
     seen = np.isfinite(points).all(1)
     points, segment = points[seen].astype(np.float64), segment[seen]
-    points = (points - points.mean(0)) @ np.linalg.svd(points - points.mean(0), False)[2].T
-    flat = points[:, :2]
-    lines = np.stack([flat[:-1], flat[1:]], 1)[segment[1:] == segment[:-1]]
-    order = np.arange(len(flat) - 1)[segment[1:] == segment[:-1]]
+    points = points - points.mean(0)
+    turn = np.linalg.svd(points, full_matrices=False)[2]
+    turn[2] *= np.linalg.det(turn)  # never mirrored
+    flat = (points @ turn.T)[:, :2]
+    unbroken = segment[1:] == segment[:-1]
+    lines, order = np.stack([flat[:-1], flat[1:]], 1)[unbroken], np.flatnonzero(unbroken)
     axes.add_collection(LineCollection(list(lines), array=order, linewidths=1.2, cmap="viridis"))
     axes.scatter(*flat.T, c=np.arange(len(flat)), s=8, zorder=2)
-    _frame(axes, flat, "")
+    _frame(axes, flat, unit)
     return figure
 
 

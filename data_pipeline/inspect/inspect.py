@@ -37,8 +37,8 @@ def inspect(path: str | Path, folder: Path) -> tuple[dict[str, Any], str]:
     xyz = store.read("xyz", chain, 0, int(store.lengths[chain]))
     segment = store.read("segment", chain, 0, int(store.lengths[chain]))
     name = f"{store.name(chain)}, {len(xyz)} {'residues' if backbones else 'tokens'}"
-    draw = figures.draw_backbone if backbones else figures.draw_path
-    drawn["backbone.png"] = draw(xyz, segment, f"{title}: {name}")
+    atom, unit = (ATOMS.index("CA"), "Å") if backbones else (0, "")
+    drawn["backbone.png"] = figures.draw_path(xyz[:, atom], segment, unit, f"{title}: {name}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for file, figure in drawn.items():

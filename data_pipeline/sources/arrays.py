@@ -25,7 +25,7 @@ import numpy as np
 
 from data_pipeline.chains import SPLITS, Chain, Notes
 from data_pipeline.errors import SourceError
-from data_pipeline.sources.files import file_sha256
+from data_pipeline.sources.protein import file_sha256
 
 MOST_KINDS = 256
 
@@ -43,7 +43,7 @@ _ARRAYS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass
 class ArraySource:
     """The samples in one .npz file or a folder of .npy files."""
 

@@ -8,9 +8,8 @@ begin anew. A HETATM amino acid without any of that is a ligand.
 import math
 import re
 from collections.abc import Iterator
-from copy import copy
 from dataclasses import replace
-from itertools import pairwise
+from itertools import chain, count, pairwise
 
 import numpy as np
 
@@ -23,7 +22,7 @@ from data_pipeline.chains import (
     Notes,
     impossible,
 )
-from data_pipeline.sources.structure_files import Atom, Model, Place, kind_of
+from data_pipeline.sources.structure_files import Atom, Place, Residue, kind_of
 
 LIGANDS = "amino acids that are ligands"
 MISSING = (math.nan,) * 3
@@ -37,10 +36,14 @@ class Link:
     """
 
     def __init__(self, place: Place):
-        residues = [residue for residue in place.residues if _may_link(residue.name, residue.atoms)]
-        self.place, self.number, self.piece = place, place.number, place.piece
-        self.hetero = all(residue.hetero for residue in residues)
-        self.in_sequence = any(residue.in_sequence for residue in residues)
+        residues = [residue for residue in place if _may_link(residue)]
+        self.site, self.number, self.piece = (
+            place[0].site,
+            place[0].site.number,
+            place[0].site.piece,
+        )
+        self.hetero = all(residue.site.hetero for residue in residues)
+        self.in_sequence = any(residue.site.in_sequence for residue in residues)
         options = [
             (residue, [a for a in residue.atoms if a.location in ("", location)])
             for residue in residues
@@ -48,22 +51,16 @@ class Link:
         ]
         residue, chosen = max(options, key=lambda option: _score(option[1]))
         atoms = {a.name: a.xyz for a in reversed(chosen)}
-        self.name, self.kind = residue.name, kind_of(residue.name)
+        self.name, self.kind = residue.site.name, kind_of(residue.site.name)
         self.repeated = len(chosen) > len(atoms)
         """An atom is there twice at the same location."""
         self.xyz = [atoms.get(name, MISSING) for name in ATOMS]
 
     @property
-    def order(self) -> tuple[int, str] | None:
-        """What numbers are compared by; None where it is no number."""
+    def order(self) -> tuple[float, str]:
+        """What numbers are compared by; what is no number is neither below nor above another."""
         digits = re.fullmatch(r"(-?\d+)(\D?)", self.number)
-        return (int(digits[1]), digits[2]) if digits else None
-
-    def moved(self, rotation: np.ndarray, shift: np.ndarray) -> "Link":
-        """Its copy after a rotation (3, 3) and a translation (3,)."""
-        other = copy(self)
-        other.xyz = list(self.xyz @ rotation.T + shift)
-        return other
+        return (float(digits[1]), digits[2]) if digits else (float("nan"), "")
 
     def bonds(self, following: "Link | None") -> bool:
         """Whether the following residue's N is bonded to this one's C."""
@@ -78,71 +75,68 @@ class Link:
 
 
 def _score(atoms: list[Atom]) -> tuple[int, float]:
-    here = {a.name: a.occupancy for a in reversed(atoms)}
-    return len(here), sum(here.values(), 0.0)
+    first = {a.name: a.occupancy for a in reversed(atoms)}
+    return len(first), sum(first.values(), 0.0)
 
 
-def _may_link(name: str, atoms: list[Atom]) -> bool:
+def _may_link(residue: Residue) -> bool:
     """An amino acid of the dictionary, or what has a backbone."""
-    return kind_of(name).amino or {a.name for a in atoms} >= set(ATOMS[:3])
+    return kind_of(residue.site.name).amino or {a.name for a in residue.atoms} >= set(ATOMS[:3])
 
 
-def molecules(model: Model, file: str, notes: Notes) -> Iterator[tuple[str, list[Link]]]:
-    """The chains of a model with their author's names, in file order; ligands go to `notes`.
+def molecules(
+    model: list[Place], names: str, file: str, taken: set[str], notes: Notes
+) -> Iterator[tuple[str, list[Link]]]:
+    """The chains of a model with their names, in file order; ligands go to `notes`.
 
     A second molecule under the name of a first one, whose numbers begin anew, is `A-2`.
+
+    Args:
+        names: whose they are, `author` or `label`.
+        taken: those that molecules before have; it gains these.
     """
     chains: dict[str, list[Link]] = {}
-    for place in model.places:
-        if any(_may_link(residue.name, residue.atoms) for residue in place.residues):
-            chains.setdefault(place.chain, []).append(Link(place))
-    taken = set(chains)
+    for place in model:
+        if any(map(_may_link, place)):
+            chains.setdefault(getattr(place[0].site, names), []).append(Link(place))
     for name, links in chains.items():
         placed = _in_order(links)
-        before, after = [None, *placed[:-1]], [*placed[1:], None]
-        kept = [
-            link
-            for previous, link, following in zip(before, placed, after, strict=True)
-            if link.stays or link.bonds(following) or (previous and previous.bonds(link))
-        ]
-        left_out = set(placed) - set(kept)
-        for link in placed:
-            if link in left_out and link.kind.amino:
+        kept = []
+        neighbours = zip([None, *placed[:-1]], placed, [*placed[1:], None], strict=True)
+        for before, link, after in neighbours:
+            if link.stays or link.bonds(after) or (before and before.bonds(link)):
+                kept.append(link)
+            elif link.kind.amino:
                 notes.leave_out(LIGANDS, f"{file}/{name}/{link.name} {link.number}", 1)
-        for number, molecule in enumerate(_apart(kept)):
-            yield (unused(name, taken) if number else name), molecule
+        for molecule in _apart(kept):
+            yield _unused(name, taken), molecule
 
 
 def _in_order(links: list[Link]) -> list[Link]:
     """Modified residues that are listed behind their chain go where their number says."""
     placed: list[Link] = []
     for link, after in zip(links, [*links[1:], None], strict=True):
-        before = placed[-1] if placed else None
-        at = len(placed)
-        if before and link.hetero and not before.bonds(link):
-            options = list(_places_by_number(placed, link))
-            fitting = [
-                i for i in options if (i and placed[i - 1].bonds(link)) or link.bonds(placed[i])
-            ]
-            if not fitting and link.in_sequence and not link.bonds(after):
-                fitting = options
-            if fitting:
-                at = fitting[0]
-                link.piece = placed[at].piece
-        elif before and link.hetero:
-            link.piece = before.piece
+        at, before = len(placed), placed[-1] if placed else None
+        if before and link.hetero:
+            if before.bonds(link):
+                link.piece = before.piece
+            elif (fitting := _place_by_number(placed, link, after)) is not None:
+                at, link.piece = fitting, placed[fitting].piece
         placed.insert(at, link)
     return placed
 
 
-def _places_by_number(placed: list[Link], link: Link) -> Iterator[int]:
-    """Before which of those placed the link's number lies, behind a lower one."""
-    if link.order is None:
-        return
-    for i, following in enumerate(placed):
-        low = placed[i - 1].order if i else (-(10**9), "")
-        if low is not None and following.order is not None and low < link.order < following.order:
-            yield i
+def _place_by_number(placed: list[Link], link: Link, after: Link | None) -> int | None:
+    """Before which of those placed the link's number lies, behind a lower one.
+
+    It is bonded there, or the file's sequence names it and it is not bonded to the one after.
+    """
+    lower = [(-math.inf, ""), *(other.order for other in placed)]
+    options = [i for i, other in enumerate(placed) if lower[i] < link.order < other.order]
+    fitting = [i for i in options if (i and placed[i - 1].bonds(link)) or link.bonds(placed[i])]
+    if link.in_sequence and not link.bonds(after):
+        fitting += options
+    return fitting[0] if fitting else None
 
 
 def _apart(links: list[Link]) -> Iterator[list[Link]]:
@@ -164,22 +158,21 @@ def _begins(link: Link, molecule: list[Link], numbers: set[str]) -> bool:
     Where two segments of one chain meet, the last number may be the next one's first.
     """
     first, last = molecule[0], molecule[-1]
-    if last.place.label != link.place.label and last.in_sequence and link.in_sequence:
+    if last.site.label != link.site.label and last.in_sequence and link.in_sequence:
         return True
     if not link.number or link.number not in numbers:
         return False
     if link.number == last.number:
         return last is first
-    return link.order is None or last.order is None or link.order < last.order
+    return not link.order >= last.order
 
 
-def unused(name: str, taken: set[str]) -> str:
-    """`name-2`, or the next number that is free; taken from now on."""
-    number = 2
-    while f"{name}-{number}" in taken:
-        number += 1
-    taken.add(f"{name}-{number}")
-    return f"{name}-{number}"
+def _unused(name: str, taken: set[str]) -> str:
+    """The name, `name-2`, or the next number that is free; taken from now on."""
+    names = chain([name], (f"{name}-{number}" for number in count(2)))
+    free = next(name for name in names if name not in taken)
+    taken.add(free)
+    return free
 
 
 def chain_of(name: str, links: list[Link], notes: Notes) -> Chain:
@@ -198,12 +191,11 @@ def chain_of(name: str, links: list[Link], notes: Notes) -> Chain:
     for wrong in np.flatnonzero(impossible(xyz)):
         notes[IMPOSSIBLE].append(f"{name}/{links[wrong].number}")
         xyz[wrong] = np.nan
-    chain = Chain(name, letters.upper(), xyz)
-    pieces = [link.piece for link in links]
-    ends = np.array([False, *(a != b for a, b in pairwise(pieces))])
-    if (ends & ~chain.breaks).any():  # a TER, bonded or not
-        chain = replace(chain, segment=np.cumsum(chain.breaks | ends))
-    return chain
+    made = Chain(name, letters.upper(), xyz)
+    ends = np.array([False, *(a.piece != b.piece for a, b in pairwise(links))])
+    if (ends & ~made.breaks).any():  # a TER, bonded or not
+        made = replace(made, segment=np.cumsum(made.breaks | ends))
+    return made
 
 
 def joined(name: str, chains: list[Chain]) -> Chain:

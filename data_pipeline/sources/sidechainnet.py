@@ -7,26 +7,24 @@ SidechainNet, Proteins 89, 1489 (2021).
 
 import json
 import os
-import select
 import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from hashlib import blake2b, sha256
+from functools import cached_property
+from hashlib import blake2b
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import Annotated, Any
 
 import numpy as np
-from annotated_types import Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 from tqdm import tqdm
 
 from data_pipeline.chains import IMPOSSIBLE, Chain, Notes, impossible
 from data_pipeline.errors import OptionError, SourceError
-from data_pipeline.options import check_options
-from data_pipeline.sources.selection import Selection
+from data_pipeline.sources.protein import ProteinSource, file_sha256
 
 ADDRESS = "http://bits.csb.pitt.edu/~jok120/sidechainnet_data"
 """Where sidechainnet 1.0.1 downloads from."""
@@ -45,7 +43,7 @@ _OTHER = "get the file again, or choose another path"
 
 
 @dataclass
-class SideChainNetSource:
+class SideChainNetSource(ProteinSource):
     """One of SideChainNet's pickles, with its authors' splits."""
 
     path: Path = Path("sidechainnet_data")
@@ -57,13 +55,19 @@ class SideChainNetSource:
     of CASP 12 also `scnmin` and `scnunmin`."""
     sha256: str = ""
     """What the file must hash to; empty: whatever it does."""
-    selection: Selection = field(default_factory=lambda: Selection(1, None, 0.0))
     official_split: bool = True
     """train, valid-* and test as they are in the file; else by cluster, as for other sources."""
     memory_gib: Annotated[float, Gt(0), Lt(2**20)] | None = None
     """Limit of the reading process; None: three times the file and 2 GiB."""
+    min_length: Annotated[int, Ge(1)] = field(default=1, kw_only=True)
+    min_complete: Annotated[float, Ge(0), Le(1)] = field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.official_split and (self.clusters or self.max_identity):
+            key = "clusters" if self.clusters else "max_identity"
+            rule = "its authors' split needs no groups: add official_split=false"
+            raise OptionError(key, getattr(self, key), rule)
         known = {f"casp{c}_{t}" for c in range(7, 13) for t in (30, 50, 70, 90, 95, 100)}
         known |= {"debug", "casp12_scnmin", "casp12_scnunmin"}
         edition = "debug" if self.casp == "debug" else f"casp{self.casp}_{self.thinning}"
@@ -75,9 +79,7 @@ class SideChainNetSource:
             raise OptionError("casp", self.casp, rule)
         if edition.startswith("casp12_scn"):
             edition = f"{self.thinning}_ommloss_paper"
-        check_options(self)
         self._name = f"sidechainnet_{edition}.pkl"
-        self._hash = ""
 
     @property
     def file(self) -> Path:
@@ -91,13 +93,11 @@ class SideChainNetSource:
 
     def identity(self) -> dict[str, Any]:
         """Name and sha256 of the pickle, and the rule."""
-        with _opened(self.file) as file:
-            self._check(file)
         return {
             "kind": "sidechainnet",
             "files": {self.file.name: self._hash},
             "official_split": self.official_split,
-            **self.selection.identity(),
+            **self.rule(),
         }
 
     def chains(self, notes: Notes) -> Iterator[Chain]:
@@ -107,21 +107,24 @@ class SideChainNetSource:
             SourceError: the file cannot be opened, has another sha256, is no SideChainNet pickle,
                 asks for code, or needs more memory than allowed.
         """
-        return self.selection.chosen(self._read(notes), notes, self.file)
+        return self.chosen(self._read(notes), notes, self.file)
 
-    def _check(self, file: IO[bytes]) -> None:
-        self._hash = self._hash or _sha256(file)
-        if self.sha256 and self._hash != self.sha256.lower():
+    @cached_property
+    def _hash(self) -> str:
+        """The pickle's sha256; an error if another was asked for."""
+        digest = file_sha256(self.file)
+        if self.sha256 and digest != self.sha256.lower():
             raise SourceError(
-                f"{self.file} has sha256 {self._hash}, not sha256={self.sha256}; {_OTHER}"
+                f"{self.file} has sha256 {digest}, not sha256={self.sha256}; {_OTHER}"
             )
+        return digest
 
     def _read(self, notes: Notes) -> Iterator[Chain]:
-        with _opened(self.file) as file, ThreadPoolExecutor(1) as thread:
+        with ThreadPoolExecutor(1) as thread:
+            hashed = thread.submit(lambda: self._hash)
             if self.sha256:
-                self._check(file)  # before anything in it is looked at
-            hashed = thread.submit(self._check, file)
-            for header, payload in self._frames(file):
+                hashed.result()  # before anything in it is looked at
+            for header, payload in self._frames():
                 yield from self._batch(header, payload, notes)
             hashed.result()
 
@@ -146,18 +149,27 @@ class SideChainNetSource:
             else:
                 yield Chain(name, letters[here], xyz[here])
 
-    def _frames(self, file: IO[bytes]) -> Iterator[tuple[dict[str, Any], bytearray]]:
+    def _frames(self) -> Iterator[tuple[dict[str, Any], bytearray]]:
         """The batches that the reading process sends, with progress on a terminal."""
-        size = os.fstat(file.fileno()).st_size
-        limit = 3 * size + (2 << 30) if self.memory_gib is None else int(self.memory_gib * 2**30)
-        done = False
-        with _reader(file, limit) as reader:
+        done, bar = False, None
+        command = [sys.executable, "-m", "data_pipeline.sources.sidechainnet_reader"]
+        environment, pipe = os.environ | _ENVIRONMENT, subprocess.PIPE
+        try:
+            with open(self.file, "rb") as file:
+                limit = 3 * os.fstat(file.fileno()).st_size + (2 << 30)
+                if self.memory_gib is not None:
+                    limit = int(self.memory_gib * 2**30)
+                command.append(str(limit))
+                reader = subprocess.Popen(
+                    command, stdin=file, stdout=pipe, stderr=pipe, env=environment
+                )
+        except OSError as error:
+            raise SourceError(
+                f"cannot read path={self.file}: {error.strerror}; give a pickle that you may read, "
+                "or a folder to download one into"
+            ) from error
+        try:
             assert reader.stdout is not None and reader.stderr is not None
-            with _bar("unpickling", size, "B", 1024) as bar:
-                while not select.select([reader.stdout], [], [], 0.2)[0]:
-                    # The child's place in the file: it reads through this process's descriptor.
-                    bar.update(os.lseek(file.fileno(), 0, os.SEEK_CUR) - bar.n)
-            bar = None
             while line := reader.stdout.readline():
                 header = json.loads(line)
                 payload = bytearray(header["bytes"])
@@ -179,6 +191,9 @@ class SideChainNetSource:
                     f"the process that reads {self.file} died (code {reader.wait()}): {last}; "
                     f"is there memory for memory_gib={limit / 2**30:.1f}?"
                 )
+        finally:
+            reader.kill()
+            reader.communicate()
 
 
 def download(address: str, file: Path) -> None:
@@ -217,45 +232,6 @@ def _explain(header: dict[str, Any], limit: int) -> str:
         "unreadable": f"is no whole pickle ({reason}), perhaps half of a download; {_OTHER}",
         "format": f"is not as SideChainNet writes it: {reason}; {_OTHER}",
     }[header["error"]]
-
-
-@contextmanager
-def _reader(file: IO[bytes], limit: int) -> Iterator[subprocess.Popen]:
-    command = [sys.executable, "-m", "data_pipeline.sources.sidechainnet_reader", str(limit)]
-    environment = os.environ | _ENVIRONMENT
-    file.seek(0)
-    reader = subprocess.Popen(
-        command, stdin=file, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
-    )
-    try:
-        yield reader
-    finally:
-        reader.kill()
-        reader.communicate()
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
-    try:
-        file = os.fdopen(os.open(path, os.O_RDONLY), "rb")
-    except OSError as error:
-        raise SourceError(
-            f"cannot read path={path}: {error.strerror}; give a pickle that you may read, "
-            "or a folder to download one into"
-        ) from error
-    with file:
-        yield file
-
-
-def _sha256(file: IO[bytes]) -> str:
-    """Without moving the file's place, which the reading process shares."""
-    digest, place, buffer = sha256(), 0, memoryview(bytearray(1 << 20))  # stays in the cache
-    with _bar("hashing", os.fstat(file.fileno()).st_size, "B", 1024) as bar:
-        while count := os.preadv(file.fileno(), [buffer], place):
-            digest.update(buffer[:count])
-            place += count
-            bar.update(count)
-    return digest.hexdigest()
 
 
 def _bar(what: str, total: int, unit: str, scale: int) -> tqdm:

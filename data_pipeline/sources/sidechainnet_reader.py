@@ -17,6 +17,7 @@ import numpy as np
 
 from data_pipeline.chains import RESIDUES
 from data_pipeline.counter_rng import hash64, uniforms
+from data_pipeline.sources.batches import batches
 from data_pipeline.sources.safe_pickle import ForbiddenName, PickledArray, load
 
 BATCH = 1 << 16
@@ -47,7 +48,7 @@ def main() -> None:
         _send({"residues": sum(len(seq) for _, _, seq, _, _ in chains)})
         # The file is sorted by length; neighbours in a store had better be of any length.
         order = np.argsort(uniforms(hash64("order"), 0, len(chains))[:, 0], kind="stable")
-        for batch in _batches([chains[place] for place in order]):
+        for batch in batches([chains[place] for place in order], BATCH, letters=2):
             _send_batch(*zip(*batch, strict=True))
         _send({"done": True})
     except MemoryError:
@@ -85,18 +86,6 @@ def _splits(data: Any) -> Iterator[tuple[str, dict[str, list]]]:
             if not all(isinstance(value, str) for value in fields[key]):
                 raise FormatError(f"{key} of its split {name} holds something that is no text")
         yield split, fields
-
-
-def _batches(chains: list[tuple]) -> Iterator[list[tuple]]:
-    batch, residues = [], 0
-    for chain in chains:
-        batch.append(chain)
-        residues += len(chain[2])
-        if residues >= BATCH:
-            yield batch
-            batch, residues = [], 0
-    if batch:
-        yield batch
 
 
 def _send_batch(

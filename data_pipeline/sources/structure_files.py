@@ -10,10 +10,10 @@ import math
 import re
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
-from itertools import groupby, islice
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -39,9 +39,30 @@ _THREE_LETTERS = {name: name for name in _STANDARD} | {
 _MARKS = {"ARG": "N", "ASP": "HP", "CYS": "12HNX", "GLU": "HP", "HIS": "12ABDEHPX", "LYS": "HNP"}
 _FOUR_LETTERS = {name + mark: name for name, marks in _MARKS.items() for mark in marks}
 _FOUR_LETTERS |= {end + name: parent for end in "NC" for name, parent in _THREE_LETTERS.items()}
-_PARENTS = _THREE_LETTERS | _FOUR_LETTERS
+_PARENTS: dict[str, str] = _THREE_LETTERS | _FOUR_LETTERS
 
-_NUMBER = re.compile(r" *[+-]?(\d+\.?\d*|\.\d+) *").fullmatch
+
+class Site(NamedTuple):
+    """What a record says about the residue of its atom."""
+
+    model: str | int
+    author: str
+    """The author's name of the chain; the segment, or `_`, where that is blank."""
+    label: str
+    """mmCIF's own name of the chain."""
+    number: str
+    """The author's, with insertion code; nothing where it is blank or no number fits."""
+    piece: str | int
+    """TER records of the chain before it; in mmCIF the label of its chain."""
+    name: str
+    """Its parent's, if a force field gave it another."""
+    hetero: bool
+    in_sequence: bool
+    """The file's sequence of the molecule names it: SEQRES, or mmCIF's entity."""
+
+
+Row = tuple[Site, Sequence[str], int]
+"""An atom's record: name, location, occupancy, x, y and z as texts, and the record's number."""
 
 
 class Atom(NamedTuple):
@@ -54,6 +75,19 @@ class Atom(NamedTuple):
     xyz: tuple[float, float, float]
 
 
+class Residue(NamedTuple):
+    """The atoms under one name at one place of a chain."""
+
+    site: Site
+    """Of the first of them."""
+    atoms: list[Atom]
+    """Those of N, CA, C and O that the file has."""
+
+
+Place = list[Residue]
+"""One place of a chain: the residues that are alternatives there."""
+
+
 class Kind(NamedTuple):
     """What the dictionaries say about a residue's name."""
 
@@ -61,95 +95,6 @@ class Kind(NamedTuple):
     known: bool
     letter: str
     """Upper case for the twenty, lower case for the parent of a modified one, else X."""
-
-
-@dataclass
-class Residue:
-    """The atoms under one name at one place of a chain."""
-
-    name: str
-    hetero: bool
-    in_sequence: bool
-    """The file's sequence of the molecule names it: SEQRES, or mmCIF's entity."""
-    atoms: list[Atom] = field(default_factory=list)
-    """Those of N, CA, C and O that the file has."""
-
-
-@dataclass
-class Place:
-    """One place of a chain, and the residues that are alternatives there."""
-
-    chain: str
-    """The author's name; the segment, or `_`, where that is blank."""
-    label: str
-    """mmCIF's own name of the chain."""
-    number: str
-    """The author's, with insertion code; nothing where it is blank or no number fits."""
-    piece: str | int
-    """TER records of the chain before it; in mmCIF the label of its chain."""
-    residues: list[Residue] = field(default_factory=list)
-
-    def residue_for(self, name: str, atom: Atom, follows: bool) -> Residue | None:
-        """The residue of this place that such an atom belongs to; None: another place's.
-
-        An atom that follows the place's others is one of the residue of that name, if it is not
-        there already. Another name, or an atom that stands elsewhere in the file, must lie near; of
-        another name it is an alternative only if its location says so.
-        """
-        residue = next((residue for residue in self.residues if residue.name == name), None)
-        if residue and follows:
-            return None if repeats(atom, residue.atoms) else residue
-        atoms = [a for residue in self.residues for a in residue.atoms]
-        reach = 4 if atom.name in ATOMS else 12
-        near = any(math.dist(a.xyz, atom.xyz) < reach for a in atoms)
-        clash = any(a.name == atom.name and a.location in ("", atom.location) for a in atoms)
-        if clash or not near or not (residue or atom.location):
-            return None
-        if residue is None:
-            residue = Residue(name, True, False)
-            self.residues.append(residue)
-        return residue
-
-
-def repeats(atom: Atom, atoms: list[Atom]) -> bool:
-    """Whether a residue has this atom already, elsewhere: then another residue begins."""
-    return atom.name in ("N", "CA") and any(
-        (a.name, a.location) == (atom.name, atom.location) and math.dist(a.xyz, atom.xyz) >= 1
-        for a in atoms
-    )
-
-
-class Model:
-    """The residues of one model, gathered from runs of atoms."""
-
-    def __init__(self, number: str) -> None:
-        self.number = number
-        self.places: list[Place] = []
-        self.pieces: Counter[str] = Counter()
-        """TER records of each chain so far."""
-        self._last: dict[tuple[str, str], Place] = {}
-
-    def add(
-        self, place: Place, name: str, hetero: bool, in_sequence: bool, atoms: list[Atom]
-    ) -> None:
-        """Atoms that stand one behind the other under one name and number."""
-        name, residue = _PARENTS.get(name, name), None
-        key, last = (place.chain, place.number), self.places[-1] if self.places else None
-        if last and (*key, place.piece) == (last.chain, last.number, last.piece):
-            residue = last.residue_for(name, atoms[0], follows=True)
-        elif place.number and key in self._last:
-            residue = self._last[key].residue_for(name, atoms[0], follows=False)
-        for i, atom in enumerate(atoms):
-            if residue is None or (i and atom.name in ("N", "CA") and repeats(atom, residue.atoms)):
-                residue = Residue(name, hetero, in_sequence)
-                self.places.append(replace(place, residues=[]) if place.residues else place)
-                self.places[-1].residues.append(residue)
-                self._last[key] = self.places[-1]
-            if atom.name in ATOMS:
-                residue.atoms.append(atom)
-        if residue:
-            residue.hetero &= hetero
-            residue.in_sequence |= in_sequence
 
 
 class StructureFile:
@@ -165,21 +110,23 @@ class StructureFile:
         """There are more than were asked for."""
         self._text = _text(path)
         self._block: Any = None
+        """mmCIF's; None of a PDB file."""
         if re.match(r"(\s|#.*\n)*data_", self._text, re.IGNORECASE):
             self._block = self._block_with_atoms()
 
-    @property
-    def is_mmcif(self) -> bool:
-        return self._block is not None
-
-    def models(self, every: bool) -> list[Model]:
-        """Those that have an atom, or the first of them; the others are then not looked at.
+    def models(self, every: bool) -> list[list[Place]]:
+        """The places of each model that has an atom, in file order; or of the first model alone.
 
         Raises:
             StructureError: names the first coordinate that is no number.
         """
-        read = self._mmcif_models() if self.is_mmcif else self._pdb_models()
-        models = list(read if every else islice(read, 1))
+        rows = self._mmcif_rows() if self._block else self._pdb_rows()
+        models: list[list[Place]] = []
+        for _, model in groupby(rows, lambda row: row[0].model):
+            if models and not every:
+                self.unread_models = True
+                break
+            models.append(_places((row[0], self._atom(*row)) for row in model))
         if not models:
             raise StructureError(
                 f"{self.path} holds no atoms; is it a PDB or mmCIF file? {WAY_OUT}"
@@ -188,78 +135,58 @@ class StructureFile:
 
     def assemblies(self) -> dict[str, Any]:
         """gemmi's description of each by its name."""
-        if self.is_mmcif:
+        if self._block:
             structure = self._gemmi.make_structure_from_block(self._block)
         else:
             header = [line for line in self._text.splitlines() if line.startswith("REMARK 350")]
             structure = self._gemmi.read_pdb_string("\n".join([*header, "END", ""]))
         return {assembly.name: assembly for assembly in structure.assemblies}
 
-    def _with_more(self, model: Model) -> Iterator[Model]:
-        self.unread_models = True
-        yield model
-        self.unread_models = False  # for now it is asked for the next one
+    def _atom(self, site: Site, texts: Sequence[str], row: int) -> Atom:
+        name, location, *numbers = texts
+        occupancy, x, y, z = map(self._gemmi.cif.as_number, map(str.strip, numbers))
+        if not (abs(x) < FAR and abs(y) < FAR and abs(z) < FAR):
+            raise StructureError(
+                f"{self.path} {'row' if self._block else 'line'} {row}: atom {name} of "
+                f"{site.author}/{site.number}({site.name}) has a coordinate that is no number "
+                f"below {FAR:.0e} Å, ({', '.join(numbers[1:])}); {WAY_OUT}"
+            )
+        return Atom(name, location, 1.0 if math.isnan(occupancy) else occupancy, (x, y, z))
 
-    def _pdb_models(self) -> Iterator[Model]:
+    def _pdb_rows(self) -> Iterator[Row]:
         """END, too, ends a model: what VMD writes behind it is another frame."""
         lines = self._text.splitlines()
         spilled = _spilled_names(lines)
         sequences: dict[str, set[str]] = defaultdict(set)
-        model, number, ended, atoms, last = None, "", False, [], ""
-        for row, line in enumerate([*lines, "END"], 1):
+        pieces: Counter[str] = Counter()
+        model, ended, residue, site = 0, False, "", None
+        for row, line in enumerate(lines, 1):
             record = line[:6].upper().rstrip()
-            known = record[:4] == "ATOM" or record == "HETATM"
-            key = record[:4] + line[17:27] + line[72:80].rstrip("0123456789+-")
-            if model and atoms and (not known or key != last or ended):
-                self._add_pdb_atoms(model, atoms, lines[row - 2], spilled, sequences)
-                atoms = []
-            if known:
-                if model is None or ended:
-                    if model:
-                        yield from self._with_more(model)
-                    model, ended = Model(number), False
-                x, y, z = line[30:38], line[38:46], line[46:54]
-                if not (_NUMBER(x) and _NUMBER(y) and _NUMBER(z)):
-                    raise self._no_number(row, x, y, z)
-                occupancy = float(line[54:60]) if _NUMBER(line[54:60]) else 1.0
-                xyz = float(x), float(y), float(z)
-                atoms.append(Atom(line[12:16].strip(), line[16:17].strip(), occupancy, xyz))
-                last = key
+            if record[:4] == "ATOM" or record == "HETATM":
+                if ended:
+                    model, ended, site, pieces = model + 1, False, None, Counter()
+                same = record[:4] + line[17:27] + line[72:80].rstrip("0123456789+-")
+                if site is None or same != residue:
+                    name, letters = line[17:20].strip(), line[20:22]
+                    if letters in spilled:
+                        name, letters = line[17:21].strip(), letters[1:]
+                    chain, number = letters.strip(), line[22:27].strip()
+                    named = name not in _STANDARD and name in sequences[chain]
+                    # Before 1996 columns 73 to 80 held the entry's name and the line's number.
+                    segment = "" if line[76:80].strip().isdigit() else line[72:76].strip()
+                    chain, number = chain or segment or "_", "" if "*" in number else number
+                    name, piece = _PARENTS.get(name, name), pieces[chain]
+                    hetero, residue = record[:4] != "ATOM", same
+                    site = Site(model, chain, chain, number, piece, name, hetero, named)
+                numbers = line[54:60], line[30:38], line[38:46], line[46:54]
+                yield site, (line[12:16].strip(), line[16:17].strip(), *numbers), row
             elif record == "SEQRES":
                 sequences[line[10:12].strip()].update(line[19:70].split())
             elif record in ("END", "ENDMDL", "MODEL"):
-                ended, number = True, line[6:].strip() if record == "MODEL" else ""
-            elif record[:3] == "TER" and model:
-                model.pieces[model.places[-1].chain] += 1
-        if model:
-            yield model
-
-    def _add_pdb_atoms(
-        self,
-        model: Model,
-        atoms: list[Atom],
-        line: str,
-        spilled: set[str],
-        sequences: dict[str, set[str]],
-    ) -> None:
-        name, letters = line[17:20].strip(), line[20:22]
-        if letters in spilled:
-            name, letters = line[17:21].strip(), letters[1:]
-        chain, number = letters.strip(), line[22:27].strip()
-        in_sequence = name not in _STANDARD and name in sequences[chain]
-        # Before 1996 columns 73 to 80 held the entry's name and the line's number.
-        segment = "" if line[76:80].strip().isdigit() else line[72:76].strip()
-        chain = chain or segment or "_"
-        place = Place(chain, chain, "" if "*" in number else number, model.pieces[chain])
-        model.add(place, name, line[:4].upper() != "ATOM", in_sequence, atoms)
-
-    def _no_number(self, row: int, *columns: str) -> StructureError:
-        axis = next(i for i, column in enumerate(columns) if not _NUMBER(column))
-        first = 31 + 8 * axis
-        return StructureError(
-            f"{self.path} line {row}: {'xyz'[axis]} in columns {first}-{first + 7} is "
-            f"'{columns[axis]}', no number; {WAY_OUT}"
-        )
+                ended = True
+            elif record[:3] == "TER" and site:
+                pieces[site.author] += 1
+                site = None
 
     def _block_with_atoms(self) -> Any:
         try:
@@ -280,7 +207,7 @@ class StructureFile:
         """Of the first of these items of _atom_site that the block has."""
         for name in names:
             if values := self._block.find_values(f"_atom_site.{name}"):
-                return ["" if v in ("?", ".") else v.strip("'\"") for v in values]
+                return list(map(self._gemmi.cif.as_string, values))
         if default is None:
             raise StructureError(
                 f"{self.path}: block {self._block.name} has no column _atom_site.{names[0]}; "
@@ -288,14 +215,13 @@ class StructureFile:
             )
         return [default] * len(self._block.find_mmcif_category("_atom_site."))
 
-    def _mmcif_models(self) -> Iterator[Model]:
-        as_number = self._gemmi.cif.as_number
-        sequence = set(map(tuple, self._block.find("_entity_poly_seq.", ["entity_id", "num",
-                                                                        "mon_id"])))  # fmt: skip
+    def _mmcif_rows(self) -> Iterator[Row]:
+        items = ["entity_id", "num", "mon_id"]
+        sequence = set(map(tuple, self._block.find("_entity_poly_seq.", items)))
         groups = self._column("group_PDB", default="ATOM")
         labels = self._column("label_asym_id", "auth_asym_id", default="_")
         polymers = {label for label, group in zip(labels, groups, strict=True) if group == "ATOM"}
-        rows = zip(
+        columns = (
             self._column("pdbx_PDB_model_num", default="1"),
             self._column("auth_asym_id", "label_asym_id", default="_"),
             labels,
@@ -311,33 +237,70 @@ class StructureFile:
             self._column("Cartn_x"),
             self._column("Cartn_y"),
             self._column("Cartn_z"),
-            strict=True,
         )
-        model = None
-        for (at, *key, group), run in groupby(rows, lambda row: row[:9]):
-            chain, label, number, code, nth, entity, name = key
-            atoms = []
-            for atom, location, *rest in (row[9:] for row in run):
-                occupancy, x, y, z = map(as_number, rest)
-                if not (abs(x) < FAR and abs(y) < FAR and abs(z) < FAR):
-                    raise StructureError(
-                        f"{self.path}: atom {atom} of {chain}/{number}{code}({name}) has a "
-                        f"coordinate that is no number below {FAR:.0e} Å, ({', '.join(rest[1:])}); "
-                        f"{WAY_OUT}"
-                    )
-                occupancy = 1.0 if math.isnan(occupancy) else occupancy
-                atoms.append(Atom(atom, location, occupancy, (x, y, z)))
-            if model is None or model.number != at:
-                if model:
-                    yield from self._with_more(model)
-                model = Model(at)
-            named = bool(nth) and label in polymers
-            if sequence and entity:
-                named = (entity, nth, name) in sequence
-            place = Place(chain or "_", label, number + code, label)
-            model.add(place, name, group == "HETATM", named, atoms)
-        if model:
-            yield model
+        site, residue = None, ("",)
+        for row, values in enumerate(zip(*columns, strict=True), 1):
+            if site is None or values[:9] != residue:
+                residue = values[:9]
+                model, author, label, number, code, nth, entity, name, group = residue
+                named = bool(nth) and label in polymers
+                if sequence and entity:
+                    named = (entity, nth, name) in sequence
+                number, hetero = number + code, group == "HETATM"
+                name = _PARENTS.get(name) or name
+                site = Site(model, author or "_", label, number, label, name, hetero, named)
+            yield site, values[9:], row
+
+
+def _places(rows: Iterable[tuple[Site, Atom]]) -> list[Place]:
+    """Those of one model, gathered from runs of atoms under one name and number."""
+    places: list[Place] = []
+    last: dict[tuple[str, str], Place] = {}
+    for site, run in groupby(rows, itemgetter(0)):
+        atoms, residue = [atom for _, atom in run], None
+        key, before = (site.author, site.number), places[-1][0].site if places else None
+        if before and (*key, site.piece) == (before.author, before.number, before.piece):
+            residue = _residue_for(site, atoms[0], places[-1], follows=True)
+        elif site.number and key in last:
+            residue = _residue_for(site, atoms[0], last[key], follows=False)
+        for atom in atoms:
+            if residue is None or _repeats(atom, residue.atoms):
+                residue = Residue(site, [])
+                places.append([residue])
+                last[key] = places[-1]
+            if atom.name in ATOMS:
+                residue.atoms.append(atom)
+    return places
+
+
+def _residue_for(site: Site, atom: Atom, place: Place, follows: bool) -> Residue | None:
+    """The residue of a place that an atom of its chain and number belongs to; None: another's.
+
+    An atom that follows the place's others is one of the residue of that name, if it is not
+    there already. Another name, or an atom that stands elsewhere in the file, must lie near; of
+    another name it is an alternative only if its location says so.
+    """
+    residue = next((residue for residue in place if residue.site.name == site.name), None)
+    if residue and follows:
+        return None if _repeats(atom, residue.atoms) else residue
+    atoms = [a for residue in place for a in residue.atoms]
+    reach = 4 if atom.name in ATOMS else 12
+    near = any(math.dist(a.xyz, atom.xyz) < reach for a in atoms)
+    clash = any(a.name == atom.name and a.location in ("", atom.location) for a in atoms)
+    if clash or not near or not (residue or atom.location):
+        return None
+    if residue is None:
+        residue = Residue(site, [])
+        place.append(residue)
+    return residue
+
+
+def _repeats(atom: Atom, atoms: list[Atom]) -> bool:
+    """Whether a residue has this atom already, elsewhere: then another residue begins."""
+    return atom.name in ("N", "CA") and any(
+        (a.name, a.location) == (atom.name, atom.location) and math.dist(a.xyz, atom.xyz) >= 1
+        for a in atoms
+    )
 
 
 def _text(path: Path) -> str:

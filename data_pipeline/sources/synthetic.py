@@ -8,7 +8,7 @@ not, and predicting the DSSP letter from such a chain would be circular.
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -21,9 +21,8 @@ from jaxtyping import Float64
 from data_pipeline.chains import RESIDUES, Chain, Notes
 from data_pipeline.counter_rng import hash64, normals, uniforms
 from data_pipeline.errors import ConfigError, SourceError
-from data_pipeline.options import check_options
-from data_pipeline.sources.files import file_sha256
-from data_pipeline.sources.selection import Selection
+from data_pipeline.sources.batches import batches
+from data_pipeline.sources.protein import ProteinSource, file_sha256
 
 ANNOTATIONS = Path("resources", "full_protein_dssp_annotations.json")
 """In the folder of the sidechainnet package: id -> {"Sequence": letters, "DSSP": letters}."""
@@ -54,8 +53,8 @@ _N_CA, _CA_C, _C_N, _C_O = 1.459, 1.525, 1.336, 1.229
 _N_CA_C, _CA_C_N, _C_N_CA, _CA_C_O = 111.0, 117.2, 121.7, 120.1
 
 
-@dataclass(frozen=True)
-class SyntheticSource:
+@dataclass
+class SyntheticSource(ProteinSource):
     """One synthetic backbone on each distinct sequence."""
 
     path: Path | None = None
@@ -63,10 +62,6 @@ class SyntheticSource:
     proteins: Annotated[int, Ge(1)] | None = None
     """Entries to read, the first ones; None: all."""
     seed: int = 0
-    selection: Selection = field(default_factory=Selection)
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
     def identity(self) -> dict[str, Any]:
         """Name and sha256 of the annotations, and the rule."""
@@ -76,7 +71,7 @@ class SyntheticSource:
             "files": {file.name: file_sha256(file)},
             "proteins": self.proteins,
             "seed": self.seed,
-            **self.selection.identity(),
+            **self.rule(),
         }
 
     def chains(self, notes: Notes) -> Iterator[Chain]:
@@ -87,7 +82,7 @@ class SyntheticSource:
             ConfigError: neither path nor package.
         """
         grown = grow(self._distinct(notes), self.seed)
-        return self.selection.chosen(grown, notes, self.file())
+        return self.chosen(grown, notes, self.file())
 
     def file(self) -> Path:
         """The annotations; the package is found, not imported."""
@@ -146,15 +141,7 @@ def read_annotations(file: Path) -> Iterator[tuple[str, str, str]]:
 
 def grow(entries: Iterable[tuple[str, str, str]], seed: int) -> Iterator[Chain]:
     """The backbone of each (id, sequence, DSSP); it follows from these and the seed alone."""
-    batch: list[tuple[str, str, str]] = []
-    residues = 0
-    for entry in entries:
-        batch.append(entry)
-        residues += len(entry[1])
-        if residues >= TOGETHER:
-            yield from _grow_batch(batch, seed)
-            batch, residues = [], 0
-    if batch:
+    for batch in batches(entries, TOGETHER, letters=1):
         yield from _grow_batch(batch, seed)
 
 

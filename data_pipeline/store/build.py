@@ -1,24 +1,22 @@
 """Builds a store from a source, whole or not at all, and verifies it."""
 
 import hashlib
-from collections.abc import Iterable
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from fsspec.core import url_to_fs
 
-from data_pipeline.chains import ATOMS, Chain, Notes
-from data_pipeline.errors import StoreError, how_to_rebuild, unreadable
-from data_pipeline.store import staging, writer
-from data_pipeline.store.grouping import Grouping
-from data_pipeline.store.manifest import (
-    VERSION,
-    array_sha256,
-    digest_of,
-    read_back,
-    read_manifest,
-    write_manifest,
-)
+from data_pipeline.chains import Chain, Notes
+from data_pipeline.disk import locked, sync
+from data_pipeline.errors import StoreError, damaged, unreadable
+from data_pipeline.store import writer
+from data_pipeline.store.grouping import GroupedSource
+from data_pipeline.store.manifest import read_back, read_manifest, write_manifest
 
 
 @runtime_checkable
@@ -29,8 +27,7 @@ class Source(Protocol):
         """What the chains follow from, as JSON; cheap, for it decides whether to build.
 
         Has `kind` and `files` (name -> sha256). A source whose xyz are not N, CA, C, O names its
-        atoms in an attribute `atoms`: (points, ...) of any number, the same for all chains; one
-        with a `grouping` of its own names it so.
+        atoms in an attribute `atoms`: (points, ...) of any number, the same for all chains.
         """
         ...
 
@@ -52,16 +49,20 @@ def ensure(path: str | Path, source: Source) -> tuple[dict[str, Any], bool]:
         StoreError: another source's store is there, or a damaged one.
     """
     path = Path(path)
-    if not _exists(path):
+    try:
+        there = path.exists()
+    except OSError as error:
+        raise StoreError(unreadable(str(path), error)) from error
+    if not there:
         try:
             return build(path, source), True
         except StoreError:
             if not path.exists():  # else another process was faster: is it the same store?
                 raise
     manifest, wanted = read_manifest(path), source.identity()
-    there = manifest["source"]
-    if there != wanted:
-        keys = [key for key in there | wanted if there.get(key) != wanted.get(key)]
+    found = manifest["source"]
+    if found != wanted:
+        keys = [key for key in found | wanted if found.get(key) != wanted.get(key)]
         raise StoreError(
             f"{path} was built from another source (differs in {', '.join(keys)}); "
             f"delete it (rm -r {path}) to build it anew, or choose another store=..."
@@ -69,13 +70,10 @@ def ensure(path: str | Path, source: Source) -> tuple[dict[str, Any], bool]:
     return manifest, False
 
 
-def build(path: str | Path, source: Source, shard: int = 1) -> dict[str, Any]:
+def build(path: str | Path, source: Source) -> dict[str, Any]:
     """Writes, reads back, syncs and renames; whatever breaks it leaves nothing at `path`.
 
     Killed at once, it leaves a folder NAME.tmp-... that nothing reads and the next build removes.
-
-    Args:
-        shard: chunks in a file.
 
     Returns:
         The manifest.
@@ -83,30 +81,23 @@ def build(path: str | Path, source: Source, shard: int = 1) -> dict[str, Any]:
         StoreError: the folder cannot be written, or something came to `path` meanwhile.
         SourceError: a chain that cannot be stored.
     """
-    from data_pipeline.store.files import files_of
-
     path, notes = Path(path), Notes()
-    atoms = tuple(getattr(source, "atoms", ATOMS))
-    grouping = getattr(source, "grouping", Grouping())
+    grouped = source if isinstance(source, GroupedSource) else GroupedSource(source)
     try:
-        with staging.staged(path) as draft:
-            written = writer.write(draft, source.chains(notes), atoms, grouping, notes, shard)
-            content = read_back(draft, written.sha256)
+        with staged(path) as draft:
+            written = writer.write(draft, grouped, notes)
             manifest = {
-                "version": VERSION,
-                "digest": digest_of(content),
                 "source": source.identity(),  # only now: it may have hashed what it read
-                "atoms": atoms,
-                "counts": written.counts,
-                "bonds": written.bonds,
-                "split": written.split,
+                **written,
                 "left_out": notes,
                 "residues_left_out": notes.residues,
-                "content": content,
-                "files": files_of(draft),
+                **read_back(draft),
             }
             manifest = write_manifest(draft, manifest)
-            staging.publish(draft, path)
+            for each in [*draft.rglob("*"), draft]:
+                sync(each)
+            os.replace(draft, path)
+            sync(path.parent)
             return manifest
     except OSError as error:
         # Its text names the draft; what it says of that holds for `path`.
@@ -119,32 +110,45 @@ def build(path: str | Path, source: Source, shard: int = 1) -> dict[str, Any]:
         ) from error
 
 
-def verify(path: str | Path) -> dict[str, Any]:
-    """Reads everything: hashes of all files, decoded content; the manifest.
+@contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """An empty folder NAME.tmp-... beside `path`, gone afterwards unless it was renamed.
+
+    The kernel lets go of a draft's lock when its writer ends, however it ends: drafts of dead
+    writers are removed first, those of living ones stay. Where the file system has no locks
+    nothing is removed.
 
     Raises:
-        StoreError: names the first file or array that is not what was written.
+        OSError: the folder cannot be made.
     """
-    from data_pipeline.store.files import open_arrays
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")
+    # Under the parent's lock nobody takes a draft for dead before its writer has locked it.
+    with locked(path.parent):
+        for left in path.parent.glob(f"{path.name}.tmp-*"):
+            with suppress(OSError), locked(left, wait=False) as sure:
+                if sure:
+                    shutil.rmtree(left)
+        folder.mkdir()
+        lock = locked(folder)
+        lock.__enter__()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        lock.__exit__(None, None, None)
 
-    manifest, place = read_manifest(path), str(path)
-    files, root = url_to_fs(place)
+
+def verify(path: str | Path) -> dict[str, Any]:
+    """Reads every file and compares its hash; the manifest.
+
+    Raises:
+        StoreError: names the first file that is not what was written.
+    """
+    manifest = read_manifest(path)
+    files, root = url_to_fs(str(path))
     for name, file in manifest["files"].items():
         with files.open(f"{root}/{name}") as opened:
             if hashlib.file_digest(opened, "sha256").hexdigest() != file["sha256"]:
-                raise StoreError(
-                    f"{place}/{name} is damaged (sha256 differs); {how_to_rebuild(place)}"
-                )
-    arrays = open_arrays(place, manifest)
-    for name, sha256 in manifest["content"].items():
-        if array_sha256(arrays[name])[0] != sha256:
-            raise StoreError(f"{place}/{name} decodes to other values; {how_to_rebuild(place)}")
+                raise damaged(str(path), f"{name} is damaged (sha256 differs)")
     return manifest
-
-
-def _exists(path: Path) -> bool:
-    """Raises StoreError where that cannot be seen."""
-    try:
-        return path.exists()
-    except OSError as error:
-        raise StoreError(unreadable(str(path), error)) from error

@@ -4,8 +4,7 @@ Copies in train and test leak; so chains are grouped by shared 4-mers, which fin
 about 75 % identity and more, and groups are dealt out whole. `grouping` has rules that see farther.
 The result follows from the sequences alone, on every machine.
 
-Sequences come as one flat array of residue numbers (20 unknown) and offsets, which may be a file
-mapped to memory: what is held at once does not grow with their number, but for 30 bytes a chain.
+Sequences come as one flat array of residue numbers (20 unknown) and offsets.
 """
 
 import hashlib
@@ -26,9 +25,6 @@ HELD_OUT = 0.1
 LARGEST_HELD_OUT = 0.25
 """Largest part of a held-out split that one group may be; larger groups train."""
 
-_AT_ONCE = 1 << 22
-"""Residues that others are compared with at once: some 200 MB of tables."""
-
 
 def cluster(
     residue: UInt8[np.ndarray, " residues"],
@@ -39,19 +35,28 @@ def cluster(
 
     Equal sequences are together. A chain with a key is in the group of that key, whatever its
     sequence. Groups are numbered in the order of their first member. The time grows with the
-    square of the number of sequences: 105 s and 450 MB for 10^5 of 260 residues on one core.
+    square of the number of sequences; memory is some 20 bytes a residue.
     """
-    lengths = np.diff(offsets)
     first = _first_equal(residue, offsets, keys)
     compared = first == np.arange(len(first))
     compared[[number for number, key in enumerate(keys) if key is not None]] = False
-    blocks = _blocks(np.flatnonzero(compared), lengths)
+    chains = np.flatnonzero(compared)
+    sets = [_kmers(residue[offsets[chain] : offsets[chain + 1]]) for chain in chains]
+    sizes = np.array([len(kmers) for kmers in sets], np.int64)
+    kmer = np.concatenate([np.zeros(0, np.int32), *sets])
+    # Which chains hold each 4-mer: a run of `holder` for each, of `count`, that ends at `end`.
+    holder = np.repeat(np.arange(len(chains), dtype=np.int32), sizes)
+    holder = holder[np.argsort(kmer, kind="stable")]
+    count = np.bincount(kmer, minlength=KINDS)
+    end = np.cumsum(count)
     group = np.arange(len(first))
-    for number, columns in enumerate(blocks):
-        table = _Table(residue, offsets, columns)
-        for rows in blocks[number:]:
-            for row, similar in table.similar(residue, offsets, rows):
-                join(group, row, similar)
+    for chain, kmers in zip(chains, sets, strict=True):
+        # The places of all holders of all its 4-mers, run after run.
+        held = count[kmers]
+        place = np.repeat(end[kmers] - np.cumsum(held), held) + np.arange(held.sum())
+        shared = np.bincount(holder[place], minlength=len(chains))
+        similar = shared > CONTAINMENT * np.minimum(sizes, len(kmers))
+        join(group, int(chain), chains[similar])
     return np.unique(group[first], return_inverse=True)[1]
 
 
@@ -113,73 +118,25 @@ def _first_equal(
 ) -> Int[np.ndarray, " chains"]:
     """The first chain of each chain's key, else of its sequence; a sequence without a known
     residue has no equal."""
-    hashes = np.zeros(len(offsets) - 1, np.uint64)
-    for chain in range(len(hashes)):
+    first, seen = np.arange(len(offsets) - 1), {}
+    for chain in range(len(first)):
         codes = residue[offsets[chain] : offsets[chain + 1]]
-        text = b"sequence" + codes.tobytes()
+        name = chain
         if keys and keys[chain] is not None:
-            text = f"key {keys[chain]}".encode()
-        elif not (codes < len(RESIDUES)).any():
-            text = f"chain {chain}".encode()
-        hashes[chain] = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest())
-    _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
-    return first[inverse]
+            name = keys[chain]
+        elif (codes < len(RESIDUES)).any():
+            name = hashlib.blake2b(codes.tobytes(), digest_size=16).digest()
+        first[chain] = seen.setdefault(name, chain)
+    return first
 
 
-def _blocks(chains: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
-    """Runs of chains of about _AT_ONCE residues."""
-    ends = np.cumsum(lengths[chains])
-    cuts = np.flatnonzero(np.diff(ends // _AT_ONCE)) + 1
-    return [block for block in np.split(chains, cuts) if len(block)]
-
-
-class _Table:
-    """Which of some chains hold each 4-mer."""
-
-    def __init__(self, residue: np.ndarray, offsets: np.ndarray, chains: np.ndarray):
-        sets = list(_kmers(residue, offsets, chains))
-        self.chains = chains
-        self.sizes = np.array([len(kmers) for kmers in sets])
-        kmer = np.concatenate(sets)
-        owner = np.repeat(np.arange(len(chains), dtype=np.int32), self.sizes)
-        self.owner = owner[np.argsort(kmer, kind="stable")]
-        self.count = np.bincount(kmer, minlength=KINDS)
-        self.end = np.cumsum(self.count)
-
-    def similar(
-        self, residue: np.ndarray, offsets: np.ndarray, rows: np.ndarray
-    ) -> Iterator[tuple[int, Int[np.ndarray, " n"]]]:
-        """Each of `rows` with those of these chains that are similar to it."""
-        smallest = self.sizes.min()
-        for row, kmers in zip(rows, _kmers(residue, offsets, rows), strict=True):
-            if not len(kmers):
-                continue
-            # The places of all holders of all its 4-mers, run after run.
-            count = self.count[kmers]
-            ends = np.cumsum(count)
-            place = np.repeat(self.end[kmers] - ends, count)
-            place += np.arange(len(place))
-            shared = np.bincount(self.owner[place])
-            # One cheap pass over all; few are left for the exact one.
-            near = np.flatnonzero(shared > CONTAINMENT * min(smallest, len(kmers)))
-            smaller = np.minimum(self.sizes[near], len(kmers))
-            near = near[shared[near] > CONTAINMENT * smaller]
-            if len(near):
-                yield int(row), self.chains[near]
-
-
-def _kmers(
-    residue: np.ndarray, offsets: np.ndarray, chains: np.ndarray
-) -> Iterator[Int[np.ndarray, " kmers"]]:
-    """Distinct 4-mers of each chain as numbers; none that holds an X."""
-    for chain in chains:
-        codes = np.asarray(residue[offsets[chain] : offsets[chain + 1]], np.int64)
-        if len(codes) < KMER:
-            yield codes[:0]
-            continue
-        shifted = [codes[i : len(codes) - KMER + 1 + i] for i in range(KMER)]
-        numbers = len(RESIDUES) ** np.arange(KMER) @ np.stack(shifted)
-        yield np.unique(numbers[np.max(shifted, axis=0) < len(RESIDUES)])
+def _kmers(codes: UInt8[np.ndarray, " length"]) -> Int[np.ndarray, " kmers"]:
+    """Distinct 4-mers of a sequence as numbers; none that holds an X."""
+    if len(codes) < KMER:
+        return np.zeros(0, np.int32)
+    windows = np.lib.stride_tricks.sliding_window_view(codes, KMER)
+    known = windows[windows.max(1) < len(RESIDUES)]
+    return np.unique(known @ len(RESIDUES) ** np.arange(KMER, dtype=np.int32))
 
 
 def join(group: np.ndarray, one: int, others: np.ndarray) -> None:

@@ -30,9 +30,10 @@ SHARED_4MERS = (
 
 
 @dataclass(frozen=True)
-class Grouping:
-    """What beside like sequences puts two chains into one group; nothing, if neither is given."""
+class GroupedSource:
+    """A source, and what beside like sequences puts two of its chains into one group."""
 
+    source: Any
     clusters: Path | None = None
     """Groups as MMseqs2 and Foldseek write them: two columns, a representative and a member."""
     max_identity: Annotated[float, Gt(0), Lt(1)] | None = None
@@ -48,11 +49,20 @@ class Grouping:
         if self.clusters is not None:
             self._table()  # or it raises
 
+    @property
+    def atoms(self) -> tuple[str, ...]:
+        """Names of the second axis of xyz."""
+        return tuple(getattr(self.source, "atoms", ATOMS))
+
     def identity(self) -> dict[str, Any]:
-        """As JSON; empty if it is the default."""
+        """The source's, and the rule if it is not the default."""
+        rule: dict[str, Any] = {"max_identity": self.max_identity} if self.max_identity else {}
         if self.clusters is not None:
-            return {"clusters": hashlib.sha256(self._text().encode()).hexdigest()}
-        return {} if self.max_identity is None else {"max_identity": self.max_identity}
+            rule = {"clusters": hashlib.sha256(self._text().encode()).hexdigest()}
+        return self.source.identity() | rule
+
+    def chains(self, notes: Notes) -> Iterable[Chain]:
+        return self.source.chains(notes)
 
     @property
     def rule(self) -> str:
@@ -123,24 +133,6 @@ class Grouping:
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is no text"
             raise OptionError("clusters", self.clusters, f"cannot be read: {reason}") from error
-
-
-@dataclass(frozen=True)
-class GroupedSource:
-    """A source whose chains are grouped by a rule of the user's."""
-
-    source: Any
-    grouping: Grouping
-
-    @property
-    def atoms(self) -> tuple[str, ...]:
-        return getattr(self.source, "atoms", ATOMS)
-
-    def identity(self) -> dict[str, Any]:
-        return self.source.identity() | self.grouping.identity()
-
-    def chains(self, notes: Notes) -> Iterable[Chain]:
-        return self.source.chains(notes)
 
 
 def _aliases(name: str) -> Iterator[str]:

@@ -11,23 +11,19 @@ every chunk that is read must match. Chunks are zstd with a checksum: the one co
 engine verifies when it reads a part.
 """
 
-import hashlib
-import json
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from functools import lru_cache
 from pathlib import Path
-from threading import Lock
 
 import numpy as np
 from jaxtyping import Int
 
 from data_pipeline.chains import SPLITS, fasta
-from data_pipeline.errors import ConfigError, OptionError, StoreError, how_to_rebuild, unreadable
-from data_pipeline.store.manifest import OWN, read_manifest
+from data_pipeline.errors import ConfigError, OptionError, StoreError, damaged, unreadable
+from data_pipeline.store.manifest import OWN, open_arrays, read_manifest
 
 CACHED_CHUNKS = 64
-"""Decoded chunks that a reader keeps: at most 50 MB. As many are decoded at once."""
+"""Decoded chunks that a reader keeps: at most 50 MB."""
 
 
 class Store:
@@ -41,8 +37,6 @@ class Store:
     """
 
     def __init__(self, path: str | Path):
-        from data_pipeline.store.files import open_arrays
-
         self.path = str(path)
         self.manifest = read_manifest(path)
         self.digest: str = self.manifest["digest"]
@@ -54,12 +48,11 @@ class Store:
             name: (str(self._arrays[name].dtype), self._arrays[name].shape[1:]) for name in extra
         }
         """dtype and shape of a row of the arrays that the source gave beyond those of all."""
-        self._cache: OrderedDict[tuple[str, int], np.ndarray] = OrderedDict()
-        self._lock = Lock()  # a stream's thread and an evaluation may read at once
-        self.offsets: np.ndarray = self._whole("offsets")
+        self._chunk = lru_cache(CACHED_CHUNKS)(self._decode)
+        self.offsets: np.ndarray = self.whole("offsets")
         self.lengths = np.diff(self.offsets)
         """Residues of each chain."""
-        self._split = self._whole("split")
+        self._split = self.whole("split")
 
     def chains(self, split: str) -> np.ndarray:
         """Numbers of the chains of a split."""
@@ -67,15 +60,25 @@ class Store:
 
     def name(self, chain: int) -> str:
         number, row = divmod(chain, self.chunk_rows("id"))
-        return bytes(self._chunks("id", [number])[number][row]).rstrip(b"\0").decode()
+        return self._chunk("id", number)[row].tobytes().rstrip(b"\0").decode()
 
     def fasta(self) -> Iterator[str]:
         """The sequence of each chain, under its name."""
         for chain, length in enumerate(self.lengths):
             yield fasta(self.name(chain), self.read("residue", chain, 0, int(length)))
 
+    def chunks_of(self, chains: Int[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray]:
+        """The chunk of xyz in which each chain begins, and that of its end."""
+        rows = self.chunk_rows("xyz")
+        return self.offsets[chains] // rows, (self.offsets[chains + 1] - 1) // rows
+
     def chunk_rows(self, array: str) -> int:
         return self._arrays[array].chunks[0]
+
+    def whole(self, array: str) -> np.ndarray:
+        """All rows of an array."""
+        chunks = -(-self._arrays[array].shape[0] // self.chunk_rows(array))
+        return np.concatenate([self._decode(array, number) for number in range(chunks)])
 
     def read(self, array: str, chain: int, start: int, stop: int) -> np.ndarray:
         """Rows [start, stop) of a chain; decodes only the chunks that hold them."""
@@ -91,143 +94,51 @@ class Store:
         """Rows [start, stop) of each chain, one after another; every chunk is decoded once."""
         assert np.all((starts >= 0) & (starts <= stops) & (stops <= self.lengths[chains]))
         source, rows = self._arrays[array], self.chunk_rows(array)
-        first, last = self.offsets[chains] + starts, self.offsets[chains] + stops
-        # A piece is what one chain has in one chunk.
-        pieces = np.where(last > first, (last - 1) // rows - first // rows + 1, 0)
-        which = np.repeat(np.arange(len(chains)), pieces)
-        chunk = first[which] // rows + np.arange(len(which)) - np.repeat(before(pieces), pieces)
-        low = np.maximum(first[which], chunk * rows)
-        high = np.minimum(last[which], (chunk + 1) * rows)
-        place = before(high - low)
-        out = np.empty((int((high - low).sum()), *source.shape[1:]), source.dtype)
-        order = np.argsort(chunk, kind="stable")
-        # Pieces of as many chunks as the cache keeps, at a time.
-        known = np.unique(chunk)
-        for start in range(0, len(known), CACHED_CHUNKS):
-            few = known[start : start + CACHED_CHUNKS]
-            decoded = self._chunks(array, few.tolist())
-            here = slice(*np.searchsorted(chunk[order], [few[0], few[-1] + 1]))
-            for piece in order[here]:
-                number, a, b = int(chunk[piece]), int(low[piece]), int(high[piece])
-                found = decoded[number][a - number * rows : b - number * rows]
-                out[place[piece] : place[piece] + b - a] = found
+        first, last, lengths = (
+            self.offsets[chains] + starts,
+            self.offsets[chains] + stops,
+            stops - starts,
+        )
+        places = np.cumsum(lengths) - lengths
+        out = np.empty((int(lengths.sum()), *source.shape[1:]), source.dtype)
+        for i in np.argsort(first):  # in the order of the chunks, so that the cache suffices
+            place, low, end = int(places[i]), int(first[i]), int(last[i])
+            while low < end:
+                number, skipped = divmod(low, rows)
+                found = self._chunk(array, number)[skipped : skipped + end - low]
+                out[place : place + len(found)] = found
+                place, low = place + len(found), low + len(found)
         return out
 
-    def _whole(self, array: str) -> np.ndarray:
-        return self._read(array, 0, self._arrays[array].shape[0])
-
-    def _chunks(self, array: str, numbers: list[int]) -> dict[int, np.ndarray]:
-        """Decoded chunks, from the cache or the disk; neighbours are read together."""
-        with self._lock:
-            found = {n: self._cache[array, n] for n in numbers if (array, n) in self._cache}
-            missing = [n for n in numbers if n not in found]
-            rows = self.chunk_rows(array)
-            for _, run in groupby(enumerate(missing), lambda pair: pair[1] - pair[0]):
-                own = [number for _, number in run]
-                read = self._read(array, own[0] * rows, (own[-1] + 1) * rows)
-                for n in own:
-                    found[n] = read[(n - own[0]) * rows : (n - own[0] + 1) * rows]
-            fits = self._arrays[array].shape[0] <= CACHED_CHUNKS * rows
-            if fits or len(missing) <= CACHED_CHUNKS // 4:  # else they drive out what is in use
-                for n in numbers:
-                    # A copy, for a part of an array keeps the whole of it.
-                    self._cache[array, n] = found[n].copy() if n in missing else found[n]
-                    self._cache.move_to_end((array, n))
-                while len(self._cache) > CACHED_CHUNKS:
-                    self._cache.popitem(last=False)
-        return found
-
-    def _read(self, array: str, start: int, stop: int) -> np.ndarray:
+    def _decode(self, array: str, number: int) -> np.ndarray:
+        """One chunk of an array."""
         source, rows = self._arrays[array], self.chunk_rows(array)
         try:
-            return source[start:stop]
+            return source[number * rows : (number + 1) * rows]
         except (StoreError, MemoryError):  # a full memory damages no store
             raise
         except OSError as error:  # nor do too many open files, or a disk that is away
             file = str(error.filename or f"{self.path}/{array}")
             raise StoreError(unreadable(file, error)) from error
         except Exception as error:  # every codec has its own
-            if stop - start > rows:  # which chunk is it?
-                middle = (start // rows + stop // rows + 1) // 2 * rows
-                return np.concatenate(
-                    [self._read(array, start, middle), self._read(array, middle, stop)]
-                )
-            file = (source.shards or source.chunks)[0]
-            name = source.metadata.encode_chunk_key((start // file, *[0] * (source.ndim - 1)))
-            raise StoreError(
-                f"{self.path}/{array}/{name} is damaged: {error}; {how_to_rebuild(self.path)}"
-            ) from error
+            name = source.metadata.encode_chunk_key((number, *[0] * (source.ndim - 1)))
+            raise damaged(self.path, f"{array}/{name} is damaged: {error}") from error
 
 
-class StoreMixture:
-    """Stores one after another: chain numbers run through all of them.
+def open_alike(paths: Sequence[str]) -> list[Store]:
+    """Stores that make a mixture.
 
     Raises:
         ConfigError: none given, or their arrays are not of one kind (names both).
         StoreError: see Store.
     """
-
-    def __init__(self, paths: Sequence[str]):
-        if not paths:
-            raise OptionError("store", paths, "names no store; give one, or a list of them")
-        self.parts = [Store(path) for path in paths]
-        first = self.parts[0]
-        self.atoms = first.atoms
-        for part in self.parts[1:]:
-            if (part.atoms, part.kinds) != (first.atoms, first.kinds):
-                raise ConfigError(
-                    f"{part.path} holds {', '.join(part.atoms)} and {part.kinds}, but {first.path} "
-                    f"{', '.join(first.atoms)} and {first.kinds}: a mixture needs one kind"
-                )
-        self.kinds = first.kinds
-        self.lengths = np.concatenate([part.lengths for part in self.parts])
-        self.bases = np.cumsum([0, *(len(part.lengths) for part in self.parts)])
-        """Number of each store's first chain, and of all."""
-        digests = [part.digest for part in self.parts]
-        self.digest = digests[0]
-        if len(digests) > 1:
-            self.digest = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
-
-    def chains(self, split: str) -> list[Int[np.ndarray, " n"]]:
-        """Numbers of the chains of a split, of each store."""
-        return [
-            part.chains(split) + base for part, base in zip(self.parts, self.bases, strict=False)
-        ]
-
-    def name(self, chain: int) -> str:
-        part = self._part(chain)
-        return self.parts[part].name(chain - int(self.bases[part]))
-
-    def pages(self, chains: Int[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray]:
-        """For chains of one store: the chunk of xyz in which each begins, and that of its end."""
-        part = self._part(int(chains[0]))
-        store = self.parts[part]
-        chains = chains - self.bases[part]
-        rows = store.chunk_rows("xyz")
-        return store.offsets[chains] // rows, (store.offsets[chains + 1] - 1) // rows
-
-    def gather(
-        self, array: str, chains: np.ndarray, starts: np.ndarray, stops: np.ndarray
-    ) -> np.ndarray:
-        """Rows [start, stop) of each chain, one after another; every chunk is decoded once."""
-        if len(self.parts) == 1:
-            return self.parts[0].gather(array, chains, starts, stops)
-        owner = np.searchsorted(self.bases, chains, side="right") - 1
-        rows = np.repeat(owner, stops - starts)
-        out = None
-        for number in np.unique(owner):
-            mine = owner == number
-            found = self.parts[number].gather(
-                array, chains[mine] - self.bases[number], starts[mine], stops[mine]
+    if not paths:
+        raise OptionError("store", paths, "names no store; give one, or a list of them")
+    first, *others = stores = [Store(path) for path in paths]
+    for other in others:
+        if (other.atoms, other.kinds) != (first.atoms, first.kinds):
+            raise ConfigError(
+                f"{other.path} holds {', '.join(other.atoms)} and {other.kinds}, but {first.path} "
+                f"{', '.join(first.atoms)} and {first.kinds}: a mixture needs one kind"
             )
-            out = np.empty((len(rows), *found.shape[1:]), found.dtype) if out is None else out
-            out[rows == number] = found
-        return self.parts[0].gather(array, chains, starts, stops) if out is None else out
-
-    def _part(self, chain: int) -> int:
-        return int(np.searchsorted(self.bases, chain, side="right")) - 1
-
-
-def before(counts: np.ndarray) -> np.ndarray:
-    """Sum of all counts before each."""
-    return np.cumsum(counts) - counts
+    return stores

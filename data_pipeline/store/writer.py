@@ -1,147 +1,105 @@
 """Chains to the arrays of a store, block by block: memory does not grow with the store.
 
-What grows are some 100 bytes a chain: names, offsets, hashes. Sequences are compared from a file
-beside the arrays, one byte a residue, which is removed before the store is finished.
+What grows are some 100 bytes a chain (names, offsets, hashes) and, while sequences are compared,
+one byte a residue.
 """
 
-import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import zarr
+from zarr.codecs import ZstdCodec
 
-from data_pipeline.chains import ATOMS, SPLITS, Bonds, Chain, Notes, bonded, encode
+from data_pipeline.chains import ATOMS, SPLITS, Bonds, Chain, Notes, encode
 from data_pipeline.errors import SourceError
 from data_pipeline.store import clusters
-from data_pipeline.store.grouping import Grouping
-from data_pipeline.store.manifest import BLOCK, OWN
+from data_pipeline.store.grouping import GroupedSource
+from data_pipeline.store.manifest import OWN
 
 CHUNK = 1 << 16
 """Most rows in a chunk, and most vectors of three numbers: 786 kB of float32."""
+BLOCK = 1 << 18
+"""Residues written at a time: 13 MB of backbone coordinates."""
 
 
-@dataclass
-class Written:
-    """What the arrays hold."""
-
-    counts: dict[str, Any]
-    bonds: dict[str, tuple[float, float]]
-    split: str
-    """The rule that made the split."""
-    sha256: dict[str, str]
-    """Of the values of each array, as they were given to the disk."""
-
-
-def write(
-    folder: Path,
-    chains: Iterable[Chain],
-    atoms: tuple[str, ...],
-    grouping: Grouping,
-    notes: Notes,
-    shard: int = 1,
-) -> Written:
-    """All arrays of a store into an empty folder.
+def write(folder: Path, source: GroupedSource, notes: Notes) -> dict[str, Any]:
+    """All arrays of a store into an empty folder; what its manifest says of the chains.
 
     Args:
-        atoms: names of the second axis of xyz.
-        notes: gains what the grouping has to say.
-        shard: chunks in a file; more than one where files are dear (object stores, inodes).
+        notes: gains what the source and its groups have to say.
 
     Raises:
         SourceError: no chain at all, or one that fits neither itself nor the others (named).
         OSError: as the disk says.
     """
-    import zarr
-
-    group = zarr.create_group(folder)
-    columns: dict[str, _Column] = {}
+    group, atoms = zarr.create_group(folder), source.atoms
+    arrays: dict[str, Any] = {}
 
     def put(name: str, values: np.ndarray) -> None:
-        columns.setdefault(name, _Column(group, name, shard)).append(values)
-
-    table, bonds, breaks, missing = _Table(), Bonds(), 0, 0
-    scratch = folder / "sequences"
-    with scratch.open("wb") as sequences:
-        for block in _blocks(_checked(chains, atoms)):
-            table.add(block)
-            xyz = np.concatenate([chain.xyz for chain in block])
-            segment = _segments(block, xyz, atoms)
-            residue = encode("".join(chain.sequence for chain in block))
-            put("xyz", xyz)
-            put("residue", residue)
-            put("segment", segment)
-            for name in block[0].extra:
-                put(name, np.concatenate([chain.extra[name] for chain in block]))
-            residue.tofile(sequences)
-            # Chains begin at segment 0; what follows it in the chain is no break.
-            new = np.diff(segment, prepend=-1) != 0
-            breaks += int((new & (segment > 0)).sum())
-            missing += int(np.isnan(xyz).any(-1).sum())
-            if atoms == ATOMS:
-                bonds.add(xyz, new | _starts(block))
-    if not table.names:
-        raise SourceError("the source gives no chain; choose other files or looser limits")
-    residue = np.memmap(scratch, np.uint8, "r")
-    for name, values in table.arrays(residue, grouping, notes).items():
-        put(name, values)
-    counts = table.counts() | {"breaks": breaks, "missing atoms": missing}
-    del residue
-    scratch.unlink()
-    sums = {name: columns[name].close() for name in [*OWN, *(columns.keys() - set(OWN))]}
-    rule = "the source itself" if table.splits else grouping.rule
-    return Written(counts, bonds.result(), rule, sums)
-
-
-class _Column:
-    """One array that grows by whole chunks; a last, shorter one closes it."""
-
-    def __init__(self, group: Any, name: str, shard: int):
-        self._group, self._name, self._shard = group, name, shard
-        self._array: Any = None
-        self._rest: list[np.ndarray] = []
-        self._sha256 = hashlib.sha256()
-
-    def append(self, values: np.ndarray) -> None:
-        values = np.ascontiguousarray(values)
-        self._sha256.update(values.data)
-        self._rest.append(values)
-        file = chunk_rows(values) * self._shard
-        if sum(map(len, self._rest)) >= file:
-            rest = np.concatenate(self._rest)
-            whole = len(rest) // file * file
-            self._write(rest[:whole])
-            self._rest = [rest[whole:].copy()]
-
-    def close(self) -> str:
-        """The sha256 of all values."""
-        rest = np.concatenate(self._rest)
-        if len(rest) or self._array is None:
-            self._write(rest)
-        return self._sha256.hexdigest()
-
-    def _write(self, values: np.ndarray) -> None:
-        from zarr.codecs import ZstdCodec
-
-        if self._array is None:
-            rows, tail = min(chunk_rows(values), len(values)), values.shape[1:]
-            many = self._shard > 1 and len(values) >= rows * self._shard
-            self._array = self._group.create_array(
-                self._name,
-                shape=values.shape,
-                dtype=values.dtype,
-                chunks=(rows, *tail),
-                shards=(rows * self._shard, *tail) if many else None,
-                compressors=ZstdCodec(level=-5, checksum=True),
-                fill_value=np.nan if values.dtype.kind == "f" else 0,
-                config={"write_empty_chunks": True},
-            )
-            self._array[:] = values
+        if name in arrays:
+            arrays[name].append(values)
         else:
-            there = self._array.shape[0]
-            self._array.resize((there + len(values), *values.shape[1:]))
-            self._array[there:] = values
+            arrays[name] = _create(group, name, values)
+
+    names, keys, splits, lengths = [], [], [], []
+    bonds, breaks, missing = Bonds(), 0, 0
+    for block in _blocks(source.chains(notes), atoms):
+        names += [chain.id for chain in block]
+        keys += [chain.cluster for chain in block]
+        splits += [SPLITS.index(chain.split) for chain in block if chain.split is not None]
+        lengths += [len(chain.sequence) for chain in block]
+        xyz = np.concatenate([chain.xyz for chain in block])
+        segments = [_segment(chain, atoms) for chain in block]
+        put("xyz", xyz)
+        put("residue", encode("".join(chain.sequence for chain in block)))
+        put("segment", np.concatenate(segments))
+        for name in block[0].extra:
+            put(name, np.concatenate([chain.extra[name] for chain in block]))
+        breaks += sum(int(segment[-1]) for segment in segments)
+        missing += int(np.isnan(xyz).any(-1).sum())
+        if atoms == ATOMS:
+            bonds.add(xyz, np.concatenate([np.diff(s, prepend=-1) != 0 for s in segments]))
+    if not names:
+        raise SourceError("the source gives no chain; choose other files or looser limits")
+    residue, offsets = arrays["residue"][:], np.cumsum([0, *lengths], dtype=np.int64)
+    groups = source.groups(residue, offsets, names, keys, notes)
+    split = np.array(splits or clusters.split(residue, offsets, groups, names), np.uint8)
+    encoded = np.array([name.encode() for name in names])
+    put("offsets", offsets)
+    put("id", encoded.view(np.uint8).reshape(len(names), -1))
+    put("split", split)
+    put("cluster", groups.astype(np.int32))
+    return {
+        "atoms": atoms,
+        "counts": {
+            **_counts(np.array(lengths), groups),
+            "splits": {
+                name: _counts(np.array(lengths)[split == number], groups[split == number])
+                for number, name in enumerate(SPLITS)
+            },
+            "breaks": breaks,
+            "missing atoms": missing,
+        },
+        "bonds": bonds.result(),
+        "split": "the source itself" if splits else source.rule,
+    }
+
+
+def _create(group: Any, name: str, values: np.ndarray) -> Any:
+    """An array that holds these values and can grow; if it will, they fill a chunk."""
+    array = group.create_array(
+        name,
+        shape=values.shape,
+        dtype=values.dtype,
+        chunks=(min(chunk_rows(values), len(values)), *values.shape[1:]),
+        compressors=ZstdCodec(level=-5, checksum=True),
+        fill_value=np.nan if values.dtype.kind == "f" else 0,
+        config={"write_empty_chunks": True},
+    )
+    array[:] = values
+    return array
 
 
 def chunk_rows(values: np.ndarray) -> int:
@@ -150,59 +108,22 @@ def chunk_rows(values: np.ndarray) -> int:
     return max(CHUNK * 3 // max(width, 3), 1)
 
 
-@dataclass
-class _Table:
-    """What is kept of each chain."""
-
-    names: list[str] = field(default_factory=list)
-    keys: list[str | None] = field(default_factory=list)
-    splits: list[int] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
-    _arrays: dict[str, np.ndarray] = field(default_factory=dict)
-
-    def add(self, block: list[Chain]) -> None:
-        self.names += [chain.id for chain in block]
-        self.keys += [chain.cluster for chain in block]
-        self.splits += [SPLITS.index(c.split) for c in block if c.split is not None]
-        self.lengths += [len(chain.sequence) for chain in block]
-
-    def arrays(
-        self, residue: np.ndarray, grouping: Grouping, notes: Notes
-    ) -> dict[str, np.ndarray]:
-        """offsets, id, split and cluster, from all sequences."""
-        offsets = np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
-        groups = grouping.groups(residue, offsets, self.names, self.keys, notes)
-        split = self.splits or clusters.split(residue, offsets, groups, self.names)
-        names = np.array([name.encode() for name in self.names])
-        self._arrays = {
-            "offsets": offsets,
-            "id": names.view(np.uint8).reshape(len(names), -1),
-            "split": np.array(split, np.uint8),
-            "cluster": groups.astype(np.int32),
-        }
-        return self._arrays
-
-    def counts(self) -> dict[str, Any]:
-        lengths, cluster = np.array(self.lengths), self._arrays["cluster"]
-        splits = {}
-        for number, name in enumerate(SPLITS):
-            chosen = self._arrays["split"] == number
-            splits[name] = {
-                "chains": int(chosen.sum()),
-                "clusters": len(np.unique(cluster[chosen])),
-                "residues": int(lengths[chosen].sum()),
-            }
-        return {
-            "chains": len(lengths),
-            "clusters": len(np.unique(cluster)),
-            "residues": int(lengths.sum()),
-            "splits": splits,
-        }
+def _counts(lengths: np.ndarray, groups: np.ndarray) -> dict[str, int]:
+    clusters, residues = len(np.unique(groups)), int(lengths.sum())
+    return {"chains": len(lengths), "clusters": clusters, "residues": residues}
 
 
-def _blocks(chains: Iterable[Chain]) -> Iterator[list[Chain]]:
-    block, residues = [], 0
+def _blocks(chains: Iterable[Chain], atoms: tuple[str, ...]) -> Iterator[list[Chain]]:
+    """The chains by BLOCK residues, none of which can spoil a store.
+
+    Raises:
+        SourceError: names the first chain that would, and how.
+    """
+    block, residues, first = [], 0, None
     for chain in chains:
+        first = first or chain
+        if fault := _fault(chain, first, atoms):
+            raise SourceError(f"chain {chain.id}: {fault}; correct the source or leave it out")
         block.append(chain)
         residues += len(chain.sequence)
         if residues >= BLOCK:
@@ -212,43 +133,11 @@ def _blocks(chains: Iterable[Chain]) -> Iterator[list[Chain]]:
         yield block
 
 
-def _starts(block: list[Chain]) -> np.ndarray:
-    """True at the first residue of each chain."""
-    lengths = [len(chain.sequence) for chain in block]
-    starts = np.zeros(sum(lengths), bool)
-    starts[np.cumsum([0, *lengths[:-1]])] = True
-    return starts
-
-
-def _segments(block: list[Chain], xyz: np.ndarray, atoms: tuple[str, ...]) -> np.ndarray:
-    """(residues,) int32: 0, 1, ... inside each chain, one more after every break."""
-    starts = _starts(block)
-    broken = np.zeros(len(xyz), bool)
-    if atoms == ATOMS:
-        broken[1:] = ~bonded(xyz[:-1, 2], xyz[1:, 0])
-    count = np.cumsum(broken & ~starts)
-    lengths = [len(chain.sequence) for chain in block]
-    segments = (count - np.repeat(count[starts], lengths)).astype(np.int32)
-    place = 0
-    for chain, length in zip(block, lengths, strict=True):
-        if chain.segment is not None:
-            segments[place : place + length] = chain.segment
-        place += length
-    return segments
-
-
-def _checked(chains: Iterable[Chain], atoms: tuple[str, ...]) -> Iterator[Chain]:
-    """The chains, none of which can spoil a store.
-
-    Raises:
-        SourceError: names the first chain that would, and how.
-    """
-    first = None
-    for chain in chains:
-        first = first or chain
-        if fault := _fault(chain, first, atoms):
-            raise SourceError(f"chain {chain.id}: {fault}; correct the source or leave it out")
-        yield chain
+def _segment(chain: Chain, atoms: tuple[str, ...]) -> np.ndarray:
+    """(residues,) int32: 0, 1, ..., one more after every break; other atoms have no bonds."""
+    if chain.segment is None and atoms != ATOMS:
+        return np.zeros(len(chain.sequence), np.int32)
+    return np.cumsum(chain.breaks, dtype=np.int32)
 
 
 def _fault(chain: Chain, first: Chain, atoms: tuple[str, ...]) -> str:
@@ -268,12 +157,12 @@ def _fault(chain: Chain, first: Chain, atoms: tuple[str, ...]) -> str:
         return f"split is {chain.split}, not one of {', '.join(SPLITS)}"
     if chain.segment is not None:
         steps = np.diff(chain.segment, prepend=0)
-        if chain.segment.shape != (length,) or not np.isin(steps, (0, 1)).all():
-            return f"segment must hold {length} numbers that go 0, ..., one more after each break"
-        if chain.segment[0] != 0:
-            return "segment must begin at 0"
-    kinds = {name: (x.dtype, x.shape[1:]) for name, x in chain.extra.items()}
-    if kinds != {name: (x.dtype, x.shape[1:]) for name, x in first.extra.items()}:
+        if chain.segment.shape != (length,) or steps[0] or not np.isin(steps, (0, 1)).all():
+            return f"segment must hold {length} numbers: 0, ..., one more after each break"
+    kinds, others = (
+        {name: (x.dtype, x.shape[1:]) for name, x in each.extra.items()} for each in (chain, first)
+    )
+    if kinds != others:
         return f"its extra arrays are {kinds}, those of {first.id} are others"
     for name, array in chain.extra.items():
         if name in OWN or array.dtype.kind not in "fiu" or len(array) != length:

@@ -1,6 +1,9 @@
-"""The order of samples as arithmetic: which item comes at which place of an endless run."""
+"""The order of samples as arithmetic: which item comes at which place of an endless run, and which
+of its tokens are a rank's."""
 
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -36,18 +39,16 @@ class Order:
     ):
         self._sizes = [size for size, _ in parts]
         self._bases = np.cumsum([0, *self._sizes])
+        self._epoch = self._sizes[0] if len(parts) == 1 else sys.maxsize
         self._weights = [weight for _, weight in parts]
-        self._key, self._lengths = key, lengths
+        self._key, self._lengths = key, lengths if bucket > 1 else None
         self._batch_size, self._window_size = batch_size, batch_size * bucket
-        self._buckets = bucket > 1
         self._round = lru_cache(16)(self._mix)
         self._sorted = lru_cache(2)(self._sort)
 
     def samples(self, start: int, stop: int) -> list[tuple[int, int]]:
         """(item, place) of the samples number [start, stop) of a run; places name the samples."""
-        places = range(start, stop)
-        if self._buckets:
-            return [self._bucketed(number) for number in places]
+        places = [self._place(number) for number in range(start, stop)]
         return [(self.item(place), place) for place in places]
 
     def item(self, place: int) -> int:
@@ -69,15 +70,14 @@ class Order:
         epoch, place = divmod(place, size)
         return permuted(place, size, hash64(seed, epoch, *rest, *name))
 
-    def _bucketed(self, number: int) -> tuple[int, int]:
-        epoch, end = 0, None
-        if len(self._sizes) == 1:
-            epoch = number // self._sizes[0] * self._sizes[0]
-            end = epoch + self._sizes[0]
+    def _place(self, number: int) -> int:
+        """Of a sample in its window, which the epoch ends."""
+        if self._lengths is None:
+            return number
+        epoch = number // self._epoch * self._epoch
         start = number - (number - epoch) % self._window_size
-        stop = start + self._window_size
-        place = int(self._sorted(start, min(stop, end or stop))[number - start])
-        return self.item(place), place
+        stop = min(start + self._window_size, epoch + self._epoch)
+        return int(self._sorted(start, stop)[number - start])
 
     def _sort(self, start: int, stop: int) -> np.ndarray:
         """The places of a window in the order in which they come."""
@@ -87,11 +87,31 @@ class Order:
         places = places[np.argsort(lengths, kind="stable")]
         # Batches begin at multiples of their size; the window's ends may cut one.
         grid = range(start // self._batch_size * self._batch_size, stop, self._batch_size)
-        cuts = np.clip([*grid, stop], start, stop) - start
+        cuts = (np.clip([*grid, stop], start, stop) - start).tolist()
         order = np.argsort(raw64(hash64("bucket", start, *self._key), len(cuts) - 1))
-        out, taken = np.empty_like(places), 0
-        for batch in order:
-            first, last = cuts[batch], cuts[batch + 1]
-            out[first:last] = places[taken : taken + last - first]
-            taken += last - first
+        out = np.empty_like(places)
+        out[np.concatenate([np.arange(cuts[batch], cuts[batch + 1]) for batch in order])] = places
         return out
+
+
+@dataclass(frozen=True)
+class DataSlot:
+    """Data-parallel rank `dp_rank` of `dp` reads its own rows; of each, sequence-parallel rank
+    `sp_rank` of `sp` reads its own tokens."""
+
+    dp_rank: int = 0
+    dp: int = 1
+    sp_rank: int = 0
+    sp: int = 1
+
+    def rows(self, total: int, together: int) -> range:
+        """First rows of this rank's micro-batches of `together` rows, in turn with other ranks."""
+        return range(self.dp_rank * together, total, self.dp * together)
+
+    def tokens(self, length: int) -> tuple[int, int]:
+        """This rank's tokens [start, stop) of rows of `length`."""
+        return length * self.sp_rank // self.sp, length * (self.sp_rank + 1) // self.sp
+
+
+WHOLE = DataSlot()
+"""One rank that reads everything."""

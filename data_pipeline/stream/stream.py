@@ -14,8 +14,7 @@ import numpy as np
 from data_pipeline.batch import Sample
 from data_pipeline.counter_rng import evaluation_key, hash64
 from data_pipeline.errors import ConfigError, OptionError, RunError
-from data_pipeline.stream.order import Order
-from data_pipeline.stream.slot import WHOLE, DataSlot
+from data_pipeline.stream.order import WHOLE, DataSlot, Order
 from data_pipeline.tasks.protocol import Task
 
 AHEAD = 2
@@ -60,13 +59,8 @@ class Stream:
         self.data_wait_s = 0.0
         """Seconds that the last step was waited for."""
         self._task, self._split, self._seed, self._bucket = task, split, seed, bucket_steps
-        self._order = Order(
-            task.parts(split),
-            (seed, split, task.digest),
-            batch_size,
-            bucket_steps,
-            task.lengths(split),
-        )
+        key, lengths = (seed, split, task.digest), task.lengths(split)
+        self._order = Order(task.parts(split), key, batch_size, bucket_steps, lengths)
         self._batch_size, self._micro = batch_size, micro_batch_size
         self._slot, self._cursor = slot, 0
         self._ahead: deque[Future[list[Sample]]] = deque()
@@ -185,10 +179,8 @@ def check_lengths(task: Task, split: str, max_length: int) -> None:
         )
     length = task.length(split, item := task.longest(split))
     if length > max_length:
-        rule = (
-            f"{task.describe(split, item)} has {length} tokens; raise it, or leave the sample out"
-        )
-        raise OptionError("max_length", max_length, rule)
+        rule = f"{task.describe(split, item)} has {length} tokens"
+        raise OptionError("max_length", max_length, f"{rule}; raise it, or leave the sample out")
 
 
 def check_batches(batch_size: int, micro_batch_size: int, dp: int) -> None:

@@ -5,6 +5,8 @@ well here: the task shows that training works, not that long context is used. Wi
 sample is many chains, one behind the other, up to the whole store.
 """
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -12,17 +14,17 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 from annotated_types import Ge, Le
+from jaxtyping import Float64
 
 from data_pipeline.batch import Sample
 from data_pipeline.chains import RESIDUES, SPLITS
 from data_pipeline.counter_rng import evaluation_key, hash64, normals, rotations
 from data_pipeline.errors import OptionError
 from data_pipeline.options import check_options
-from data_pipeline.store.reader import StoreMixture, before
-from data_pipeline.tasks.features import EDGES, edges
-from data_pipeline.tasks.packed import PackedBodies, Pieces, join
+from data_pipeline.store.reader import Store, open_alike
+from data_pipeline.tasks.packed import PackedBodies, Pieces
 from data_pipeline.tasks.protocol import Task
-from data_pipeline.tasks.window import Window
+from data_pipeline.tasks.window import EDGES, Window, edges
 
 UNKNOWN = len(RESIDUES)
 """Number of a residue that is none of the twenty."""
@@ -30,8 +32,6 @@ BUNDLED = "stores/bundled"
 """Where training looks for the data that come with the package."""
 SPREAD = 100.0
 """Å: standard deviation of the translations of packed chains."""
-Span = tuple[int, int, int, Pieces]
-"""Of a row: its key, its first token in a slice and the one behind its last, what they are of."""
 _AT_ONCE = 1 << 16
 """Tokens of which the baselines hold the samples at once."""
 
@@ -75,28 +75,25 @@ class Denoising(Task):
         check_options(self)
         packed = self.packed_length is not None
         if self.packed_copies > 1 and not packed:
-            raise OptionError(
-                "packed_copies", self.packed_copies, "must be 1 without packed_length"
-            )
+            rule = "must be 1 without packed_length"
+            raise OptionError("packed_copies", self.packed_copies, rule)
         paths = [self.store] if isinstance(self.store, str) else list(self.store)
         self._weights = [1] * len(paths) if self.weights is None else list(self.weights)
         if len(self._weights) != len(paths):
             rule = f"must be {len(paths)} numbers of 1 or more, one for each store"
             raise OptionError("weights", self._weights, rule)
-        self._stores = StoreMixture(paths)
-        distinct, known = set(self.atoms), self._stores.atoms
+        stores = open_alike(paths)
+        known, kinds = stores[0].atoms, stores[0].kinds
+        distinct = set(self.atoms)
         if not distinct or not distinct <= set(known) or len(distinct) < len(self.atoms):
             rule = f"must be some of {', '.join(known)}, each once"
             raise OptionError("atoms", list(self.atoms), rule)
-        self._items = {
-            split: PackedBodies(
-                self._stores, split, len(self.atoms), self.packed_length, self.packed_copies
-            )
-            for split in SPLITS
-        }
+        packing = len(self.atoms), self.packed_length, self.packed_copies
+        self._packed = {s: [PackedBodies(one, s, *packing) for one in stores] for s in SPLITS}
+        self._lengths = {s: np.concatenate([p.lengths for p in self._packed[s]]) for s in SPLITS}
         self._columns = [known.index(atom) for atom in self.atoms]
-        kinds = self._stores.kinds
-        channels = {name: kinds[name][1][0] for name in ("vectors", "scalars") if name in kinds}
+        self._arrays = ["xyz", "residue", "segment", *({"vectors", "scalars"} & kinds.keys())]
+        channels = {name: kinds[name][1][0] for name in self._arrays if name in kinds}
         self._stored_scalars = channels.get("scalars", 0)
         self.vectors = 2 * self.neighbours + channels.get("vectors", 0)
         self.scalars = len(RESIDUES) + 1 + len(self.atoms) + EDGES + self._stored_scalars
@@ -107,30 +104,30 @@ class Denoising(Task):
             "bodies": (self.bodies, packed and self.bodies == "apart"),
             "weights": (self._weights, len(paths) > 1),
         }
-        options = [self._stores.digest, self.sigma, list(self.atoms), self.neighbours]
+        digest, *others = digests = [store.digest for store in stores]
+        if others:
+            digest = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+        options = [digest, self.sigma, list(self.atoms), self.neighbours]
         options += [{name: value} for name, (value, counts) in later.items() if counts]
         self.digest = self.hash(*options)
 
     def lengths(self, split: str) -> np.ndarray:
-        return self._items[split].lengths
+        return self._lengths[split]
 
     def parts(self, split: str) -> Sequence[tuple[int, int]]:
-        return list(zip(self._items[split].sizes, self._weights, strict=True))
+        sizes = [len(packed.lengths) for packed in self._packed[split]]
+        return list(zip(sizes, self._weights, strict=True))
 
     def describe(self, split: str, item: int) -> str:
-        return self._items[split].describe(item)
+        packed, own = self._find(split, item)
+        return packed.describe(own)
 
     def sample(
         self, split: str, items: Sequence[int | None], keys: Sequence[int], start: int, stop: int
     ) -> Sample:
-        k, packed = self.neighbours, self._items[split]
+        k, apart = self.neighbours, self.packed_length is not None and self.bodies == "apart"
         window = Window(self.row_lengths(split, items), start, stop)
         wide = Window(window.lengths, start - k, stop + k)  # differences reach so far
-        spans = [
-            (key, low, high, packed.pieces(item, key, low, high))
-            for item, key, length in zip(items, keys, window.lengths, strict=True)
-            if item is not None and (low := max(start - k, 0)) < (high := min(stop + k, length))
-        ]
         arrays = {
             "xyz": np.full_like(wide.zeros(3), np.nan),
             "noise": wide.zeros(3),
@@ -141,9 +138,18 @@ class Denoising(Task):
             "vectors": wide.zeros(self.vectors - 2 * k, 3),
             "scalars": wide.zeros(self._stored_scalars),
         }
-        row, column = wide.mask.nonzero()
-        for name, x in self._tokens(spans).items() if spans else ():
-            np.moveaxis(arrays[name], -1, 1)[row, column] = x
+        bodies: list[tuple[int, ...]] = [()] * len(items)
+        for row, (item, key, length) in enumerate(zip(items, keys, window.lengths, strict=True)):
+            if item is None:
+                continue
+            packed, own = self._find(split, item)
+            bodies[row] = packed.bodies(own, key)
+            low, high = max(start - k, 0), min(stop + k, length)
+            if low < high:
+                pieces = packed.pieces(own, key, low, high)
+                there = slice(low - start + k, high - start + k)
+                for name, x in self._tokens(packed.store, pieces, key, low, high).items():
+                    arrays[name][row, ..., there] = np.moveaxis(x, 0, -1)
         xyz, noise, residue, segment, place, end, vectors, scalars = arrays.values()
         observed = np.all(np.isfinite(xyz), axis=1)
         xyz = np.where(observed[:, None], xyz, 0)
@@ -152,14 +158,10 @@ class Denoising(Task):
         inner = slice(k, k + stop - start)
         place, mask = place[:, inner], observed[:, inner]
         features = self._features(place, end[:, inner], residue[:, inner])
-        bodies = None
-        if self.packed_length is not None and self.bodies == "apart":
-            rows = zip(items, keys, strict=True)
-            bodies = tuple(() if i is None else packed.bodies(i, key) for i, key in rows)
         return window.sample(
             xyz[..., inner],
             mask,
-            bodies=bodies,
+            bodies=tuple(bodies) if apart else None,
             points=noised[..., inner],
             vectors=np.concatenate([differences, vectors[..., inner]], 1),
             scalars=np.concatenate([features, scalars[..., inner]], 1),
@@ -172,55 +174,59 @@ class Denoising(Task):
         """Mean squared error per coordinate, over σ²: of the noised input itself, and of the best
         linear combination of its differences to the nearest 1 and k tokens on either side, tuned
         for each kind of atom on the training split."""
-        kinds = range(len(self.atoms))
-        tuning = [self._moments("train", kind) for kind in kinds]
-        asked = [self._moments(split, kind) for kind in kinds]
-        observed = sum(count for _, count in asked)
-        errors = {"identity": sum(float(m[-1, -1]) for m, _ in asked)}
-        k = self.neighbours
+        (tuning, _), (asked, observed) = self._moments("train"), self._moments(split)
+        errors, k = {"identity": float(asked[:, -1, -1].sum())}, self.neighbours
         for reach in sorted({1, k}):
             near = [*range(k - reach, k + reach), -1]
             error = 0.0
-            for (fit, _), (m, _) in zip(tuning, asked, strict=True):
+            for fit, m in zip(tuning, asked, strict=True):
                 fit, m = fit[np.ix_(near, near)], m[np.ix_(near, near)]
                 weights = np.append(-np.linalg.lstsq(fit[:-1, :-1], fit[:-1, -1])[0], 1.0)
                 error += float(weights @ m @ weights)
             errors[f"tuned local average, k={reach}"] = error
         return {name: error / observed / self.unit for name, error in errors.items()}
 
-    def _moments(self, split: str, kind: int) -> tuple[np.ndarray, int]:
-        """Over the atoms of one kind: summed products of the differences and the step to the
-        target, and the number of coordinates."""
+    def _moments(self, split: str) -> tuple[Float64[np.ndarray, "atoms near near"], int]:
+        """Over the atoms of each kind: summed products of the differences and the step to the
+        target; and the number of coordinates."""
         near, atoms = 2 * self.neighbours, len(self.atoms)
-        total, count = np.zeros((near + 1, near + 1)), 0
+        total, count = np.zeros((atoms, near + 1, near + 1)), 0
         for item in range(self.size(split)):
             key, length = evaluation_key(split, item), self.length(split, item)
             for start in range(0, length, _AT_ONCE * atoms):
                 stop = min(start + _AT_ONCE * atoms, length)
                 sample = self.sample(split, [item], [key], start, stop)
                 step = (sample.target - sample.inputs.points)[:, None]
-                x = torch.cat([sample.inputs.vectors[:, :near], step], 1)[0, ..., kind::atoms]
-                x = x.flatten(1).double().numpy()
-                total += x @ x.T
-                count += 3 * int(sample.weight[:, kind::atoms].sum())
+                x = torch.cat([sample.inputs.vectors[:, :near], step], 1)[0].double().numpy()
+                x = np.stack([x[..., kind::atoms].reshape(near + 1, -1) for kind in range(atoms)])
+                total += x @ x.swapaxes(1, 2)
+                count += 3 * int(sample.weight.sum())
         return total, count
 
-    def _tokens(self, spans: Sequence[Span]) -> dict[str, np.ndarray]:
-        """What the stores and the keys say of every token of the spans."""
-        pieces, atoms = join([own for *_, own in spans]), len(self.atoms)
+    def _find(self, split: str, item: int) -> tuple[PackedBodies, int]:
+        """The store's items among which this one is, and its number there."""
+        for packed in self._packed[split]:
+            if item < len(packed.lengths):
+                return packed, item
+            item -= len(packed.lengths)
+        raise IndexError(item)
+
+    def _tokens(
+        self, store: Store, pieces: Pieces, key: int, low: int, high: int
+    ) -> dict[str, np.ndarray]:
+        """What the store and the key say of tokens [low, high) of an item; tokens first."""
+        atoms = len(self.atoms)
         first, last = pieces.starts // atoms, -(-pieces.stops // atoms)
-        # Residues that a slice cuts are read whole: of every token, its place among what is read.
-        skipped = before(last - first) * atoms + pieces.starts - first * atoms
-        place = np.arange(pieces.tokens.sum()) + pieces.per_token(skipped - before(pieces.tokens))
-        names = ["xyz", "residue", "segment", *({"vectors", "scalars"} & self._stores.kinds.keys())]
-        rows = {n: self._stores.gather(n, pieces.chains, first, last) for n in names}
-        xyz = rows.pop("xyz")[:, self._columns].reshape(-1, 3)[place]
-        tokens = {name: x[place // atoms] for name, x in rows.items()} | {"xyz": xyz}
+        rows = {n: store.gather(n, pieces.chains, first, last) for n in self._arrays}
+        # A residue that the slice cuts is read whole.
+        cut = int(pieces.starts[0]) % atoms
+        here = slice(cut, cut + high - low)
+        xyz = rows.pop("xyz")[:, self._columns].reshape(-1, 3)[here]
+        tokens = {name: np.repeat(x, atoms, axis=0)[here] for name, x in rows.items()}
+        tokens |= {"xyz": xyz, "noise": normals(hash64("noise", key), low, high)[:, :3]}
         if self.packed_length is not None:
-            _move(tokens, pieces, spans)
+            _move(tokens, pieces, key)
         tokens["segment"] = tokens["segment"] + (pieces.per_token(pieces.body) << 32)
-        noise = [normals(hash64("noise", key), low, high)[:, :3] for key, low, high, _ in spans]
-        tokens["noise"] = np.concatenate(noise)
         return tokens | {"place": pieces.places, "end": pieces.per_token(pieces.lengths)}
 
     def _differences(self, x: np.ndarray, observed: np.ndarray, segment: np.ndarray) -> np.ndarray:
@@ -236,25 +242,23 @@ class Denoising(Task):
         return out
 
     def _features(self, index: np.ndarray, lengths: np.ndarray, residue: np.ndarray) -> np.ndarray:
-        exists = (index < lengths)[:, None]
-        kinds = np.arange(len(self.atoms))[:, None]
+        exists, kinds = (index < lengths)[:, None], np.arange(len(self.atoms))[:, None]
         types = (residue[:, None] == np.arange(UNKNOWN + 1)[:, None]) & exists
         atoms = (index[:, None] % len(self.atoms) == kinds) & exists
         parts: list[Any] = [types, atoms, edges(index, lengths)]
         return np.concatenate(parts, axis=1, dtype=np.float32)
 
 
-def _move(tokens: dict[str, np.ndarray], pieces: Pieces, spans: Sequence[Span]) -> None:
-    """Turns and shifts each chain by a motion that its row's key and its place there give."""
-    ranges = [(key, int(own.body[0]), int(own.body[-1]) + 1) for key, *_, own in spans]
-    turns = [rotations(hash64("motion", key), *bodies) for key, *bodies in ranges]
-    shifts = [normals(hash64("shift", key), *bodies)[:, :3] for key, *bodies in ranges]
-    turn = pieces.per_token(np.concatenate(turns)).transpose(2, 0, 1)
-    for name, columns in {"xyz": turn, "vectors": turn[:, :, None]}.items():
-        if name in tokens:
-            x = tokens[name].astype(np.float64)
-            # Term by term, so that no slicing changes how the sum is rounded.
-            x = columns[0] * x[..., :1] + columns[1] * x[..., 1:2] + columns[2] * x[..., 2:]
-            if name == "xyz":
-                x = x + SPREAD * pieces.per_token(np.concatenate(shifts))
-            tokens[name] = x.astype(np.float32)
+def _move(tokens: dict[str, np.ndarray], pieces: Pieces, key: int) -> None:
+    """Turns and shifts each chain by a motion that the row's key and its place there give."""
+    bodies = int(pieces.body[0]), int(pieces.body[-1]) + 1
+    turn = pieces.per_token(rotations(hash64("motion", key), *bodies))
+    shift = pieces.per_token(normals(hash64("shift", key), *bodies)[:, :3])
+
+    def turned(x: np.ndarray, turn: np.ndarray) -> np.ndarray:
+        # Term by term, so that no slicing changes how the sum is rounded.
+        return turn[..., 0] * x[..., :1] + turn[..., 1] * x[..., 1:2] + turn[..., 2] * x[..., 2:]
+
+    tokens["xyz"] = turned(tokens["xyz"], turn) + SPREAD * shift
+    if "vectors" in tokens:
+        tokens["vectors"] = turned(tokens["vectors"], turn[:, None])

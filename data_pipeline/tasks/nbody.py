@@ -5,7 +5,6 @@ N(0, 1) positions, speed 0.5, charges +-1, pair force q q' r / r^3 of at most 10
 With springs the particles are a chain in their order, and the order means something.
 """
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import Lock
@@ -18,9 +17,8 @@ from jaxtyping import Float64
 from data_pipeline.batch import Sample
 from data_pipeline.counter_rng import hash64, normals, uniforms
 from data_pipeline.errors import OptionError
-from data_pipeline.tasks.features import EDGES, edges
-from data_pipeline.tasks.procedural import ProceduralTask
-from data_pipeline.tasks.window import Window
+from data_pipeline.tasks.protocol import ProceduralTask
+from data_pipeline.tasks.window import EDGES, Window, edges
 
 SPEED = 0.5
 STRONGEST = 100.0
@@ -71,7 +69,7 @@ class NBody(ProceduralTask):
         if not (self.strength or self.spring):
             raise OptionError("spring", self.spring, "this and strength must not both be 0")
         self.tokens, self.scalars = self.particles, 1 + EDGES * bool(self.spring)
-        self._paths: OrderedDict[tuple[str, int], np.ndarray] = OrderedDict()
+        self._paths: dict[tuple[str, int], np.ndarray] = {}
         self._lock = Lock()
 
     def sample(
@@ -80,14 +78,13 @@ class NBody(ProceduralTask):
         """See Task. Keys order the particles of a gas in training and do nothing else."""
         window = Window(self.row_lengths(split, items), start, stop)
         rows = window.zeros(10)
-        systems = iter(self._systems(split, [item for item in items if item is not None]))
-        for row, (item, key) in enumerate(zip(items, keys, strict=True)):
-            if item is not None:
-                system = next(systems)
-                if split == "train" and not self.spring:
-                    shuffle = uniforms(hash64("order", key), 0, self.particles)[:, 0]
-                    system = system[:, np.argsort(shuffle, kind="stable")]
-                rows[row, :, : max(self.particles - start, 0)] = system[:, start:stop]
+        there = {row: item for row, item in enumerate(items) if item is not None}
+        systems = self._systems(split, list(there.values()))
+        for row, system in zip(there, systems, strict=True):
+            if split == "train" and not self.spring:
+                shuffle = uniforms(hash64("order", keys[row]), 0, self.particles)[:, 0]
+                system = system[:, np.argsort(shuffle, kind="stable")]
+            rows[row, :, : max(self.particles - start, 0)] = system[:, start:stop]
         points, velocities, target, charge = np.split(rows, [3, 6, 9], axis=1)
         scalars = [charge, edges(window.index, window.ends)] if self.spring else [charge]
         return window.sample(
@@ -108,16 +105,15 @@ class NBody(ProceduralTask):
     def _systems(self, split: str, items: list[int]) -> list[np.ndarray]:
         """(10, particles) of each item: position, velocity, later position, charge."""
         with self._lock:
-            known = {item: self._paths.get((split, item)) for item in items}
-            missing = [item for item, system in known.items() if system is None]
+            if len(self._paths) * self.particles > _CACHED:
+                self._paths.clear()
+            missing = [item for item in items if (split, item) not in self._paths]
             together = max((1 << 17) // self.particles ** (2 if self.strength else 1), 1)
             for first in range(0, len(missing), together):
                 some = missing[first : first + together]
-                for item, system in zip(some, self._simulate(split, some), strict=True):
-                    known[item] = self._paths[split, item] = system
-            while len(self._paths) > max(_CACHED // self.particles, 1):
-                self._paths.popitem(last=False)
-        return [system for item in items if (system := known[item]) is not None]
+                found = zip(some, self._simulate(split, some), strict=True)
+                self._paths |= {(split, item): system for item, system in found}
+            return [self._paths[split, item] for item in items]
 
     def _simulate(self, split: str, items: list[int]) -> np.ndarray:
         """(items, 10, particles) float32, by leapfrog in float64.
@@ -131,24 +127,18 @@ class NBody(ProceduralTask):
         v = SPEED * v / _length(v)
         if self.spring:
             x = REST * np.cumsum(x / _length(x), axis=1)
-        charge = np.stack(
-            [np.sign(uniforms(hash64("charge", k), 0, self.particles)[:, 0] - 0.5) for k in own], -1
-        )
-        if not self.strength:
-            charge = np.zeros_like(charge)
-        x, v = self._leap(x, v, charge, self.start)
-        later, _ = self._leap(x, v, charge, self.steps)
-        out = np.concatenate([x, v, later, charge[None]])
+        charge = np.zeros(x.shape[1:])
+        if self.strength:
+            draws = [uniforms(hash64("charge", key), 0, self.particles)[:, 0] for key in own]
+            charge = np.sign(np.stack(draws, -1) - 0.5)
+        out = []
+        for steps in (self.start, self.steps):
+            for _ in range(steps):
+                v = v + self.dt * self._force(x, charge)
+                x = x + self.dt * v
+            out += [x, v]
+        out = np.concatenate([*out[:3], charge[None]])
         return np.ascontiguousarray(out.transpose(2, 0, 1), np.float32)
-
-    def _leap(
-        self, x: np.ndarray, v: np.ndarray, charge: np.ndarray, steps: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Positions after `steps`, and the half-step velocities that led there."""
-        for _ in range(steps):
-            v = v + self.dt * self._force(x, charge)
-            x = x + self.dt * v
-        return x, v
 
     def _force(
         self, x: Float64[np.ndarray, "3 n items"], charge: Float64[np.ndarray, "n items"]
@@ -172,5 +162,5 @@ class NBody(ProceduralTask):
         return np.round(numbers * 2.0**20) / 2.0**20
 
 
-def _length(x: np.ndarray) -> np.ndarray:
+def _length(x: Float64[np.ndarray, "3 n items"]) -> Float64[np.ndarray, "n items"]:
     return np.sqrt(x[0] * x[0] + x[1] * x[1] + x[2] * x[2])

@@ -17,7 +17,7 @@ from jaxtyping import Float64, Int64
 from data_pipeline.batch import Sample
 from data_pipeline.counter_rng import hash64, normals, rotations, uniforms
 from data_pipeline.errors import OptionError
-from data_pipeline.tasks.procedural import ProceduralTask
+from data_pipeline.tasks.protocol import ProceduralTask
 from data_pipeline.tasks.window import Window
 
 MOST_KEYS = 6

@@ -4,12 +4,14 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import asdict
+from typing import Any, ClassVar, cast
 
 import numpy as np
 from jaxtyping import Int
 
 from data_pipeline.batch import Sample
+from data_pipeline.options import check_options
 
 
 class Task(ABC):
@@ -70,3 +72,37 @@ class Task(ABC):
     def describe(self, split: str, item: int) -> str:
         """An item's name in messages."""
         return f"sequence {item} of {split}"
+
+
+class ProceduralTask(Task):
+    """For dataclasses of made sequences, all of one length: samples follow from the options and the
+    item's number."""
+
+    tokens: int
+    """Length of every sequence."""
+    train_size: int
+    held_out_size: int
+    came_later: ClassVar[dict[str, Any]] = {}
+    """Options that earlier versions had not, and what those did: with it, their runs go on."""
+
+    def _settle(self) -> None:
+        """Checks the options; then their digest.
+
+        Raises:
+            OptionError: one breaks the bounds at its field.
+        """
+        check_options(self)
+        self.digest = self.hash(self.options())
+
+    def options(self) -> dict[str, Any]:
+        """What the samples follow from."""
+        options = asdict(cast(Any, self))
+        return {k: v for k, v in options.items() if (k, v) not in self.came_later.items()}
+
+    def read_out(self, scalars: np.ndarray) -> dict[str, Any]:
+        """What answers, and at which tokens, if not the points at all of them."""
+        return {}
+
+    def lengths(self, split: str) -> np.ndarray:
+        size = self.train_size if split == "train" else self.held_out_size
+        return np.broadcast_to(self.tokens, size)

@@ -15,9 +15,8 @@ from jaxtyping import Float32, Float64
 
 from data_pipeline.batch import Sample
 from data_pipeline.counter_rng import evaluation_key, hash64, normals, rotations, uniforms
-from data_pipeline.tasks.features import EDGES, edges
-from data_pipeline.tasks.procedural import ProceduralTask
-from data_pipeline.tasks.window import Window
+from data_pipeline.tasks.protocol import ProceduralTask
+from data_pipeline.tasks.window import EDGES, Window, edges
 
 MOST_PAIRS = 1 << 20
 """Every sequence makes the whole vocabulary: here, 50 MB."""

@@ -70,13 +70,12 @@ class Materialised(Task):
             raise OptionError("store", self.store, f"{rule}; choose task=denoising for it")
         self._made = PROCEDURAL[source["kind"]](**source["task"])
         self._chains = {split: self._store.chains(split) for split in SPLITS}
-        self._lengths = {split: self._store.lengths[c] for split, c in self._chains.items()}
         self.vectors, self.scalars = self._made.vectors, self._made.scalars
         self.unit = self._made.unit
         self.digest = self.hash(self._store.digest)
 
     def lengths(self, split: str) -> np.ndarray:
-        return self._lengths[split]
+        return self._store.lengths[self._chains[split]]
 
     def describe(self, split: str, item: int) -> str:
         return self._store.name(int(self._chains[split][item]))

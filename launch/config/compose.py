@@ -9,36 +9,76 @@ import dataclasses
 import json
 import re
 import sys
-import typing
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from data_pipeline.errors import ConfigError
-from launch.config.check import build, check_choices, refuse_unknown_keys, suggest
-from launch.config.usage import check_paths, path_counts, separate, usage
+from launch.config.check import build, check_choices, suggest
 
 T = TypeVar("T")
 
+COMMANDS = {
+    "train": "Train a model on a task (under any launcher: -m launch.train).",
+    "prepare": "Build a data store from structure files or the bundled ones; verify it; show it.",
+    "plan": "Foresee a training run's peak memory, part by part.",
+    "sweep": "Measure tokens/s, exchanged bytes and memory over lengths and ranks.",
+    "bench": "Measure operators and training steps beside their rivals.",
+}
 
-def config_folder() -> Path:
-    """Folder of the YAML files: inside the installed package, else beside it in a checkout."""
-    here = Path(__file__).parents[1]
-    candidates = [here / "configs", here.parent / "configs"]
-    for folder in candidates:
-        if (folder / "train.yaml").is_file():
-            return folder
-    raise ConfigError(f"no configuration files in {candidates[0]} or {candidates[1]}; reinstall")
+
+def command_line(arguments: Sequence[str], command: str, schema: type[T]) -> tuple[T, list[str]]:
+    """The configuration of a command, and the overrides that chose it.
+
+    Answers --help and --cfg (print, then exit). A command that takes paths has a field `paths`,
+    a list whose bounds of length say how many.
+    """
+    paths, overrides, flags = _separate(arguments)
+    if flags & {"--help", "-h"}:
+        print(usage(command, schema))
+        sys.exit(0)
+    config = compose(command, overrides, schema, paths)
+    if "--cfg" in flags:
+        print(to_yaml(config), end="")
+        sys.exit(0)
+    return config, overrides
+
+
+def _separate(arguments: Sequence[str]) -> tuple[list[str], list[str], set[str]]:
+    """Paths, overrides, and which of --help and --cfg a command line holds.
+
+    Paths stand before the first key=value; one that holds `=` begins with `./` or `/`.
+
+    Drops the --local_rank of DeepSpeed's launcher.
+    """
+    paths: list[str] = []
+    overrides: list[str] = []
+    flags: set[str] = set()
+    for argument in arguments:
+        if argument in ("--help", "-h", "--cfg"):
+            flags.add(argument)
+        elif argument.startswith(("--local_rank=", "--local-rank=")):
+            pass
+        elif argument.startswith("-"):
+            hint = suggest(argument, ["--help", "--cfg"])
+            raise ConfigError(f"unknown option {argument}{hint}; values are written key=value")
+        elif "=" in argument and not argument.startswith(("/", "./", "../")):
+            overrides.append(argument)
+        elif overrides:
+            raise ConfigError(f"cannot read {argument!r}: write key=value or group=option; paths "
+                              f"stand before {overrides[0]!r}")  # fmt: skip
+        else:
+            paths.append(argument)
+    return paths, overrides, flags
 
 
 def compose(
-    config_name: str, overrides: Sequence[str], schema: type[T], paths: Sequence[str] = ()
+    command: str, overrides: Sequence[str], schema: type[T], paths: Sequence[str] = ()
 ) -> T:
-    """`configs/<config_name>.yaml`, its groups and `overrides`, checked against `schema`.
+    """`configs/<command>.yaml`, its groups and `overrides`, checked against `schema`.
 
     Args:
-        overrides: `group=option`, `~key`, or `key.path=value`.
+        overrides: `group=option` or `key.path=value`.
         schema: dataclass (nested ones too); a field annotated as dict takes any keys, one with a
             Choice the options of the constructor that its name picks.
         paths: of a command that takes some, its field `paths`.
@@ -46,49 +86,62 @@ def compose(
     Raises:
         ConfigError: unknown group option, unknown key, wrong type; one line with the nearest name.
     """
-    config, written = _compose(config_name, overrides, schema, paths)
+    values, written = _compose_values(command, overrides)
+    if _takes_paths(schema):
+        values["paths"] = list(paths)
+    elif paths:
+        raise ConfigError(f"{command} takes no path, and {paths[0]!r} is no key=value: write "
+                          "key=value or group=option")  # fmt: skip
+    config = build(schema, values, written)
     check_choices(config, written)
     return config
 
 
-def _compose(
-    config_name: str, overrides: Sequence[str], schema: type[T], paths: Sequence[str]
-) -> tuple[T, dict[str, str]]:
-    """Without the check of choices, which imports what they choose from; and what was written."""
-    values, written = _compose_values(config_name, overrides)
-    refuse_unknown_keys(values, schema)
-    if paths:
-        values["paths"] = list(paths)
-    return build(values, schema, written), written
+def _takes_paths(schema: Any) -> bool:
+    return "paths" in (each.name for each in dataclasses.fields(schema))
 
 
 def _compose_values(
-    config_name: str, overrides: Sequence[str]
+    command: str, overrides: Sequence[str]
 ) -> tuple[dict[str, Any], dict[str, str]]:
+    """The values of every key, and the texts of those that the command line gave."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
+    from hydra.errors import HydraException, MissingConfigException
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
-    folder, chosen, written = config_folder(), [], {}
+    folder, groups, written = config_folder(), [], {}
     for override in overrides:
-        key, text = _split(override)
-        if text is None or any((folder / key.partition("@")[0]).glob("*.yaml")):
-            chosen.append(override)
+        key, _, text = override.partition("=")
+        key = key.lstrip("+")
+        if not key or _hydra(f"{key}=0") is None:
+            raise ConfigError(f"cannot read {override!r}: write key=value or group=option")
+        if any((folder / key.partition("@")[0]).glob("*.yaml")):
+            groups.append(override)
         else:
             written.pop(key, None)  # the last one wins, in its place
             written[key] = text
-    with _one_line_errors(config_name):
-        with initialize_config_dir(str(folder), job_name=config_name, version_base="1.3"):
-            composed = hydra_compose(config_name, chosen)
+    try:
+        with initialize_config_dir(str(folder), job_name=command, version_base="1.3"):
+            composed = hydra_compose(command, groups)
         OmegaConf.set_struct(composed, False)
         for key, text in written.items():
-            above, _, name = key.rpartition(".")
-            section = OmegaConf.select(composed, above) if above else composed
+            section, _, name = key.rpartition(".")
+            above = OmegaConf.select(composed, section)
             value = read_value(text)
-            if not (OmegaConf.is_dict(section) and OmegaConf.is_interpolation(section, name)):
+            if not (OmegaConf.is_dict(above) and OmegaConf.is_interpolation(above, name)):
                 value = _replaced(value, "${", _MARKED)
-            OmegaConf.update(composed, key, value, merge=True, force_add=True)
+            OmegaConf.update(composed, key, value, merge=True)
         values = OmegaConf.to_container(composed, resolve=True)
+    except MissingConfigException as error:
+        group, _, option = (error.missing_cfg_file or command).rpartition("/")
+        options = error.options or []
+        raise ConfigError(f"{group}={option} does not exist{suggest(option, options)}; "
+                          f"options: {', '.join(options)}") from None  # fmt: skip
+    except (HydraException, OmegaConfBaseException) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"cannot compose the configuration: {reason}") from None
     return _replaced(values, _MARKED, "${"), written
 
 
@@ -98,35 +151,6 @@ _MARKED = "$\\u0000{"
 
 def _replaced(value: Any, old: str, new: str) -> Any:
     return json.loads(json.dumps(value).replace(old, new))
-
-
-@contextmanager
-def _one_line_errors(config_name: str) -> Iterator[None]:
-    from hydra.errors import HydraException, MissingConfigException
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        yield
-    except MissingConfigException as error:
-        missing = error.missing_cfg_file or config_name
-        group, _, option = missing.rpartition("/")
-        hint = suggest(option, error.options or [])
-        options = ", ".join(error.options or [])
-        raise ConfigError(f"{group}={option} does not exist{hint}; options: {options}") from None
-    except (HydraException, OmegaConfBaseException) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"cannot compose the configuration: {reason}") from None
-
-
-def _split(override: str) -> tuple[str, str | None]:
-    """Key and text of `key=text`; the text is None where Hydra must read the whole: `~key`."""
-    key, equals, text = override.partition("=")
-    if key.startswith("~"):
-        return key, None
-    key = key.lstrip("+")
-    if not (key and equals) or _hydra(f"{key}=0") is None:
-        raise ConfigError(f"cannot read {override!r}: write key=value or group=option")
-    return key, None if key.startswith("hydra.") else text
 
 
 def read_value(text: str) -> Any:
@@ -151,39 +175,39 @@ def _hydra(override: str) -> Any:
         return None
 
 
-def to_yaml(config: object) -> str:
+def config_folder() -> Path:
+    """Folder of the YAML files: inside the installed package, else beside it in a checkout."""
+    package = Path(__file__).parents[1]
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def to_yaml(config: Any) -> str:
     """The whole configuration, defaults written out."""
     from omegaconf import OmegaConf
 
-    values = _replaced(dataclasses.asdict(typing.cast(Any, config)), "${", _MARKED)
+    values = _replaced(dataclasses.asdict(config), "${", _MARKED)
     return OmegaConf.to_yaml(OmegaConf.create(values)).replace("$\\0{", "${")
 
 
-def command_line(
-    arguments: Sequence[str],
-    config_name: str,
-    schema: type[T],
-    about: str,
-    check: Callable[[T], object] = lambda config: None,
-) -> tuple[T, list[str]]:
-    """The configuration of a command, and the overrides that chose it.
-
-    Answers --help and --cfg (print, then exit). A command that takes paths has a field `paths`,
-    a list whose bounds of length say how many.
-
-    Args:
-        check: further checks, before anything is printed.
-    """
-    paths, overrides, flags = separate(arguments)
-    if "--help" in flags:
-        placeholders = ["path"] * path_counts(schema)[0]
-        bare, _ = _compose(config_name, [], schema, placeholders)
-        print(usage(config_folder(), config_name, about, schema, to_yaml(bare)))
-        sys.exit(0)
-    check_paths(config_name, schema, paths)
-    config = compose(config_name, overrides, schema, paths)
-    check(config)
-    if "--cfg" in flags:
-        print(to_yaml(config), end="")
-        sys.exit(0)
-    return config, overrides
+def usage(command: str, schema: type) -> str:
+    """Help of a command: its groups with their options, and every key with its default."""
+    values, folder = _compose_values(command, [])[0], config_folder()
+    if _takes_paths(schema):
+        values["paths"] = ["path"]
+    text = (folder / f"{command}.yaml").read_text()
+    if "  - train\n" in text:  # it takes what train takes
+        text += (folder / "train.yaml").read_text()
+    options = {
+        group.name: ", ".join(sorted(file.stem for file in group.glob("*.yaml")))
+        for group in sorted(folder.iterdir())
+        if group.is_dir() and f"- {group.name}:" in text
+    }
+    return "\n".join([
+        COMMANDS[command], "",
+        f"usage: python -m launch {command}{' path ...' * _takes_paths(schema)} "
+        "[group=option] [key=value] ...",
+        "       --cfg prints the resulting configuration and stops", "",
+        "groups:", *(f"  {group:<12}{names}" for group, names in options.items()), "",
+        "keys and defaults:", to_yaml(build(schema, values)),
+    ])  # fmt: skip

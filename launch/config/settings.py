@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Interval
 
 from data_pipeline.options import check_options
-from launch.config.check import Choice, check_folder_name
+from launch.config.check import Choice, FolderName
 from scaling.execution import Execution
 from scaling.train.settings import EngineSettings, OptimSettings, TrainSettings
 
@@ -35,7 +35,7 @@ class Config:
     """`name` and the options of that task's constructor."""
     model: Model
     """`name` and the options of that model's constructor."""
-    name: str = "train"
+    name: FolderName = "train"
     """The run lives in <runs>/<name>; the same name resumes it."""
     runs: str = "runs"
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -45,9 +45,6 @@ class Config:
     engine: EngineSettings = field(default_factory=EngineSettings)
     execution: Execution = field(default_factory=Execution)
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
-
-    def __post_init__(self) -> None:
-        check_folder_name(self.name, "runs")
 
 
 def mesh_sizes(parallel: ParallelSettings, world: int) -> tuple[int, int]:

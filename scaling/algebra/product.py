@@ -4,14 +4,13 @@ A path takes a grade of each operand to a grade of the result, by a number, dot 
 With the result's cotangent r it is a trilinear form, the sum of sign · x_i y_j r_k over its terms,
 and derivatives of the form are sums over the same terms.
 
-Dispatching 64 terms costs as much as computing them: the steps are listed once, and run on tiles
-that fit a CPU's cache. A compiler gets the formula instead, and fuses it.
+Terms are added up on tiles that fit a CPU's cache. A compiler gets the formula, and fuses it.
 """
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -46,6 +45,8 @@ def _terms(*grades: int) -> list[_Term]:
     return [((a + i, b + j, c + k), sign) for ((i, j, k), sign) in found for a, b, c in [starts]]
 
 
+_Components = Sequence[Sequence[Tensor]]
+"""Of left, right and result."""
 _TERMS = [_terms(*grades) for *grades, _ in _PATHS]
 
 
@@ -71,11 +72,19 @@ def geometric_product(
     return _WeightedProduct.apply(x, y, weights, first, scale)
 
 
-def _paths(left: int, right: int) -> list[tuple[int, list[_Term]]]:
-    """Number and terms of the paths between operands of so many components."""
+class _Path(NamedTuple):
+    number: int
+    terms: list[_Term]
+    by_size: tuple[int, ...]
+    """Left (0), right (1) and result (2), the one with fewest components first."""
+
+
+@lru_cache
+def _paths(left: int, right: int) -> list[_Path]:
+    """Those between operands of so many components."""
     return [
-        (path, terms)
-        for path, terms in enumerate(_TERMS)
+        _Path(number, terms, tuple(sorted(range(3), key=lambda role: GRADES[grades[role]])))
+        for number, (terms, grades) in enumerate(zip(_TERMS, _PATHS, strict=True))
         if all(i < left and j < right for (i, j, _), _ in terms)
     ]
 
@@ -89,9 +98,9 @@ def _formula(x: Tensor, y: Tensor, weights: Tensor, first: Tensor | None, scale:
     a, b, signed = x.unbind(1), y.unbind(1), _signed(weights, scale).unsqueeze(-1)
     sums: list[Any] = [] if first is None else list((scale * first).unbind(1))
     sums += [0] * (_result_size(x, y) - len(sums))
-    for path, terms in _paths(x.shape[1], y.shape[1]):
-        for (i, j, k), sign in terms:
-            sums[k] = sums[k] + sign * (signed[path] * a[i] * b[j])
+    for path in _paths(x.shape[1], y.shape[1]):
+        for (i, j, k), sign in path.terms:
+            sums[k] = sums[k] + sign * (signed[path.number] * a[i] * b[j])
     return torch.stack(sums, 1)
 
 
@@ -104,15 +113,21 @@ class _WeightedProduct(torch.autograd.Function):
         ctx.given, ctx.scale = 0 if first is None else first.shape[1], scale
         dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), weights.dtype)
         result = x.new_empty(x.shape[0], _result_size(x, y), *x.shape[2:], dtype=dtype)
-        steps = _forward_steps(x.shape[1], y.shape[1], ctx.given)
-        signed = _signed(weights, scale)
+        signed = _signed(weights, scale).unsqueeze(-1)
         for tile in tiles(x):
+            values, goal = [z[tile].to(dtype).unbind(1) for z in (x, y)], result[tile]
             if first is not None:
-                torch.mul(first[tile], scale, out=result[tile][:, : ctx.given])
-            operands = [z[tile].to(dtype).unbind(1) for z in (x, y, result)]
-            weight = signed[:, tile[2]].unsqueeze(-1).unbind(0)
-            scratch = result.new_empty(3, *operands[0][0].shape).unbind(0)
-            _run(steps, [*operands, weight, scratch])
+                torch.mul(first[tile], scale, out=goal[:, : ctx.given])
+            goal[:, ctx.given :].zero_()
+            components = goal.unbind(1)
+            for path in _paths(x.shape[1], y.shape[1]):
+                small, other = (role for role in path.by_size if role < 2)
+                weight = signed[path.number, tile[2]]
+                weighted = _weighted(path, small, values[small], weight)
+                for term, sign in path.terms:
+                    components[term[2]].addcmul_(
+                        weighted[term[small]], values[other][term[other]], value=sign
+                    )
         return result
 
     @staticmethod
@@ -122,103 +137,47 @@ class _WeightedProduct(torch.autograd.Function):
         dtype = grads[0].dtype
         grad_x, grad_y = (torch.empty_like(z, dtype=dtype) for z in (x, y))
         grad_weights = torch.zeros_like(weights, dtype=dtype)
-        steps = _backward_steps(x.shape[1], y.shape[1])
-        signed = _signed(weights, ctx.scale)
+        signed = _signed(weights, ctx.scale).unsqueeze(-1)
         for tile in tiles(x):
-            operands = [z[tile].to(dtype).unbind(1) for z in (x, y, grads[0])]
-            results = [z[tile].unbind(1) for z in (grad_x, grad_y)]
-            sums = grad_weights[:, tile[2]].unbind(0)
-            weight = signed[:, tile[2]].unsqueeze(-1).unbind(0)
-            scratch = grad_x.new_empty(3, *operands[0][0].shape).unbind(0)
-            _run(steps, [*operands, weight, scratch, *results, sums])
+            values = [z[tile].to(dtype).unbind(1) for z in (x, y, grads[0])]
+            goals = [z[tile].zero_().unbind(1) for z in (grad_x, grad_y)]
+            for path in _paths(x.shape[1], y.shape[1]):
+                weight, by_weight = (z[path.number, tile[2]] for z in (signed, grad_weights))
+                _add_slopes(path, values, weight, goals, by_weight)
         grad_first = grads[0][:, : ctx.given] * ctx.scale if ctx.given else None
         return grad_x, grad_y, _signed(grad_weights, ctx.scale), grad_first, None
 
 
-_X, _Y, _R, _WEIGHT, _SCRATCH, _TO_X, _TO_Y, _TO_WEIGHT = range(8)
-"""Where a step finds a number a token, as (one of these, which of them)."""
-_At = tuple[int, int]
-_Step = tuple[_At, _At, _At, int]
-"""goal, left, right, sign of a term that is added; 0 where it is the first and sets the goal."""
+def _add_slopes(
+    path: _Path, values: _Components, weight: Tensor, goals: _Components, by_weight: Tensor
+) -> None:
+    """Adds a path's derivatives by left and right to `goals`, and that by its weight.
 
-
-def _run(steps: Sequence[_Step], places: Sequence[Sequence[Tensor]]) -> None:
-    for (goal, k), (left, i), (right, j), sign in steps:
-        a, b, result = places[left][i], places[right][j], places[goal][k]
-        if goal == _TO_WEIGHT:
-            result.add_(torch.linalg.vecdot(a, b).sum(0))
-        elif sign == 0:
-            torch.mul(a, b, out=result)
-        elif sign == 1:
-            result.addcmul_(a, b)
-        else:
-            result.addcmul_(a, b, value=-1)
-
-
-class _Steps:
-    def __init__(self) -> None:
-        self.steps: list[_Step] = []
-        self.begun: set[_At] = set()
-
-    def set(self, goal: _At, left: _At, right: _At) -> None:
-        self.steps.append((goal, left, right, 0))
-        self.begun.add(goal)
-
-    def add(self, goal: _At, left: _At, right: _At, sign: int = 1) -> None:
-        assert sign == 1 or goal in self.begun
-        self.steps.append((goal, left, right, sign if goal in self.begun else 0))
-        self.begun.add(goal)
-
-
-@lru_cache
-def _forward_steps(left: int, right: int, given: int) -> list[_Step]:
-    """For every path: the smaller operand times the weight, times the other.
-
-    given: components of the result that are to be added to.
+    The derivative by the operand with fewest components also gives that by the weight.
     """
-    steps = _Steps()
-    steps.begun |= {(_R, k) for k in range(given)}
-    for path, terms in _paths(left, right):
-        components = _components(terms)
-        small, other = sorted((_X, _Y), key=lambda role: len(components[role]))
-        for m, i in enumerate(components[small]):
-            steps.set((_SCRATCH, m), (small, i), (_WEIGHT, path))
-        for term, sign in terms:
-            scaled = (_SCRATCH, term[small] - components[small][0])
-            steps.add((_R, term[_R]), scaled, (other, term[other]), sign)
-    return steps.steps
+    small, u, v = path.by_size
+    slopes: dict[int, Tensor] = {}
+    for term, sign in path.terms:  # the first ones have sign +1
+        a, b, i = values[u][term[u]], values[v][term[v]], term[small]
+        if i in slopes:
+            slopes[i].addcmul_(a, b, value=sign)
+        else:
+            slopes[i] = a * b
+    for i, slope in slopes.items():
+        by_weight.add_(torch.linalg.vecdot(values[small][i], slope).sum(0))
+        if small < 2:
+            goals[small][i].addcmul_(slope, weight)
+    weighted = _weighted(path, small, values[small], weight)
+    for role, other in ((u, v), (v, u)):
+        for term, sign in path.terms if role < 2 else ():
+            goal, right = goals[role][term[role]], values[other][term[other]]
+            goal.addcmul_(weighted[term[small]], right, value=sign)
 
 
-@lru_cache
-def _backward_steps(left: int, right: int) -> list[_Step]:
-    """For every path: the derivative by the smallest of x, y, r, which also gives that by the
-    weight; then the smallest times the weight gives the other derivatives."""
-    steps = _Steps()
-    goals = {_X: _TO_X, _Y: _TO_Y}
-    for path, terms in _paths(left, right):
-        components = _components(terms)
-        small, *others = sorted((_X, _Y, _R), key=lambda role: len(components[role]))
-        scratch = {i: (_SCRATCH, m) for m, i in enumerate(components[small])}
-        steps.begun -= set(scratch.values())
-        for term, sign in terms:
-            a, b = ((role, term[role]) for role in others)
-            steps.add(scratch[term[small]], a, b, sign)
-        for i, derivative in scratch.items():
-            steps.set((_TO_WEIGHT, path), (small, i), derivative)
-            if small in goals:
-                steps.add((goals[small], i), derivative, (_WEIGHT, path))
-        for i, scaled in scratch.items():
-            steps.set(scaled, (small, i), (_WEIGHT, path))
-        for role, other in (others, reversed(others)):
-            for term, sign in terms if role in goals else ():
-                goal = (goals[role], term[role])
-                steps.add(goal, scratch[term[small]], (other, term[other]), sign)
-    return steps.steps
-
-
-def _components(terms: list[_Term]) -> list[list[int]]:
-    """Those of x, y and r that take part."""
-    return [sorted({term[role] for term, _ in terms}) for role in (_X, _Y, _R)]
+def _weighted(
+    path: _Path, role: int, components: Sequence[Tensor], weight: Tensor
+) -> dict[int, Tensor]:
+    return {i: components[i] * weight for i in {term[role] for term, _ in path.terms}}
 
 
 def _signed(weights: Tensor, scale: float) -> Tensor:

@@ -1,48 +1,40 @@
 """Checkpoints that know neither the number of ranks nor the engine.
 
-    checkpoints/latest             the name of the newest complete one
     checkpoints/step-00000100/
         model.pt                   parameters and buffers by name, whole
         optimizer.pt               optimiser state by parameter name, whole
         state.json                 step, data cursor, random state, identity of the run, checksums
 
-The first rank writes, into `step-N.tmp`; once it is on disk it is renamed, `latest` is replaced,
-and only then are older ones deleted: a process killed at any moment leaves a complete one. Every
-rank reads (the run directory must be visible to all, as the data is).
+The first rank writes, into `step-N.tmp`; once it is on disk it is renamed, and only then are older
+ones deleted: a process killed at any moment leaves a complete one, and the highest step is the
+newest. Every rank reads (the run directory must be visible to all, as the data is).
 
 Random state is one for all ranks: whatever is random for a token is a function of the token.
 """
 
 import base64
 import json
-import re
 import shutil
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from data_pipeline.disk import sync, write_atomically
 from data_pipeline.errors import LongfoldError, RunError
+from data_pipeline.stream.stream import Stream
 from scaling.engine.base import Engine
 from scaling.parallel.collectives import first_rank_says
 
 FORMAT = 1
 DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
 """What reading a file that is not as it was written can raise."""
-
-
-@runtime_checkable
-class Resumable(Protocol):
-    """What knows its place: the stream of training data."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 @dataclass
@@ -53,21 +45,7 @@ class Checkpoints:
     keep: int
     """How many are kept, at least 1."""
 
-    def latest_step(self) -> int | None:
-        """Step of the newest complete checkpoint. Only the first rank's answer counts."""
-        latest = self.folder / "latest"
-        if not latest.exists():
-            return None
-        name = latest.read_text(errors="replace").strip()
-        if not re.fullmatch(r"step-\d{8}", name):
-            wrong = f"holds {name[:40]!r}, not the name of a checkpoint"
-        elif not (self.folder / name).is_dir():
-            wrong = f"names {name}, which is not there"
-        else:
-            return int(name.removeprefix("step-"))
-        raise RunError(f"{latest} {wrong}; {_way_out(self.folder)}")
-
-    def save(self, step: int, engine: Engine, stream: Resumable, identity: dict[str, Any]) -> None:
+    def save(self, step: int, engine: Engine, stream: Stream, identity: dict[str, Any]) -> None:
         """Writes a checkpoint of all ranks. Collective; it is complete on return."""
         parameters, optimizer = engine.state()
         buffers = {name: value.cpu() for name, value in _buffers(engine).items()}
@@ -75,34 +53,30 @@ class Checkpoints:
             "format": FORMAT,
             "step": step,
             "stream": stream.state_dict(),
-            "random": random_state(),
+            "random": _random_state(),
             "identity": identity,
         }
         first_rank_says(lambda: self._write(step, parameters | buffers, optimizer, state))
 
-    def load(self, engine: Engine, stream: Resumable) -> int:
+    def load(self, engine: Engine, stream: Stream) -> int:
         """Goes on from the newest checkpoint, if there is one. Returns its step, else 0.
 
         Raises:
             RunError: it is damaged, or belongs to another model or other data.
         """
-        step = first_rank_says(self.latest_step)
-        if step is None:
+        folder = first_rank_says(lambda: _newest(self.folder))
+        if folder is None:
             return 0
-        folder = self.folder / _name(step)
-        state, model, optimizer = _read(folder)
+        with _naming(folder):
+            state, model, optimizer = _read(folder)
         _check_names(folder, model, engine)
         engine.load_state(model, optimizer)
         for name, buffer in _buffers(engine).items():
             buffer.copy_(model[name])
-        try:
+        with _naming(folder):
             stream.load_state_dict(state["stream"])
-            set_random_state(state["random"])
-        except LongfoldError:  # says more itself
-            raise
-        except DAMAGE as error:
-            raise _damaged(folder, error) from error
-        return step
+            _set_random_state(state["random"])
+        return state["step"]
 
     def _write(self, step: int, model: Any, optimizer: Any, state: dict[str, Any]) -> None:
         self.folder.mkdir(exist_ok=True)
@@ -120,24 +94,36 @@ class Checkpoints:
         write_atomically(
             temporary / "state.json", json.dumps(state | {"checksums": checksums}, indent=1)
         )
-        if target.exists():  # the same step again, after a resumed run was rolled back
-            shutil.rmtree(target)
         temporary.rename(target)
         sync(self.folder)
-        write_atomically(self.folder / "latest", target.name + "\n")
-        for name in _complete(self.folder)[: -max(self.keep, 1)]:
-            shutil.rmtree(self.folder / name)
+        for old in _complete(self.folder)[: -self.keep]:
+            shutil.rmtree(old)
 
 
-def _complete(folder: Path) -> list[str]:
-    """Names of the complete checkpoints, the oldest first."""
-    return sorted(path.name for path in folder.glob("step-" + 8 * "[0-9]") if path.is_dir())
+def _complete(folder: Path) -> list[Path]:
+    """The complete checkpoints, the oldest first."""
+    return sorted(path for path in folder.glob("step-" + 8 * "[0-9]") if path.is_dir())
 
 
-def _way_out(folder: Path, damaged: str = "") -> str:
-    others = [name for name in _complete(folder) if name != damaged]
-    write = f"write {others[-1]!r} into {folder / 'latest'}, or " if others else ""
-    return f"{write}remove {folder.parent} to start anew"
+def _newest(folder: Path) -> Path | None:
+    return next(reversed(_complete(folder)), None)
+
+
+@contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """What goes wrong while a checkpoint is read, as one line that names it and the way out."""
+    try:
+        yield
+    except LongfoldError:  # says more itself
+        raise
+    except DAMAGE as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        others = [path.name for path in _complete(folder.parent) if path != folder]
+        older = f"remove it to go on from {others[-1]}, or " if others else ""
+        run = folder.parent.parent
+        raise RunError(
+            f"{folder} is damaged ({reason}); {older}remove {run} to start anew"
+        ) from error
 
 
 def _buffers(engine: Engine) -> dict[str, Tensor]:
@@ -146,7 +132,7 @@ def _buffers(engine: Engine) -> dict[str, Tensor]:
     return {name: x for name, x in state.items() if name not in engine.parameters}
 
 
-def random_state() -> dict[str, str]:
+def _random_state() -> dict[str, str]:
     """PyTorch's generators, as text."""
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -154,7 +140,7 @@ def random_state() -> dict[str, str]:
     return {name: base64.b64encode(x.numpy().tobytes()).decode() for name, x in state.items()}
 
 
-def set_random_state(state: dict[str, str]) -> None:
+def _set_random_state(state: dict[str, str]) -> None:
     """Restores those generators that are there now as well."""
     tensors = {
         name: torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
@@ -166,30 +152,20 @@ def set_random_state(state: dict[str, str]) -> None:
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    try:
-        state = json.loads((folder / "state.json").read_text())
-        if state["format"] != FORMAT:
-            raise RunError(f"{folder} has format {state['format']}, this program reads {FORMAT}")
-        if _name(state["step"]) != folder.name:
-            raise ValueError(f"state.json is of step {state['step']}")
-        for name, checksum in state["checksums"].items():
-            if _checksum(folder / name) != checksum:
-                raise ValueError(f"the checksum of {name} is wrong")
-        model, optimizer = (
-            torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
-            for name in ("model.pt", "optimizer.pt")
-        )
-    except RunError:
-        raise
-    except DAMAGE as error:
-        raise _damaged(folder, error) from error
+    """State, model and optimiser."""
+    state = json.loads((folder / "state.json").read_text())
+    if state["format"] != FORMAT:
+        raise RunError(f"{folder} has format {state['format']}, this program reads {FORMAT}")
+    if _name(state["step"]) != folder.name:
+        raise ValueError(f"state.json is of step {state['step']}")
+    for name, checksum in state["checksums"].items():
+        if _checksum(folder / name) != checksum:
+            raise ValueError(f"the checksum of {name} is wrong")
+    model, optimizer = (
+        torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
+        for name in ("model.pt", "optimizer.pt")
+    )
     return state, model, optimizer
-
-
-def _damaged(folder: Path, error: Exception) -> RunError:
-    reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-    way_out = _way_out(folder.parent, damaged=folder.name)
-    return RunError(f"the checkpoint {folder} is damaged ({reason}); {way_out}")
 
 
 def _check_names(folder: Path, saved: dict[str, Tensor], engine: Engine) -> None:

@@ -3,8 +3,7 @@
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
-from io import StringIO
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -29,14 +28,11 @@ class DeepSpeedEngine(Engine):
                 "DeepSpeed needs torch.distributed and all of its ranks; start by torchrun, "
                 "accelerate launch, deepspeed or srun, or say engine=ddp"
             )
-        scalars = [name for name, p in self.parameters.items() if p.ndim == 0]
-        if scalars:
-            raise ConfigError(
-                f"DeepSpeed cannot partition the parameter {scalars[0]}, which has no axis; "
-                "give it the shape (1,), or say engine=ddp"
-            )
         _quieten_deepspeed()
-        import deepspeed  # slow, and needs a compiler at first use: only who chooses it pays
+        import deepspeed  # slow: only who chooses it pays
+
+        # Its all-reduce in shared memory serves inference alone, and would first be compiled.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
         self.stage: int = config["zero_optimization"]["stage"]
         for part in module.modules() if self.stage == 3 else ():
@@ -45,10 +41,9 @@ class DeepSpeedEngine(Engine):
                 part.register_forward_pre_hook(_ask_for_a_gradient)
             elif hasattr(part, "gathers_whole"):
                 vars(part)["runs_whole"] = True
-        with redirect_stdout(StringIO()):  # every rank would print that its extension is built
-            self._deepspeed: Any = deepspeed.initialize(
-                model=module, optimizer=optimizer, config=config, dist_init_required=False
-            )[0]
+        self._deepspeed: Any = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=config, dist_init_required=False
+        )[0]
         self._wrapped = self._deepspeed.optimizer
         # Under ZeRO the client optimizer lives on inside, over this rank's flat partitions.
         self.optimizer = self._wrapped.optimizer if self.stage else self._wrapped
@@ -81,8 +76,8 @@ class DeepSpeedEngine(Engine):
             return super().state()
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        kinds = next((state for state in self.optimizer.state.values() if state), {})
         # Without any: no step yet, or an optimiser without memory.
+        kinds = next((state for state in self.optimizer.state.values() if state), {})
         scalars = {key: on_cpu(value) for key, value in kinds.items() if value.ndim == 0}
         parameters, optimizer = {}, {}
         for name, parameter in self.parameters.items():
@@ -101,12 +96,28 @@ class DeepSpeedEngine(Engine):
         if self.stage == 0:
             super().load_state(parameters, optimizer)
             return
-        for name, parameter in self.parameters.items():
-            with self._gathered(parameter, modifier_rank=0), torch.no_grad():
-                parameter.copy_(parameters[name])
+        kinds = next(iter(optimizer.values()), {})
+        flats = (
+            self._wrapped.fp32_partitioned_groups_flat
+            if self.stage == 3
+            else self._wrapped.single_partition_of_fp32_groups
+        )
+        for flat in flats:
+            self.optimizer.state[flat] = {k: x.clone() for k, x in kinds.items() if x.ndim == 0}
+        for key in (key for key, value in kinds.items() if value.ndim):
+            # By way of the parameters: DeepSpeed cuts these, whatever their size.
+            self._set_parameters({name: state[key] for name, state in optimizer.items()})
+            for flat in flats:
+                self.optimizer.state[flat][key] = flat.detach().clone()
+        self._set_parameters(parameters)
+        if optimizer and self.stage < 3:
+            self._wrapped._lazy_init_hp_params_optimizer_state()  # names the parts of the flats
+
+    def _set_parameters(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            with self._gathered(self.parameters[name], modifier_rank=0), torch.no_grad():
+                self.parameters[name].copy_(value)
         self._wrapped.refresh_fp32_params()  # the optimiser's flat copy follows the parameters
-        if optimizer:
-            self._load_partitioned_state(optimizer)
 
     def _gathered(
         self, parameter: nn.Parameter, modifier_rank: int | None = None
@@ -117,39 +128,6 @@ class DeepSpeedEngine(Engine):
         from deepspeed.runtime.zero import GatheredParameters
 
         return GatheredParameters([parameter], modifier_rank=modifier_rank)
-
-    def _load_partitioned_state(self, optimizer: OptimizerState) -> None:
-        """Builds the state that the first step would build, then fills it by parameter."""
-        sample = next(iter(optimizer.values()))
-        per_element = [key for key, value in sample.items() if value.ndim > 0]
-        flats = (
-            self._wrapped.fp32_partitioned_groups_flat
-            if self.stage == 3
-            else self._wrapped.single_partition_of_fp32_groups
-        )
-        for flat in flats:
-            self.optimizer.state[flat] = {
-                key: torch.zeros_like(flat) if key in per_element else value.clone()
-                for key, value in sample.items()
-            }
-        if self.stage < 3:
-            self._wrapped._lazy_init_hp_params_optimizer_state()  # names the parts of the flats
-        for name, state in optimizer.items():
-            parameter = self.parameters[name]
-            for key in per_element:
-                self._set_optimizer_state(parameter, state[key].to(parameter.device), key)
-
-    def _set_optimizer_state(self, parameter: nn.Parameter, value: Tensor, key: str) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
-
-        if self.stage < 3:
-            safe_set_full_optimizer_state(parameter, value, key)
-            return
-        # Its whole-tensor setter fails on a size that the ranks do not divide: cut it ourselves.
-        share = -(-value.numel() // self.world)
-        padded = nn.functional.pad(value.flatten(), (0, share * self.world - value.numel()))
-        mine = padded[share * group_rank(self.group) :][:share]
-        safe_set_local_optimizer_state(parameter, mine, key)
 
 
 def _ask_for_a_gradient(_part: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:

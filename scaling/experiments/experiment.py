@@ -1,75 +1,68 @@
-"""What every experiment is made of: named points, how one is measured, and what all conclude."""
+"""What every experiment is: options, the points they ask for, how one is measured, what follows."""
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 
-from scaling.parallel.collectives import Group
+from scaling.experiments.options import Checked
 from scaling.runs.rows import Row
-
-
-def row(
-    case: str,
-    sp: int,
-    length: int,
-    value: int | float,
-    unit: str = "s",
-    ratio: float | None = None,
-    channels: int | None = None,
-) -> Row:
-    """A measured number, and its ratio to another side's, as the name of the case says."""
-    return {"case": case, "sp": sp, "length": length, "channels": channels, "value": value,
-            "unit": unit, "ratio": ratio}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Point:
-    """What one set of processes measures; measured once, it is not measured again."""
+    """What one set of fresh processes measures; measured once, it is not measured again."""
 
-    name: str
-    """Names its rows and its folder."""
-    ranks: int
-    """Fresh processes that measure it together; 0: the process that runs the experiment."""
-    options: Any
-    """The experiment's options, narrowed to this point."""
-    labels: Row = field(default_factory=dict)
-    """Go into its rows, also where it fails."""
+    part: str = ""
+    """Which of the experiment's measurements, or of which model."""
+    side: str = ""
+    """Which of the sides that are measured alone."""
+    length: int = 0
+    """N, tokens; 0: none or several."""
+    ranks: int = 1
+
+    @property
+    def name(self) -> str:
+        """Names its folder, and it in all rows."""
+        length = f"N{self.length}" if self.length else ""
+        words = filter(None, [self.part, self.side, length, f"sp{self.ranks}"])
+        return "_".join(words).replace(" ", "_")
+
+    @property
+    def labels(self) -> Row:
+        """Go into its rows, also where it fails."""
+        return {"point": self.name, "sp": self.ranks, "length": self.length}
 
 
-def _as_they_are(_options: Any, rows: list[Row]) -> tuple[list[Row], str]:
-    return rows, ""
+class Experiment(Checked):
+    """A dataclass: its fields are options and say what belongs to the results' identity."""
 
-
-def _nothing(_rows: list[Row], _folder: Path) -> str:
-    return ""
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """Points, how they are measured, and what they conclude."""
-
-    options: type[Any]
-    """A dataclass; what belongs to the identity of the results is said at its fields."""
-    points: Callable[[Any], list[Point]]
-    """In the order in which they are measured."""
-    measure: Callable[[Any, Group, torch.device], list[Row]]
-    """Rows of a point's options; every rank calls it and gets the same."""
-    goals: Mapping[str, tuple[str, float]] = field(default_factory=dict)
-    """Case -> how its mean should compare (">=" or "<=", number); see `summarise`."""
-    conclude: Callable[[Any, list[Row]], tuple[list[Row], str]] = _as_they_are
-    """The rows of table and figure, from the options and the rows of all points; and remarks."""
-    independent: bool = False
+    goals: ClassVar[Mapping[str, tuple[str, float]]] = {}
+    """Case -> how its mean should compare (">=" or "<=", number); see `views.table`."""
+    independent: ClassVar[bool] = False
     """Each point tells something alone: earlier points of the folder count too, and it concludes
     without those that failed."""
-    show: Callable[[list[Row], Path], str] = _nothing
-    """Further views of all points' rows, written into the folder; a line that says where."""
-    table: str = "rows.csv"
-    figure: str = "figure.png"
+
+    def points(self) -> Iterable[Point]:
+        """In the order in which they are measured."""
+        raise NotImplementedError
+
+    def measure(self, point: Point, device: torch.device) -> Iterator[Row]:
+        """What a point's ranks find; every one of them calls it and gets the same."""
+        raise NotImplementedError
+
+    def conclude(self, rows: list[Row]) -> tuple[list[Row], str]:
+        """The rows of table and figure, from those of all points; and remarks."""
+        return rows, ""
 
 
-def joined(lengths: Iterable[int]) -> str:
-    """Lengths for the name of a point that measures them all."""
-    return "N" + "-".join(map(str, sorted(lengths)))
+def row(
+    case: str, value: int | float, unit: str = "s", ratio: float | None = None, **labels: Any
+) -> Row:
+    """A measured number, and its ratio to another side's, as the name of the case says.
+
+    Args:
+        labels: what the point does not say, such as channels.
+    """
+    return {"case": case, "value": value, "unit": unit, "ratio": ratio} | labels

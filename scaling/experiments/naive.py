@@ -8,7 +8,7 @@ autograd wants is kept.
 """
 
 import math
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -25,63 +25,34 @@ from scaling.ops.tiles import Tiled
 
 GRADE = (0, 1, 1, 1, 2, 2, 2, 3)
 """Of the components s, v1 ... v3, b1 ... b3, p."""
-BLADES = (0b000, 0b001, 0b010, 0b100, 0b110, 0b101, 0b011, 0b111)
-"""Their basis blades as bit masks of e1, e2, e3."""
-SIGN = (1, 1, 1, 1, 1, -1, 1, 1)
-"""The second component of b is -e13."""
-PATHS = (
-    *("000", "110", "220", "330", "011", "101", "321", "231", "121", "211"),
-    *("022", "202", "312", "132", "112", "222", "033", "303", "123", "213"),
-)
-"""Grades of left, right and result, in the order of a product's weights."""
 
 Multivectors = Float[Tensor, "t c 8"]
 """Tokens of all rows, channels, components."""
 
 
 def straightforward(model: nn.Module) -> None:
-    """Makes a model on one process compute in the straightforward way, for rows that are full.
-
-    Its Clifford MLPs and operators are put into modules that use their parameters in another way.
-    """
-    for module in list(model.modules()):
+    """Makes a model on one process compute in the straightforward way, for rows that are full."""
+    replaced = {clifford.CliffordMLP: clifford_mlp, HyenaBlock: expanded_operator}
+    for module in model.modules():
         if isinstance(module, Tiled):
             module.execution, module.runs_whole = Execution(), True
-        for name, child in module.named_children():
-            if isinstance(child, clifford.CliffordMLP):
-                setattr(module, name, DenseMLP(child))
-            elif isinstance(child, HyenaBlock):
-                setattr(module, name, ExpandedOperator(child))
+        for kind, forward in replaced.items():
+            if isinstance(module, kind):
+                module.forward = partial(forward, module)
 
 
-class DenseMLP(nn.Module):
-    """A Clifford MLP by the dense table."""
-
-    def __init__(self, mlp: clifford.CliffordMLP) -> None:
-        super().__init__()
-        self.mlp = mlp
-
-    def forward(self, x: Float[Tensor, "b d i n"]) -> Float[Tensor, "b 8 o n"]:
-        return clifford_mlp(self.mlp, x)
-
-
-class ExpandedOperator(nn.Module):
-    """An operator with the convolutions that the paper lists, on whole rows in one piece."""
-
-    def __init__(self, operator: HyenaBlock) -> None:
-        super().__init__()
-        self.operator = operator
-
-    def forward(
-        self, f: Tensor, x: Tensor, rows: MaskedRows, *features: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        operator = self.operator
-        qs, ks, vs, q, k, v = operator.project(f, x, *features, rows.mask)
-        if isinstance(operator, HyenaOperator):
-            convolved = geometric_conv((qs, q), (ks, k))
-        else:
-            convolved = scalar_conv(qs, ks), vector_conv(q, k)
-        return operator.mix(f, x, vs, v, rows.length_to(operator.power, f), *convolved)
+def expanded_operator(
+    operator: HyenaBlock, f: Tensor, x: Tensor, rows: MaskedRows, *features: Tensor
+) -> tuple[Tensor, Tensor]:
+    """With the convolutions that the paper lists, on whole rows in one piece."""
+    qs, ks, vs, q, k, v = operator.project(f, x, *features, rows.mask)
+    if isinstance(operator, HyenaOperator):
+        convolved = geometric_conv((qs, q), (ks, k))
+    else:
+        scalars = torch.fft.irfft(torch.fft.rfft(qs) * torch.fft.rfft(ks), qs.shape[-1])
+        vectors = expanded_conv(CROSS, q.flatten(0, 1), k.flatten(0, 1)).view(q.shape)
+        convolved = scalars, vectors
+    return operator.mix(f, x, vs, v, rows.length_to(operator.power, f), *convolved)
 
 
 def clifford_mlp(mlp: Any, x: Float[Tensor, "b d i n"]) -> Float[Tensor, "b 8 o n"]:
@@ -134,15 +105,12 @@ _LAYERS = {
 
 @lru_cache
 def _table() -> Float[Tensor, "20 8 8 8"]:
-    """Path, left and right component -> result, by counting swaps of basis vectors."""
-    table = torch.zeros(len(PATHS), 8, 8, 8)
-    for i, left in enumerate(BLADES):
-        for j, right in enumerate(BLADES):
-            k = BLADES.index(left ^ right)
-            swaps = sum((left >> e + 1).bit_count() * (right >> e & 1) for e in range(3))
-            path = PATHS.index(f"{GRADE[i]}{GRADE[j]}{GRADE[k]}")
-            table[path, i, j, k] = (-1) ** swaps * SIGN[i] * SIGN[j] * SIGN[k]
-    return table
+    """Path, left and right component -> result."""
+    components, paths = torch.eye(8), torch.eye(clifford.PATHS).unsqueeze(-1)
+    left = components.repeat_interleave(8, 0).view(64, 8, 1, 1)
+    right = components.repeat(8, 1).view(64, 8, 1, 1)
+    results = [clifford.geometric_product(left, right, path) for path in paths]
+    return torch.stack(results).view(-1, 8, 8, 8)
 
 
 def _by_component(values: Tensor, axis: int) -> Tensor:
@@ -156,16 +124,6 @@ def _grades(parameter: Float[Tensor, "4 c 1"]) -> Float[Tensor, "c 4"]:
 
 def _squared_norms(x: Multivectors) -> Float[Tensor, "t c 4"]:
     return torch.stack([part.square().sum(-1) for part in x.split((1, 3, 3, 1), -1)], -1)
-
-
-def scalar_conv(q: Float[Tensor, "b c n"], k: Float[Tensor, "b c n"]) -> Float[Tensor, "b c n"]:
-    return torch.fft.irfft(torch.fft.rfft(q) * torch.fft.rfft(k), q.shape[-1])
-
-
-def vector_conv(
-    q: Float[Tensor, "b c 3 n"], k: Float[Tensor, "b c 3 n"]
-) -> Float[Tensor, "b c 3 n"]:
-    return expanded_conv(CROSS, q.flatten(0, 1), k.flatten(0, 1)).view(q.shape)
 
 
 def geometric_conv(

@@ -12,6 +12,8 @@ from scaling.runs.identity import NotIdentity
 Count = Annotated[int, Ge(1)]
 Counts = Annotated[list[Count], MinLen(1)]
 Positive = Annotated[float, Gt(0)]
+Selection = Annotated[Counts, NotIdentity()]
+"""Which points are measured; others may join them later."""
 
 
 class Checked:
@@ -44,10 +46,9 @@ class StepOptions(Checked):
     """Free vector channels of the input, besides the points."""
     scalars: Annotated[int, Ge(0)] = 4
     """Scalar channels of the input."""
-    warmup_steps: Annotated[int, Ge(0)] = 1
-    steps: Count = 5
-    """Timed steps of a point; their median counts."""
     seed: int = 0
+    execution: Execution = field(default_factory=Execution)
+    """How the model runs."""
 
 
 @dataclass(kw_only=True)
@@ -56,8 +57,10 @@ class SweepOptions(StepOptions):
 
     model: dict[str, Any]
     """`name` and options."""
-    lengths: Annotated[Counts, NotIdentity()]
+    lengths: Selection
     """Tokens."""
-    sp: Annotated[Counts, NotIdentity()]
+    sp: Selection
     """Ranks that share a sequence."""
-    execution: Execution = field(default_factory=Execution)
+    warmup_steps: Annotated[int, Ge(0)] = 1
+    steps: Count = 5
+    """Timed steps of a point; their median counts."""

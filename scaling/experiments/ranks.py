@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 from pydantic import TypeAdapter
 
 from data_pipeline.errors import LongfoldError
+from scaling.experiments.experiment import Point
+from scaling.experiments.options import Running
 from scaling.experiments.registry import EXPERIMENTS
 from scaling.runs.rows import Row
 
@@ -26,10 +29,9 @@ def measure_case(case_file: Path, device: torch.device) -> list[Row]:
         LongfoldError: among others, out of memory.
     """
     case = json.loads(case_file.read_text())
-    experiment = EXPERIMENTS[case["experiment"]]
+    experiment = TypeAdapter(EXPERIMENTS[case["experiment"]]).validate_python(case["options"])
     try:
-        options = TypeAdapter(experiment.options).validate_python(case["options"])
-        return experiment.measure(options, None, device)
+        return list(experiment.measure(Point(**case["point"]), device))
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or "memory" in str(error):
             raise LongfoldError(f"out of memory: {str(error).partition(chr(10))[0]}") from None
@@ -39,41 +41,33 @@ def measure_case(case_file: Path, device: torch.device) -> list[Row]:
 def measure(
     experiment: str,
     options: dict[str, Any],
+    point: Point,
     place: Path,
-    ranks: int,
-    *,
+    running: Running,
     entry: Sequence[str],
-    threads: int,
-    timeout_s: float,
-    device: str,
 ) -> tuple[str, list[Row]]:
-    """Measures a point; "ok" and its rows, or why there are none.
+    """Measures a point under torchrun; "ok" and its rows, or why there are none.
 
     The folder `place` gets the case, the result and what the ranks said.
 
     Args:
-        ranks: fresh processes, under torchrun; 0: this process.
         entry: arguments of torchrun that start one rank, before case.json, result.json and device.
     """
     place.mkdir(parents=True, exist_ok=True)
     case_file, result, log = place / "case.json", place / "result.json", place / "log.txt"
-    case_file.write_text(json.dumps({"experiment": experiment, "options": options}))
-    if ranks == 0:
-        try:
-            return "ok", measure_case(case_file, torch.device("cpu"))
-        except LongfoldError as error:
-            return str(error), []
+    case = {"experiment": experiment, "options": options, "point": asdict(point)}
+    case_file.write_text(json.dumps(case))
     result.unlink(missing_ok=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-               str(ranks), *entry, str(case_file), str(result), device]  # fmt: skip
+               str(point.ranks), *entry, str(case_file), str(result), running.device]  # fmt: skip
     with log.open("w") as output:
         began = time.monotonic()
         # Told to stop, this process would leave its ranks running.
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-        environ = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        environ = os.environ | {"OMP_NUM_THREADS": str(running.threads)}
         child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environ)
         try:
-            code = child.wait(timeout_s)
+            code = child.wait(running.timeout_s)
         except BaseException as error:
             # torchrun ends its ranks on SIGTERM; SIGKILL would leave them running.
             child.send_signal(signal.SIGTERM)

@@ -1,27 +1,25 @@
 """The experiments by name."""
 
-from scaling.experiments.cases import (
-    attention,
-    clifford,
-    convert,
-    data,
-    long_conv,
-    machine,
-    scaling,
-    sweep,
-    train_step,
-)
+from scaling.experiments.cases.attention import Attention
+from scaling.experiments.cases.clifford import Clifford
+from scaling.experiments.cases.convert import Convert
+from scaling.experiments.cases.data import Data
+from scaling.experiments.cases.long_conv import LongConv
+from scaling.experiments.cases.machine import Machine
+from scaling.experiments.cases.scaling import Scaling
+from scaling.experiments.cases.sweep import Sweep
+from scaling.experiments.cases.train_step import TrainStep
 from scaling.experiments.experiment import Experiment
 
-BENCHES: dict[str, Experiment] = {
-    "attention": attention.BENCH,
-    "clifford": clifford.BENCH,
-    "convert": convert.BENCH,
-    "data": data.BENCH,
-    "long_conv": long_conv.BENCH,
-    "machine": machine.BENCH,
-    "scaling": scaling.BENCH,
-    "train_step": train_step.BENCH,
+BENCHES: dict[str, type[Experiment]] = {
+    "attention": Attention,
+    "clifford": Clifford,
+    "convert": Convert,
+    "data": Data,
+    "long_conv": LongConv,
+    "machine": Machine,
+    "scaling": Scaling,
+    "train_step": TrainStep,
 }
 """Those of `python -m launch bench`."""
-EXPERIMENTS = BENCHES | {"sweep": sweep.SWEEP}
+EXPERIMENTS = BENCHES | {"sweep": Sweep}

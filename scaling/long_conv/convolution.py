@@ -1,14 +1,14 @@
 """Long convolutions as one trilinear form, on one process or on a cyclic shard.
 
-The operands' streams are transformed and exchanged together: one all-to-all brings the spectra of
-q and k, one takes the result back; the same number again for the gradients. Channels go in chunks
-of bounded memory, and while one chunk's exchange is under way another's transforms run.
+The operands are transformed and exchanged together: one all-to-all brings the spectra of q and k,
+one takes the result back; the same number again for the gradients. Channels go in chunks of bounded
+memory, and while one chunk's exchange is under way another's transforms run.
 """
 
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
-from math import prod
+from itertools import islice
 from typing import Any
 
 import torch
@@ -19,62 +19,29 @@ from torch.autograd.function import once_differentiable
 from scaling.long_conv.form import ROLES, Part, Role, TrilinearForm
 from scaling.long_conv.products import Block, multiply
 from scaling.long_conv.rows import RowGroup
-from scaling.long_conv.transform import Spectra, Streams, Transform
+from scaling.long_conv.transform import Layout, Phases, Transform
 from scaling.parallel.telemetry import timed
 
 IN_FLIGHT = 2
 """Chunks of channels under way at once."""
-TOGETHER = 3
-"""Streams from which MKL's time for one no longer falls by a factor with their number."""
 
-Tokens = Float[Tensor, "_ channel _ n_local"]
-
-
-@dataclass
-class Stack:
-    """Parts whose streams are transformed as one tensor, one part behind the other."""
-
-    group: RowGroup
-    shapes: dict[Part, tuple[int, int, int]]
-    """Channels, components and rows."""
-
-    @property
-    def streams(self) -> Streams:
-        return self.group.frequencies, sum(map(prod, self.shapes.values()))
-
-    def split(self, x: Tensor) -> dict[Part, Tensor]:
-        """(..., stream, *) -> (..., channel, component, row, *) of each part."""
-        pieces = x.split([prod(shape) for shape in self.shapes.values()], -2)
-        return {
-            part: piece.unflatten(-2, shape)
-            for (part, shape), piece in zip(self.shapes.items(), pieces, strict=True)
-        }
+Tokens = Float[Tensor, "_row channel _component n_local"]
 
 
 @dataclass
 class Convolution:
     """What is multiplied, and where the tokens of every role lie."""
 
-    product: TrilinearForm
+    form: TrilinearForm
     groups: list[RowGroup]
     transform: Transform
     rows: dict[Role, int]
     """Rows of each role's tensors; a static k has one for all."""
-    covered: bool
-    """Whether every token of every tensor is in one body, so that each is written once."""
     differentiable: bool
     workspace_bytes: int
-    in_place: bool = False
-    """Whether tensors are transformed where they lie, without being copied into one."""
 
     def __call__(self, q: list[Tokens], k: list[Tokens]) -> tuple[Tokens, ...]:
         """The parts of u."""
-        self.in_place = (
-            [group.is_one_full_row(q[0].shape[-1]) for group in self.groups] == [True]
-            and set(self.rows.values()) == {1}
-            and q[0].dtype == self.transform.dtype.to_real()
-            and all(x.shape[1] * x.shape[2] >= TOGETHER for x in (*q, *k))
-        )
         return _LongConv.apply(self, *q, *k)
 
     def run(
@@ -84,30 +51,32 @@ class Convolution:
         wanted: Sequence[Role],
         keep: bool,
     ) -> tuple[dict[Part, Tokens], list[list[Block]]]:
-        """The wanted roles' tensors, from tokens and, by chunk, spectra of the others; and, to be
-        kept, the spectra of the tokens."""
+        """The wanted roles' tensors, from tokens and, by chunk and group, spectra of the others;
+        and, to be kept, the spectra of the tokens."""
         some = next(iter(tokens.values()))
         _, channels, _, n_local = some.shape
-        chunks = self._chunks(channels)
-        sizes = {part: self.product.sizes[part[0]][part[1]] for part in self.product.parts(*wanted)}
-        results: dict[Part, Tokens] = {}
-        if not self.in_place or len(chunks) > 1:
-            new = some.new_empty if self.covered else some.new_zeros
-            results = {
-                part: new(self.rows[part[0]], channels, size, n_local)
-                for part, size in sizes.items()
-            }
+        chunks = self.chunks(channels)
+        results = {}
+        for role in wanted:
+            new = some.new_empty if self._is_ready(role, channels, n_local) else some.new_zeros
+            for number, size in enumerate(self.form.sizes[role]):
+                results[role, number] = new(self.rows[role], channels, size, n_local)
         spectra: list[list[Block]] = [[] for _ in chunks]
         interleave(
-            self._chunk(tokens, old, sizes, results, chunk, new if keep else None)
+            self._chunk(tokens, old, results, chunk, new if keep else None)
             for chunk, old, new in zip(chunks, kept or spectra, spectra, strict=True)
         )
         return results, spectra
 
-    def _chunks(self, channels: int) -> list[slice]:
+    def _is_ready(self, role: Role, channels: int, n_local: int) -> bool:
+        """Whether what comes back is a role's tensor already, and need not be copied into it."""
+        whole = [group.is_tensor(role, self.rows[role], n_local) for group in self.groups]
+        return whole == [True] and len(self.chunks(channels)) == 1
+
+    def chunks(self, channels: int) -> list[slice]:
         """Channels that are worked on at once; the same on every rank."""
         numbers = sum(
-            group.count[role] * self.product.components(role) * group.frequencies.tokens
+            group.count[role] * self.form.components(role) * group.frequencies.local
             for group in self.groups
             for role in ROLES
         )
@@ -121,97 +90,62 @@ class Convolution:
         self,
         tokens: dict[Part, Tokens],
         kept: list[Block],
-        wanted: Iterable[Part],
         results: dict[Part, Tokens],
         chunk: slice,
         keep: list[Block] | None,
     ) -> Generator[None, None, None]:
         """One chunk of channels; pauses while an exchange is under way."""
-        channels = chunk.stop - chunk.start
-        tokens = {part: x[:, chunk] for part, x in tokens.items()}
-        stacks = self._stacks(tokens, channels)
-        streams = [stack.streams for stack in stacks]
-        pending = self.transform.start(self._fill(tokens, stacks), streams)
-        yield
-        fresh = self._blocks(self.transform.finish(pending, streams), stacks)
+        real = self.transform.dtype.to_real()
+        phases = self.transform.to_phases(
+            [
+                group.fill(role, x[:, chunk], real)
+                for group in self.groups
+                for (role, _), x in tokens.items()
+            ],
+            self._layout(tokens, chunk),
+        )
+        fresh = self._by_group((yield from phases), tokens)
         if keep is not None:
             keep += fresh
-        stacks = self._stacks(wanted, channels)
-        streams = [stack.streams for stack in stacks]
-        product = self.transform.empty(streams)
-        blocks = self._blocks(product, stacks)
-        self._multiply(fresh, kept, blocks, keep is not None)
-        del fresh, pending  # before room is made for what comes back
-        pending = self.transform.start_back(product, streams)
-        del product, blocks
-        yield
-        back = self.transform.finish_back(pending, streams)
-        for stack, x in zip(stacks, back, strict=True):
-            for part, rows in stack.split(x).items():
-                if part in results:
-                    stack.group.read(part[0], rows, results[part][:, chunk])
-                else:  # rows are the result; autograd lets nobody change one that is a view
-                    shape = [rows.shape[axis] for axis in (2, 0, 1, 3)]
-                    results[part] = torch.ops.aten._unsafe_view(rows, shape)
+        layout = self._layout(results, chunk)
+        wire = self.transform.empty(layout)
+        products = self._by_group(self.transform.phases(wire, layout), results)
+        for number, group in enumerate(self.groups):
+            old = kept[number] if kept else {}
+            multiply(self.form, group, fresh[number], old, products[number], keep is not None)
+        rows = self.transform.to_rows(wire, layout)
+        del fresh, products, wire  # before room is made for what comes back
+        back = iter((yield from rows))
+        for group in self.groups:
+            for (role, number), x in results.items():
+                if self._is_ready(role, x.shape[1], x.shape[3]):
+                    results[role, number] = next(back).to(x.dtype)
+                else:
+                    group.read(role, next(back), x[:, chunk])
 
-    def _multiply(
-        self, fresh: list[Block], kept: list[Block], results: list[Block], keep: bool
-    ) -> None:
-        bins = ((group, bins) for group in self.groups for bins in group.frequencies.parts)
-        old = kept or [{} for _ in fresh]
-        for (group, some), *blocks in zip(bins, fresh, old, results, strict=True):
-            multiply(self.product, group, some, *blocks, keep=keep)
-
-    def _stacks(self, parts: Iterable[Part], channels: int) -> list[Stack]:
-        shapes = [
-            (
-                group,
-                {(r, n): (channels, self.product.sizes[r][n], group.count[r]) for r, n in parts},
-            )
+    def _layout(self, parts: Iterable[Part], chunk: slice) -> Layout:
+        channels = chunk.stop - chunk.start
+        return [
+            (group.frequencies, (group.count[role], channels, self.form.sizes[role][number]))
             for group in self.groups
+            for role, number in parts
         ]
-        if self.in_place:
-            ((group, every),) = shapes
-            return [Stack(group, {part: shape}) for part, shape in every.items()]
-        return [Stack(group, every) for group, every in shapes]
 
-    def _fill(self, tokens: dict[Part, Tokens], stacks: list[Stack]) -> list[Tensor]:
-        """Tokens (stream, token) of every stack."""
-        if self.in_place:
-            return [x.flatten(0, -2) for x in tokens.values()]
-        filled = []
-        for stack in stacks:
-            filled.append(self.transform.tokens(stack.streams))
-            for part, rows in stack.split(filled[-1]).items():
-                stack.group.fill(part[0], tokens[part], rows)
-        return filled
-
-    def _blocks(self, spectra: Spectra, stacks: list[Stack]) -> list[Block]:
-        """Every group's parts of frequencies, one behind the other."""
-        blocks: dict[tuple[int, int], Block] = {}
-        parts = iter(spectra.parts)
-        for stack in stacks:
-            for number in range(len(stack.group.frequencies.parts)):
-                block = blocks.setdefault((id(stack.group), number), {})
-                block.update(stack.split(next(parts)))
-        return list(blocks.values())
+    def _by_group(self, phases: list[Phases], parts: Iterable[Part]) -> list[Block]:
+        each = iter(phases)
+        return [{part: next(each) for part in parts} for _ in self.groups]
 
 
 def interleave(tasks: Iterable[Generator[None, None, None]]) -> None:
     """Runs generators in turn, IN_FLIGHT at once: where one pauses the next goes on."""
-    waiting, running = iter(tasks), deque[Generator[None, None, None]]()
+    waiting, running, end = iter(tasks), deque[Generator[None, None, None]](), object()
     while True:
-        while len(running) < IN_FLIGHT and (task := next(waiting, None)) is not None:
-            next(task)
-            running.append(task)
+        running.extendleft(islice(waiting, IN_FLIGHT - len(running)))  # what is new goes first
         if not running:
             return
         task = running.popleft()
-        try:
-            next(task)
-        except StopIteration:
-            continue
-        running.append(task)
+        if next(task, end) is not end:
+            running.append(task)
 
 
 class _LongConv(torch.autograd.Function):
@@ -219,28 +153,26 @@ class _LongConv(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, convolution: Convolution, *operands: Tensor) -> tuple[Tensor, ...]:
-        ctx.convolution, ctx.parts = convolution, convolution.product.parts("q", "k")
+        ctx.convolution, ctx.parts = convolution, convolution.form.parts("q", "k")
         keep = convolution.differentiable and any(ctx.needs_input_grad)
         tokens = dict(zip(ctx.parts, operands, strict=True))
         results, spectra = convolution.run(tokens, [], ["u"], keep)
-        ctx.blocks = len(spectra), len(spectra[0]) if spectra else 0
         ctx.save_for_backward(
             *[block[part] for chunk in spectra for block in chunk for part in ctx.parts]
         )
-        return tuple(results[part] for part in convolution.product.parts("u"))
+        return tuple(results.values())
 
     @staticmethod
     @once_differentiable
     @timed("transforms")
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         convolution, spectra = ctx.convolution, iter(ctx.saved_tensors)
-        chunks, blocks = ctx.blocks
         kept = [
-            [{part: next(spectra) for part in ctx.parts} for _ in range(blocks)]
-            for _ in range(chunks)
+            [{part: next(spectra) for part in ctx.parts} for _ in convolution.groups]
+            for _ in convolution.chunks(grads[0].shape[1])
         ]
         needed = dict(zip(ctx.parts, ctx.needs_input_grad[1:], strict=True))
         wanted = [role for role in ("q", "k") if any(needed[p] for p in ctx.parts if p[0] == role)]
-        tokens = dict(zip(convolution.product.parts("u"), grads, strict=True))
+        tokens = dict(zip(convolution.form.parts("u"), grads, strict=True))
         gradients, _ = convolution.run(tokens, kept, wanted, keep=False)
         return None, *[gradients.get(part) for part in ctx.parts]

@@ -39,12 +39,12 @@ class TrilinearForm:
     def contract(
         self,
         role: Role,
-        others: dict[Part, Complex[Tensor, "*axes _ row k"]],
-        out: dict[Part, Complex[Tensor, "*axes _ row k"]],
+        others: dict[Part, Complex[Tensor, "... _ k"]],
+        out: dict[Part, Complex[Tensor, "... _ k"]],
     ) -> None:
-        """Writes the form's derivative by `role` into its parts; components before row and k."""
+        """Writes the form's derivative by `role` into its parts; components stand before k."""
         x, y, o = (
-            [c for part in self.parts(r) for c in (out if r == role else others)[part].unbind(-3)]
+            [c for part in self.parts(r) for c in (out if r == role else others)[part].unbind(-2)]
             for r in (*(r for r in ROLES if r != role), role)
         )
         place = ROLES.index(role)
@@ -90,32 +90,24 @@ def trilinear_form(
 
 
 def ramp(
-    start: int,
-    step: int,
-    count: int,
-    turns: Sequence[int],
-    modulus: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Complex[Tensor, "turn {count}"]:
-    """exp(2πi (start + step·j) t / modulus) for every t of `turns` and j < count.
+    numbers: range, turns: Sequence[int], modulus: int, dtype: torch.dtype, device: torch.device
+) -> Complex[Tensor, "turn number"]:
+    """exp(2πi j t / modulus) for every t of `turns` and j of `numbers`, which has steps of 1.
 
     Integers are reduced before they become angles, so that no digit is lost at any length; the
     exponentials are products of two short tables, so that few sines are taken.
     """
-    block = max(1, 1 << (count.bit_length() // 2))
+    block = 1 << (len(numbers).bit_length() // 2)
     t = torch.tensor(turns, pin_memory=device.type == "cuda").unsqueeze(1)
     t = t.to(device, non_blocking=True)  # pinned: the host does not wait
 
-    def table(first: int, stride: int, size: int) -> Tensor:
-        places = (first + stride * torch.arange(size, device=device)) % modulus
-        angle = (places * t % modulus).double() * (2 * torch.pi / modulus)
-        return torch.polar(torch.ones_like(angle), angle)
+    def table(some: range) -> Complex[Tensor, "turn some"]:
+        j = torch.arange(some.start, some.stop, some.step, device=device) % modulus
+        angle = (j * t % modulus).double() * (2 * torch.pi / modulus)
+        return torch.polar(torch.ones_like(angle), angle).to(dtype)
 
-    coarse = table(start, step * block, -(-count // block))
-    fine = table(0, step, block)
-    both = coarse.to(dtype).unsqueeze(2) * fine.to(dtype).unsqueeze(1)
-    return both.flatten(1)[:, :count]
+    coarse, fine = table(numbers[::block]), table(range(block))
+    return (coarse.unsqueeze(2) * fine.unsqueeze(1)).flatten(1)[:, : len(numbers)]
 
 
 def transform_length(length: int, ranks: int, wraps: Sequence[int] | None) -> tuple[int, bool]:

@@ -1,7 +1,6 @@
 """What a long convolution accepts, and what it says of the rest."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -21,17 +20,6 @@ Operand = tuple[Tensor | None, Tensor | None]
 """Scalars (..., n) and vectors (..., 3, n)."""
 
 
-@dataclass
-class Call:
-    """A convolution's arguments besides its operands: see scalar_long_conv."""
-
-    shard: SequenceShard | None
-    padding: Padding
-    lengths: Lengths | None
-    bodies: Bodies | None
-    workspace_bytes: int
-
-
 def batch_shape(operand: Operand) -> tuple[int, ...]:
     scalars, vectors = operand
     if scalars is not None:
@@ -44,11 +32,8 @@ def choose_terms(q: Operand, k: Operand, terms: Sequence[str] | None) -> tuple[s
     """The terms in their order; None: all that the operands allow.
 
     Raises:
-        ShapeError: an operand is empty or contradicts itself.
         ConfigError: an unknown term, one that lacks an operand, or an operand without a term.
     """
-    _check_operand(q)
-    _check_operand(k)
     (qs, qv), (ks, kv) = ([x is not None for x in operand] for operand in (q, k))
     takes: dict[str, list[bool]] = {  # qs, q, ks, k
         "scalar": [qs and ks, False, qs and ks, False],
@@ -71,16 +56,23 @@ def choose_terms(q: Operand, k: Operand, terms: Sequence[str] | None) -> tuple[s
     return names
 
 
-def check(q: Operand, k: Operand, call: Call) -> Bodies | None:
+def check(
+    q: Operand,
+    k: Operand,
+    shard: SequenceShard | None,
+    padding: Padding,
+    lengths: Lengths | None,
+    bodies: Bodies | None,
+    workspace_bytes: int,
+) -> Bodies | None:
     """The bodies of every row, if they are not all full rows; the only place that may wait for the
     device, where lengths are a tensor. Every rank checks the same facts, so all raise or none."""
-    if call.padding not in get_args(Padding):
-        raise ConfigError(f"unknown padding {call.padding!r}; use one of {get_args(Padding)}")
-    shard = call.shard
+    if padding not in get_args(Padding):
+        raise ConfigError(f"unknown padding {padding!r}; use one of {get_args(Padding)}")
     if shard is not None and shard.layout != "cyclic":
         raise ConfigError(f"a long convolution needs a cyclic shard, not {shard.layout}")
-    if call.workspace_bytes < 1:
-        raise ConfigError(f"workspace_bytes={call.workspace_bytes} must be 1 or more")
+    if workspace_bytes < 1:
+        raise ConfigError(f"workspace_bytes={workspace_bytes} must be 1 or more")
     for operand in (q, k):
         _check_operand(operand)
     some, kernel = (next(x for x in operand if x is not None) for operand in (q, k))
@@ -100,15 +92,29 @@ def check(q: Operand, k: Operand, call: Call) -> Bodies | None:
     if shard is not None and some.shape[-1] != shard.n_local:
         raise ShapeError(f"{shard} holds {shard.n_local} tokens, but q is {tuple(some.shape)}")
     total = some.shape[-1] if shard is None else shard.length
-    if call.lengths is None and call.bodies is None:
-        return None
-    if call.lengths is not None and call.bodies is not None:
+    if lengths is not None and bodies is not None:
         raise ConfigError("give lengths or bodies: bodies bring their own lengths")
-    if call.bodies is not None:
-        _check_bodies(call.bodies, batch, some, total)
-        return call.bodies
-    assert call.lengths is not None
-    return [[length] for length in _host_lengths(call.lengths, batch, some, total)]
+    if isinstance(lengths, Tensor):
+        if lengths.dtype not in (torch.int32, torch.int64) or lengths.ndim != 1:
+            raise ShapeError(
+                f"lengths {tuple(lengths.shape)} {lengths.dtype}: give one int64 a row of the first"
+                f" axis of {tuple(some.shape)}"
+            )
+        lengths = lengths.tolist()
+    name, rows = ("bodies", bodies) if lengths is None else ("lengths", [[n] for n in lengths])
+    if rows is None:
+        return None
+    if not batch or len(rows) != batch[0]:
+        raise ShapeError(
+            f"{name} of {len(rows)} rows must be one a row of the first axis of {tuple(some.shape)}"
+        )
+    for row, each in enumerate(rows):
+        if not all(isinstance(n, int) and n >= 0 for n in each) or sum(each) > total:
+            raise ShapeError(
+                f"{name} of row {row} are {list(each)}: use ints >= 0 that make at most the row's"
+                f" {total} tokens"
+            )
+    return rows
 
 
 def _check_operand(operand: Operand) -> None:
@@ -126,37 +132,3 @@ def _check_operand(operand: Operand) -> None:
             f"scalars {tuple(scalars.shape)} and vectors {tuple(vectors.shape)} disagree, or"
             f" {scalars.dtype} and {vectors.dtype} do"
         )
-
-
-def _host_lengths(
-    lengths: Lengths, batch: tuple[int, ...], some: Tensor, total: int
-) -> Sequence[int]:
-    if isinstance(lengths, Tensor):
-        if lengths.dtype not in (torch.int32, torch.int64):
-            raise ShapeError(f"lengths are {lengths.dtype}; count tokens in int64")
-        if lengths.ndim == 1:
-            lengths = lengths.tolist()
-    if isinstance(lengths, Tensor) or not batch or len(lengths) != batch[0]:
-        said = tuple(lengths.shape) if isinstance(lengths, Tensor) else lengths
-        raise ShapeError(
-            f"lengths {said} must be one a row of the first axis of {tuple(some.shape)}"
-        )
-    if not all(isinstance(length, int) and 0 <= length <= total for length in lengths):
-        raise ShapeError(f"lengths {lengths} must be integers between 0 and {total}")
-    return lengths
-
-
-def _check_bodies(bodies: Bodies, batch: tuple[int, ...], some: Tensor, total: int) -> None:
-    if not batch or len(bodies) != batch[0]:
-        raise ShapeError(
-            f"bodies of {len(bodies)} rows must be one list a row of the first axis of"
-            f" {tuple(some.shape)}"
-        )
-    for row, lengths in enumerate(bodies):
-        if not all(isinstance(length, int) for length in lengths):
-            raise ShapeError(f"bodies of row {row} are {lengths!r}; use a list of ints")
-        if any(length < 0 for length in lengths) or sum(lengths) > total:
-            raise ShapeError(
-                f"bodies of row {row} make {sum(lengths)} tokens (shortest {min(lengths)}), but a"
-                f" row holds {total}"
-            )

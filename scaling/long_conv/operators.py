@@ -26,7 +26,6 @@ from scaling.long_conv.convolution import Convolution
 from scaling.long_conv.form import trilinear_form
 from scaling.long_conv.operands import (
     Bodies,
-    Call,
     Lengths,
     Operand,
     Padding,
@@ -78,8 +77,15 @@ def scalar_long_conv(
         ShapeError: q, k, lengths, bodies and the shard disagree (shows shapes and dtypes).
         ConfigError: unknown padding, a shard whose layout is not cyclic, lengths and bodies both.
     """
-    call = Call(shard, padding, lengths, bodies, workspace_bytes)
-    (u,) = _convolve((q, None), (k, None), ("scalar",), call)
+    (u,) = geometric_long_conv(
+        (q, None),
+        (k, None),
+        shard,
+        padding,
+        lengths,
+        bodies=bodies,
+        workspace_bytes=workspace_bytes,
+    )
     return u
 
 
@@ -97,11 +103,20 @@ def vector_long_conv(
 
     Polar q and k give an axial u. Everything else is as in `scalar_long_conv`.
     """
-    call = Call(shard, padding, lengths, bodies, workspace_bytes)
-    (u,) = _convolve((None, q), (None, k), ("cross",), call)
+    (u,) = geometric_long_conv(
+        (None, q),
+        (None, k),
+        shard,
+        padding,
+        lengths,
+        terms=("cross",),
+        bodies=bodies,
+        workspace_bytes=workspace_bytes,
+    )
     return u
 
 
+@timed("transforms")
 def geometric_long_conv(
     q: tuple[Float[Tensor, "*b n"] | None, Float[Tensor, "*b 3 n"] | None],
     k: tuple[Float[Tensor, "*c n"] | None, Float[Tensor, "*c 3 n"] | None],
@@ -124,19 +139,10 @@ def geometric_long_conv(
             that are wanted. Results that no term makes are left out of the tuple; an operand that
             no term takes must be None. None: all terms that the operands allow.
     """
-    call = Call(shard, padding, lengths, bodies, workspace_bytes)
-    return _convolve(q, k, terms, call)
-
-
-@timed("transforms")
-def _convolve(
-    q: Operand, k: Operand, terms: Sequence[str] | None, call: Call
-) -> tuple[Tensor, ...]:
-    """The results that the terms make."""
-    bodies = check(q, k, call)
+    bodies = check(q, k, shard, padding, lengths, bodies, workspace_bytes)
     names = choose_terms(q, k, terms)
     some = next(x for x in q if x is not None)
-    shard = None if call.shard is None or call.shard.size == 1 else call.shard
+    shard = None if shard is None or shard.size == 1 else shard
     total = some.shape[-1] if shard is None else shard.length
 
     # Tensors get four axes: rows, channels, components, tokens. A static k has one row for all.
@@ -145,7 +151,6 @@ def _convolve(
     rows = batch[0] if by_row else prod(batch[: len(batch) - len(kernel)])
     channels = prod(batch[1:]) if by_row else prod(kernel)
     kernel = batch[1:] if static and by_row else kernel
-    kernels = 1 if static else rows
 
     def with_four_axes(operand: Operand, shape: tuple[int, ...], rows: int) -> list[Tensor]:
         scalars, vectors = operand
@@ -157,19 +162,18 @@ def _convolve(
         ]
 
     bodies = [[total]] * rows if bodies is None else bodies
-    dtype = torch.promote_types(some.dtype, torch.float32)
+    dtype = torch.promote_types(some.dtype, torch.float32).to_complex()
     convolution = Convolution(
         trilinear_form(
             (q[0] is not None, k[0] is not None), (q[1] is not None, k[1] is not None), names
         ),
-        row_groups(
-            bodies if channels else [], call.padding == "circular", static, shard, some.device
-        ),
+        row_groups(bodies if channels else [], padding == "circular", static, shard),
         Transform(shard, dtype, some.device, "long_conv"),
-        {"q": rows, "k": kernels, "u": rows},
-        not static and all(sum(lengths) == total for lengths in bodies),
+        {"q": rows, "k": 1 if static else rows, "u": rows},
         torch.is_grad_enabled(),
-        call.workspace_bytes,
+        workspace_bytes,
     )
-    results = convolution(with_four_axes(q, batch, rows), with_four_axes(k, kernel, kernels))
+    results = convolution(
+        with_four_axes(q, batch, rows), with_four_axes(k, kernel, convolution.rows["k"])
+    )
     return tuple(u.reshape(*batch, *([] if u.shape[2] == 1 else [3]), u.shape[-1]) for u in results)

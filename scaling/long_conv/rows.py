@@ -11,11 +11,11 @@ from jaxtyping import Complex, Float
 from torch import Tensor
 
 from scaling.long_conv.form import Role, fast_length, padded_length, transform_length
-from scaling.long_conv.transform import Bins, Frequencies, frequencies
+from scaling.long_conv.transform import Frequencies
 from scaling.parallel.shard import SequenceShard
 
-Tokens = Float[Tensor, "row channel component n_local"]
-Rows = Float[Tensor, "channel component group_row place"]
+Tokens = Float[Tensor, "_row channel component n_local"]
+Rows = Float[Tensor, "_group_row channel component place"]
 
 
 class Body(NamedTuple):
@@ -61,39 +61,40 @@ class RowGroup:
     wraps: list[int]
     """Lengths at which each row's result is folded; one if all are the same, none if nothing is."""
 
-    def is_one_full_row(self, n_local: int) -> bool:
-        """Whether this rank's tokens of a tensor with one row are the group's only row already."""
-        whole = [run.tokens for runs in self.runs.values() for run in runs] == [
-            slice(0, n_local)
-        ] * 3
-        return whole and self.frequencies.tokens == n_local
+    def is_tensor(self, role: Role, rows: int, n_local: int) -> bool:
+        """Whether the group's rows of a role are those of its tensor, as they lie."""
+        everything = Run(slice(0, rows), slice(0, rows), slice(0, n_local), slice(0, n_local))
+        return self.runs[role] == [everything] and self.frequencies.local == n_local
 
-    def fill(self, role: Role, x: Tokens, out: Rows) -> None:
-        """Puts tokens into rows, with zeros around, whatever else the tensor holds."""
+    def fill(self, role: Role, x: Tokens, dtype: torch.dtype) -> Rows:
+        """Tokens in rows, with zeros around, whatever else the tensor holds."""
+        if self.is_tensor(role, len(x), x.shape[-1]):
+            return x.to(dtype)
+        shape = (self.count[role], *x.shape[1:3], self.frequencies.local)
+        filled = x.new_empty(shape, dtype=dtype)
         for run in self.runs[role]:
-            rows = out[:, :, run.rows]
+            rows = filled[run.rows]
             rows[..., : run.places.start] = 0
-            rows[..., run.places] = x[run.sources, ..., run.tokens].permute(1, 2, 0, 3)
+            rows[..., run.places] = x[run.sources, ..., run.tokens]
             rows[..., run.places.stop :] = 0
+        return filled
 
     def read(self, role: Role, rows: Rows, out: Tokens) -> None:
         """Puts tokens of rows back; adds where bodies share those of a static k."""
         for run in self.runs[role]:
-            tokens = rows[:, :, run.rows, run.places].permute(2, 0, 1, 3)
+            tokens = rows[run.rows, ..., run.places]
             goal = out[run.sources, ..., run.tokens]
             goal.add_(tokens) if self.static and role == "k" else goal.copy_(tokens)
 
-    def factor(
-        self, bins: Bins, dtype: torch.dtype, device: torch.device
-    ) -> Complex[Tensor, "rank phase 1 #row k"] | None:
+    def factor(self, dtype: torch.dtype, device: torch.device) -> Complex[Tensor, "_ _ k"] | None:
         """What the product's spectrum is multiplied with; None: nothing."""
         factor = None
         if any(self.shifts):
-            factor = self.frequencies.exponentials(bins, self.shifts, dtype, device)
+            factor = self.frequencies.exponentials(self.shifts, dtype, device)
         if self.wraps:
-            fold = 1 + self.frequencies.exponentials(bins, self.wraps, dtype, device)
+            fold = 1 + self.frequencies.exponentials(self.wraps, dtype, device)
             factor = fold if factor is None else fold * factor
-        return None if factor is None else factor.unsqueeze(2)
+        return factor
 
 
 def row_groups(
@@ -101,13 +102,12 @@ def row_groups(
     circular: bool,
     static: bool,
     shard: SequenceShard | None,
-    device: torch.device,
 ) -> list[RowGroup]:
     """Bodies of like length in one group: their transforms differ by less than a factor of two.
 
     bodies: their lengths in each row of the first axis, one behind the other.
     """
-    ranks = 1 if shard is None else shard.size
+    rank, ranks = (0, 1) if shard is None else (shard.rank, shard.size)
     groups: defaultdict[int, list[Body]] = defaultdict(list)
     for row, lengths in enumerate(bodies):
         start = 0
@@ -117,17 +117,10 @@ def row_groups(
                     Body(row, start, length)
                 )
             start += length
-    return [_group(groups[size], circular, static, shard, device) for size in sorted(groups)]
+    return [_group(groups[size], circular, static, rank, ranks) for size in sorted(groups)]
 
 
-def _group(
-    bodies: list[Body],
-    circular: bool,
-    static: bool,
-    shard: SequenceShard | None,
-    device: torch.device,
-) -> RowGroup:
-    ranks = 1 if shard is None else shard.size
+def _group(bodies: list[Body], circular: bool, static: bool, rank: int, ranks: int) -> RowGroup:
     shifts = [body.start % ranks for body in bodies]
     lengths = sorted({body.length for body in bodies})
     wraps = [body.length for body in bodies] if circular else None
@@ -137,13 +130,12 @@ def _group(
         total, fold = transform_length(lengths[-1], ranks, wraps)
     beyond = max(-(-(s + b.length) // ranks) for s, b in zip(shifts, bodies, strict=True))
     local = total // ranks if total // ranks >= beyond else fast_length(beyond)
-    bins = frequencies(local, shard, device)
-    data = _runs(bodies, bins)
+    data = _runs(bodies, rank, ranks)
     shared = static and (len(lengths) == 1 or not circular)
     kernels = lengths[-1:] if shared else [body.length for body in bodies]
-    kernel = _runs([Body(0, 0, length) for length in kernels], bins) if static else data
+    kernel = _runs([Body(0, 0, length) for length in kernels], rank, ranks) if static else data
     return RowGroup(
-        bins,
+        Frequencies(local, rank, ranks),
         {"q": data, "k": kernel, "u": data},
         {"q": len(bodies), "k": len(kernels), "u": len(bodies)},
         static,
@@ -156,7 +148,7 @@ def _alike(numbers: list[int]) -> list[int]:
     return numbers[:1] if len(set(numbers)) == 1 else numbers
 
 
-def _runs(bodies: list[Body], bins: Frequencies) -> list[Run]:
+def _runs(bodies: list[Body], rank: int, ranks: int) -> list[Run]:
     """Where the bodies' tokens on this rank lie; neighbouring rows that are alike make one run."""
     runs = []
     alike = groupby(enumerate(bodies), lambda pair: (pair[1].row - pair[0], *pair[1][1:]))
@@ -164,7 +156,7 @@ def _runs(bodies: list[Body], bins: Frequencies) -> list[Run]:
         numbers = [number for number, _ in members]
         rows = slice(numbers[0], numbers[-1] + 1)
         sources = slice(rows.start + above, rows.stop + above)
-        first, stop = (-(-(edge - bins.rank) // bins.ranks) for edge in (start, start + length))
-        before = start // bins.ranks
+        first, stop = (-(-(edge - rank) // ranks) for edge in (start, start + length))
+        before = start // ranks
         runs.append(Run(rows, sources, slice(first, stop), slice(first - before, stop - before)))
     return runs

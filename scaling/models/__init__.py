@@ -1,5 +1,6 @@
 """One file a model; models hold no process group."""
 
+from bisect import bisect_left
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ MODELS: dict[str, type[Model]] = {
     "se3_hyena": SE3Hyena,
     "se3_hyena_paper": SE3HyenaPaper,
 }
+WIDTHS = range(1, 1 << 16)
+"""That `build(parameters=...)` chooses from."""
 
 
 def build(
@@ -57,11 +60,5 @@ def nearest_width(name: str, parameters: int, options: dict[str, Any]) -> int:
             model = MODELS[name](**(options | {width: value}))
         return sum(p.numel() for p in model.parameters())
 
-    high = 1
-    while count(high) < parameters:
-        high *= 2
-    low = high // 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if count(middle) < parameters else (low, middle)
-    return min((max(low, 1), high), key=lambda value: abs(count(value) - parameters))
+    above = bisect_left(WIDTHS, parameters, key=count)
+    return min(WIDTHS[max(above - 1, 0) : above + 1], key=lambda w: abs(count(w) - parameters))

@@ -11,13 +11,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from scaling.algebra.clifford import CliffordMLP
-from scaling.models.work import Work, clifford_work, pointwise_work
+from scaling.models.work import Work
 from scaling.ops.masked_rows import MaskedRows
 from scaling.ops.tiles import Tiled
 
 Scalars = Float[Tensor, "b c n"]
 Vectors = Float[Tensor, "b v 3 n"]
 Mask = Bool[Tensor, "b n"]
+OfBody = Float[Tensor, "b 1 #n"]
+"""A number of each token's body."""
 
 
 class HyenaBlock(Tiled, ABC):
@@ -44,7 +46,7 @@ class HyenaBlock(Tiled, ABC):
 
     @abstractmethod
     def mix(
-        self, f: Scalars, x: Vectors, vs: Scalars, v: Vectors, z: Tensor, *convolved: Tensor
+        self, f: Scalars, x: Vectors, vs: Scalars, v: Vectors, z: OfBody, *convolved: Tensor
     ) -> tuple[Scalars, Vectors]:
         """Gates the convolutions, multiplies by values, and what xi makes of it."""
 
@@ -68,5 +70,5 @@ class HyenaBlock(Tiled, ABC):
             stream, convolved: numbers of a token between operators, and of its convolutions.
         """
         read, written = stream + features + (2 * stream + convolved), 3 * stream + stream
-        mlps = (clifford_work(mlp) for mlp in (self.phi, self.gamma, self.xi))
-        return sum(mlps, pointwise_work(read, written))
+        mlps = (Work.clifford(mlp) for mlp in (self.phi, self.gamma, self.xi))
+        return sum(mlps, Work.pointwise(read, written))

@@ -55,9 +55,15 @@ class Model(Tiled, ABC):
         """The model, on a shard of its own layout."""
 
     @abstractmethod
+    def work_of_row(self, length: int, ranks: int) -> Work:
+        """See `work`."""
+
     def work(self, length: int, ranks: int = 1) -> Work:
         """What a training step must compute, move and exchange for a full row of that many tokens
         on that many ranks, counted layer by layer."""
+        if length < 1 or ranks < 1:
+            raise ConfigError(f"work(length={length}, ranks={ranks}): both must be at least 1")
+        return self.work_of_row(length, ranks)
 
     def forward(self, batch: GeometricBatch, shard: SequenceShard | None = None) -> GeometricBatch:
         """
@@ -94,13 +100,13 @@ class Model(Tiled, ABC):
             raise ShapeError(f"the batch has {tokens} tokens, {shard} holds {shard.n_local}")
         if not shard and batch.lengths and max(batch.lengths) > tokens:
             raise ShapeError(f"the batch has {tokens} tokens, but rows of {batch.lengths}")
-        kinds = {p.dtype for p in self.parameters() if p.is_floating_point()}
-        if half := kinds & {torch.float16, torch.bfloat16}:
+        half = {p.dtype for p in self.parameters()} & {torch.float16, torch.bfloat16}
+        if half:
             raise ConfigError(
                 f"the model has {half.pop()} parameters, in which its norms overflow; keep them in "
                 "float32 and run it under torch.autocast (precision=bf16 does so in training)"
             )
-        weight = next((p for p in self.parameters() if p.is_floating_point()), batch.points)
+        weight = next(self.parameters(), batch.points)
         for name in ("points", "vectors", "scalars"):
             x: Tensor = getattr(batch, name)
             if (x.dtype, x.device) != (weight.dtype, weight.device):

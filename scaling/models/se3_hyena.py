@@ -39,18 +39,9 @@ from scaling.algebra.norms import smooth_sqrt
 from scaling.algebra.vectors import cross
 from scaling.long_conv.form import PRODUCTS, trilinear_form
 from scaling.long_conv.operators import Padding, geometric_long_conv
-from scaling.models.hyena import HyenaBlock, Mask, Scalars, Vectors
+from scaling.models.hyena import HyenaBlock, Mask, OfBody, Scalars, Vectors
 from scaling.models.protocol import Channels, Model
-from scaling.models.work import (
-    NUMBER,
-    Work,
-    check_length,
-    convolution_work,
-    matrix_work,
-    pointwise_work,
-    shift_work,
-    sum_work,
-)
+from scaling.models.work import NUMBER, Work
 from scaling.ops.masked_rows import MaskedRows, zero_invalid
 from scaling.ops.offload import offloading
 from scaling.parallel.shard import SequenceShard
@@ -138,17 +129,16 @@ class SE3Hyena(Model):
         """What the last operator's streams add to the input."""
         return zero_invalid(self.read_vectors(x), mask), zero_invalid(self.read_scalars(f), mask)
 
-    def work(self, length: int, ranks: int = 1) -> Work:
-        check_length(length, ranks)
-        ends = [each for each in self.children() if isinstance(each, ChannelLinear)]
-        total = sum((each.work() for each in ends), Work())
-        total += shift_work(3 * (1 + self.vectors), length, ranks, backward=False)
+    def work_of_row(self, length: int, ranks: int) -> Work:
+        total = Work.shift(3 * (1 + self.vectors), length, ranks, backward=False)
         scalars = NUMBER * self.scalars * self.salience
         for size in (8, *[3 * NUMBER] * 2, *[scalars] * 3):  # the count, means, salience
-            total += sum_work(size, length, ranks, backward=False)
-        for operator in self.operators:
-            assert isinstance(operator, HyenaOperator)
-            total += operator.work(length, ranks)
+            total += Work.row_sum(size, length, ranks, backward=False)
+        for module in self.modules():
+            if isinstance(module, ChannelLinear):
+                total += module.work()
+            elif isinstance(module, HyenaOperator):
+                total += module.work(length, ranks)
         return total
 
 
@@ -164,7 +154,7 @@ class HyenaOperator(HyenaBlock):
         gate_hidden: int,
         padding: Padding,
         chiral: bool,
-        scalars: int = 0,
+        scalars: int,
     ) -> None:
         super().__init__()
         self.padding: Padding = padding
@@ -202,7 +192,7 @@ class HyenaOperator(HyenaBlock):
         x: Vectors,
         vs: Scalars,
         v: Vectors,
-        z: Float[Tensor, "b 1 #n"],
+        z: OfBody,
         a: Scalars,
         u: Vectors,
         axial: Vectors,
@@ -222,12 +212,11 @@ class HyenaOperator(HyenaBlock):
     def work(self, length: int, ranks: int) -> Work:
         channels, circular = self.w.shape[1], self.padding == "circular"
         form = trilinear_form((True, True), (True, True), PRODUCTS)
-        total = convolution_work(form, channels, length, ranks, circular)
+        total = Work.convolution(form, channels, length, ranks, circular)
         if self.salience is None:
             return total + self.blocks_work(4 * channels, 7 * channels)
-        scalars = self.salience.shape[1]
-        total += self.blocks_work(4 * channels, 7 * channels, scalars)
-        return total + matrix_work(scalars, channels)
+        total += self.blocks_work(4 * channels, 7 * channels, self.salience.shape[1])
+        return total + Work.matrix(self.salience)
 
 
 class ChannelLinear(nn.Module):
@@ -248,5 +237,5 @@ class ChannelLinear(nn.Module):
     def work(self) -> Work:
         channels_out, channels_in = self.weight.shape
         components = 3 if self.bias is None else 1  # vectors have none
-        moved = pointwise_work(components * channels_in, components * channels_out)
-        return matrix_work(channels_in, channels_out, components) + moved
+        moved = Work.pointwise(components * channels_in, components * channels_out)
+        return Work.matrix(self.weight, components) + moved

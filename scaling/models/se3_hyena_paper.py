@@ -40,9 +40,9 @@ from scaling.algebra.clifford import CliffordMLP, embed, grade_0, grade_1
 from scaling.algebra.vectors import cross
 from scaling.long_conv.form import trilinear_form
 from scaling.long_conv.operators import scalar_long_conv, vector_long_conv
-from scaling.models.hyena import HyenaBlock, Mask, Scalars, Vectors
+from scaling.models.hyena import HyenaBlock, Mask, OfBody, Scalars, Vectors
 from scaling.models.protocol import Channels, Model
-from scaling.models.work import NUMBER, Work, check_length, convolution_work, sum_work
+from scaling.models.work import NUMBER, Work
 from scaling.ops.masked_rows import MaskedRows, zero_invalid
 from scaling.ops.offload import offloading
 from scaling.parallel.shard import SequenceShard
@@ -93,12 +93,11 @@ class SE3HyenaPaper(Model):
                 x = rows.zero_invalid(torch.cat([y[:, :1] + centre, y[:, 1:]], 1))
         return batch.replace(points=x[:, 0], vectors=x[:, 1:], scalars=rows.zero_invalid(f))
 
-    def work(self, length: int, ranks: int = 1) -> Work:
-        check_length(length, ranks)
-        total = sum_work(8, length, ranks, backward=False)
+    def work_of_row(self, length: int, ranks: int) -> Work:
+        total = Work.row_sum(8, length, ranks, backward=False)
         for number, operator in enumerate(self.operators):
             assert isinstance(operator, PaperOperator)
-            mean = sum_work(3 * NUMBER, length, ranks, backward=number > 0)
+            mean = Work.row_sum(3 * NUMBER, length, ranks, backward=number > 0)
             total += mean + mean + operator.work(length, ranks)
         return total
 
@@ -112,8 +111,7 @@ class PaperOperator(HyenaBlock):
         self, scalars: int, vectors: int, hidden: int, gate_hidden: int, residual: bool, final: bool
     ) -> None:
         super().__init__()
-        self.scalars, self.vectors = scalars, vectors
-        self.residual = residual
+        self.scalars, self.vectors, self.residual = scalars, vectors, residual
         channels = scalars + vectors
         self.phi = CliffordMLP(channels, hidden, 3 * channels, final=final, grades=2)
         self.gamma = CliffordMLP(channels, gate_hidden, 2, final=final, grades=1)
@@ -135,14 +133,7 @@ class PaperOperator(HyenaBlock):
         )
 
     def mix(
-        self,
-        f: Scalars,
-        x: Vectors,
-        vs: Scalars,
-        v: Vectors,
-        z: Float[Tensor, "b 1 #n"],
-        a: Scalars,
-        u: Vectors,
+        self, f: Scalars, x: Vectors, vs: Scalars, v: Vectors, z: OfBody, a: Scalars, u: Vectors
     ) -> tuple[Scalars, Vectors]:
         u = z.unsqueeze(2) * u
         gate_a, gate_u = torch.sigmoid(grade_0(self.gamma(self._embed(a, u)))).chunk(2, 1)
@@ -156,14 +147,12 @@ class PaperOperator(HyenaBlock):
         scalar = trilinear_form((True, True), (False, False), ("scalar",))
         vector = trilinear_form((False, False), (True, True), ("cross",))
         for form, channels in ((scalar, self.scalars), (vector, self.vectors)):
-            total += convolution_work(form, channels, length, ranks, circular=True)
+            total += Work.convolution(form, channels, length, ranks, circular=True)
         return total
 
     def _embed(self, f: Scalars, x: Vectors) -> Float[Tensor, "b 4 m n"]:
         """Scalars and vectors as multivector channels of their own: (b, 4, S + V, n)."""
         rows, vectors, _, n = x.shape
-        no_vectors, no_scalars = (
-            x.new_zeros(rows, self.scalars, 3, n),
-            f.new_zeros(rows, vectors, n),
-        )
+        no_vectors = x.new_zeros(rows, self.scalars, 3, n)
+        no_scalars = f.new_zeros(rows, vectors, n)
         return embed(torch.cat([f, no_scalars], 1), torch.cat([no_vectors, x], 1))

@@ -12,10 +12,13 @@ element-wise operation beside the products. With n the length of a transform:
     exchange             what all ranks send to others: operands, results and their gradients
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass
 from math import log2
+from operator import add
 
-from data_pipeline.errors import ConfigError
+from jaxtyping import Shaped
+from torch import Tensor
+
 from scaling.algebra.clifford import CliffordMLP, GeometricProduct, MVLayerNorm, MVLinear
 from scaling.algebra.product import SIZES
 from scaling.long_conv.form import ROLES, TrilinearForm, transform_length
@@ -41,79 +44,68 @@ class Work:
     """Sent by all ranks together."""
 
     def __add__(self, other: "Work") -> "Work":
-        names = [each.name for each in fields(self)]
-        return Work(*(getattr(self, name) + getattr(other, name) for name in names))
+        return Work(*map(add, astuple(self), astuple(other)))
 
+    @staticmethod
+    def clifford(mlp: CliffordMLP) -> "Work":
+        """Its modules in order, with the number of components between them."""
+        total, components = Work(), SIZES[1]
+        for module in mlp:
+            if isinstance(module, MVLinear):
+                components = min(components, module.components)
+                total += Work.matrix(module.weight, components)
+            elif isinstance(module, GeometricProduct):
+                for linear in (module.left, module.right):
+                    total += Work.matrix(linear.weight, components)
+                terms = components**2 * module.weights.shape[1]
+                total += Work(product_flops=3 * 2.0 * terms)
+                components = {1: 1, 4: 7}.get(components, 8)  # grades of a product
+            elif isinstance(module, MVLayerNorm):
+                components = min(components, module.components)
+        return total
 
-def clifford_work(mlp: CliffordMLP) -> Work:
-    """Its modules in order, with the number of components between them."""
-    total, components = Work(), SIZES[1]
-    for module in mlp:
-        if isinstance(module, MVLinear):
-            components = min(components, module.components)
-            total += _matrices(components, module)
-        elif isinstance(module, GeometricProduct):
-            total += _matrices(components, module.left) + _matrices(components, module.right)
-            terms = components**2 * module.weights.shape[1]
-            total += Work(product_flops=3 * 2.0 * terms)
-            components = {1: 1, 4: 7}.get(components, 8)  # grades of a product
-        elif isinstance(module, MVLayerNorm):
-            components = min(components, module.components)
-    return total
+    @staticmethod
+    def matrix(weight: Shaped[Tensor, "... o i"], components: int = 1) -> "Work":
+        """A matrix that mixes channels, forward and backward."""
+        channels_out, channels_in = weight.shape[-2:]
+        return Work(matrix_flops=3 * 2.0 * components * channels_out * channels_in)
 
+    @staticmethod
+    def pointwise(numbers_in: int, numbers_out: int) -> "Work":
+        """Moving what a pointwise part reads and writes of a token: the backward pass reads inputs
+        and the results' gradients, and writes the inputs' gradients."""
+        return Work(projection_bytes=float(NUMBER * (3 * numbers_in + 2 * numbers_out)))
 
-def _matrices(components: int, linear: MVLinear) -> Work:
-    _, channels_out, channels_in = linear.weight.shape
-    return matrix_work(channels_in, channels_out, components)
-
-
-def matrix_work(channels_in: int, channels_out: int, components: int = 1) -> Work:
-    """One that mixes channels, forward and backward."""
-    return Work(matrix_flops=3 * 2.0 * components * channels_out * channels_in)
-
-
-def pointwise_work(numbers_in: int, numbers_out: int) -> Work:
-    """Moving what a pointwise part reads and writes of a token: the backward pass reads inputs and
-    the results' gradients, and writes the inputs' gradients."""
-    return Work(projection_bytes=float(NUMBER * (3 * numbers_in + 2 * numbers_out)))
-
-
-def convolution_work(
-    form: TrilinearForm, channels: int, length: int, ranks: int, circular: bool
-) -> Work:
-    """One long convolution of data with data."""
-    n, _ = transform_length(length, ranks, [length] if circular else None)
-    streams = {role: form.components(role) for role in ROLES}
-    both, terms = sum(streams.values()), len(form.terms)
-    complex_flops = sum(8 * terms - 2 * streams[role] for role in ROLES)
-    per_token = n / length * channels
-    # Of n / ranks numbers of a stream each rank keeps its share; all travel as complex numbers.
-    travelling = 2 * NUMBER * (ranks - 1) * ((n // ranks + 1) // 2)
-    return Work(
-        transform_flops=2 * both * 2.5 * log2(n) * per_token,
-        frequency_flops=complex_flops / 2 * per_token,
+    @staticmethod
+    def convolution(
+        form: TrilinearForm, channels: int, length: int, ranks: int, circular: bool
+    ) -> "Work":
+        """One long convolution of data with data."""
+        n, _ = transform_length(length, ranks, [length] if circular else None)
+        streams = {role: form.components(role) for role in ROLES}
+        both, terms = sum(streams.values()), len(form.terms)
+        complex_flops = sum(8 * terms - 2 * streams[role] for role in ROLES)
         # Transforms read and write every stream, twice; products read and write it: forward q, k
         # and u; backward u's gradient, q and k, and the gradients of these.
-        transforms_bytes=NUMBER
-        * per_token
-        * (4 * both + both + both + streams["q"] + streams["k"]),
-        exchange_bytes=2 * both * channels * travelling / length,
-    )
+        moved = 4 * both + both + both + streams["q"] + streams["k"]
+        # Of a rank's n / ranks numbers of a stream all bins travel but for its own share.
+        travelling = 2 * NUMBER * (ranks - 1) * (n // ranks // 2 + 1)
+        per_token = n / length * channels
+        return Work(
+            transform_flops=2 * both * 2.5 * log2(n) * per_token,
+            frequency_flops=complex_flops / 2 * per_token,
+            transforms_bytes=NUMBER * per_token * moved,
+            exchange_bytes=2 * both * channels * travelling / length,
+        )
 
+    @staticmethod
+    def shift(numbers: int, length: int, ranks: int, backward: bool = True) -> "Work":
+        """Every token's predecessor's numbers: from one rank to the next."""
+        sent = NUMBER * numbers * (length - 1) * (ranks > 1)
+        return Work(exchange_bytes=(1 + backward) * sent / length)
 
-def shift_work(numbers: int, length: int, ranks: int, backward: bool = True) -> Work:
-    """Every token's predecessor's numbers: from one rank to the next."""
-    sent = NUMBER * numbers * (length - 1) * (ranks > 1)
-    return Work(exchange_bytes=(1 + backward) * sent / length)
-
-
-def sum_work(size: int, length: int, ranks: int, backward: bool = True) -> Work:
-    """A sum over the row of `size` bytes; a ring sends each byte twice, less the own share."""
-    sent = ranks * (2 * (ranks - 1) * size // ranks)
-    return Work(exchange_bytes=(1 + backward) * sent / length)
-
-
-def check_length(length: int, ranks: int) -> None:
-    """Raises ConfigError unless there is a token and a rank."""
-    if length < 1 or ranks < 1:
-        raise ConfigError(f"work(length={length}, ranks={ranks}): both must be at least 1")
+    @staticmethod
+    def row_sum(size: int, length: int, ranks: int, backward: bool = True) -> "Work":
+        """A sum over the row of `size` bytes; a ring sends each byte twice, less the own share."""
+        sent = ranks * (2 * (ranks - 1) * size // ranks)
+        return Work(exchange_bytes=(1 + backward) * sent / length)

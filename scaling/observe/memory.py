@@ -1,22 +1,35 @@
-"""How much memory this process has held at most."""
+"""How much memory this process has held at most, and on what hardware."""
 
 import ctypes
+import re
 import resource
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
 LARGE_BLOCK = 4 << 20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Numbers of malloc.h."""
 
 
+def hardware() -> dict[str, Any]:
+    """What torch knows of the machine, for `describe_environment`."""
+    return {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "world": dist.get_world_size() if dist.is_initialized() else 1,
+        "threads": torch.get_num_threads(),
+    }
+
+
 def peak_bytes(device: torch.device) -> int:
     """Largest memory so far: of CUDA's allocator, or resident memory of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return _status("VmHWM") or _largest_resident()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def reset_peak(device: torch.device) -> int:
@@ -42,26 +55,22 @@ def return_large_blocks() -> None:
     By default it learns to keep blocks of up to 32 MiB on its heap, where they leave holes: the
     memory of a step would follow its history instead of its tokens. Tiles stay on the heap.
     """
-    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
-        mallopt(_M_MMAP_THRESHOLD, LARGE_BLOCK)
-        mallopt(_M_TRIM_THRESHOLD, LARGE_BLOCK)
+    _glibc("mallopt", _M_MMAP_THRESHOLD, LARGE_BLOCK)
+    _glibc("mallopt", _M_TRIM_THRESHOLD, LARGE_BLOCK)
 
 
 def trim_heap() -> None:
     """Gives back what glibc's heap holds without need; elsewhere nothing."""
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
-        trim(0)
+    _glibc("malloc_trim", 0)
+
+
+def _glibc(function: str, *arguments: int) -> None:
+    if call := getattr(ctypes.CDLL(None), function, None):
+        call(*arguments)
 
 
 def _status(key: str) -> int:
     """A size from the kernel's account of this process, 0 where there is none."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith(key)), 0)
-
-
-def _largest_resident() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    account = Path("/proc/self/status")
+    found = re.search(rf"{key}:\s*(\d+)", account.read_text()) if account.exists() else None
+    return int(found[1]) << 10 if found else 0

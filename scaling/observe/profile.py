@@ -29,7 +29,6 @@ class StepProfiler:
         self._folder, self._count, self._say = folder, count, say
         self._steps: list[int] = []
         """Of this process, so far."""
-        self._written = False
 
     def __enter__(self) -> "StepProfiler":
         if self._count:
@@ -53,12 +52,12 @@ class StepProfiler:
                 dist.barrier()  # else the next step would wait for who writes longest
 
     def _write(self, trace: profile) -> None:
-        traced = self._steps[WARMUP_STEPS:]
-        if not traced:
+        if not (traced := self._steps[WARMUP_STEPS:]):
             return
-        steps = f"steps{traced[0]}-{traced[-1]}"
+        first, last = traced[0], traced[-1]
         # What TensorBoard's profiler plugin looks for ends so.
-        path = self._folder / f"rank{group_rank(None)}.{steps}.pt.trace.json.gz"
+        name = f"rank{group_rank(None)}.steps{first}-{last}.pt.trace.json.gz"
+        path = self._folder / name
         try:
             path.parent.mkdir(exist_ok=True)
             trace.export_chrome_trace(str(path))
@@ -66,15 +65,14 @@ class StepProfiler:
             raise RunError(
                 f"cannot write the trace {path}: {error}; make room, or say profile_steps=0"
             ) from error
-        self._written = True
-        self._say(f"traced steps {traced[0]} to {traced[-1]}: open {path} in ui.perfetto.dev")
+        self._say(f"traced steps {first} to {last}: open {path} in ui.perfetto.dev")
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         if not self._count:
             return
         with suppress(RunError) if kind else nullcontext():
             self._profile.stop()  # writes what has been traced, if that was cut short
-        if self._steps and not (self._written or kind):
+        if not kind and 0 < len(self._steps) <= WARMUP_STEPS:
             self._say(
                 f"profile_steps={self._count} traced nothing: this process took "
                 f"{len(self._steps)} steps, and the first {WARMUP_STEPS} warm up"

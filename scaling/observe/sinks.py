@@ -1,9 +1,8 @@
 """TensorBoard: a view of the rows in metrics.jsonl."""
 
-import shutil
+import os
 import sys
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,8 @@ from torch.utils.tensorboard import SummaryWriter
 from scaling.observe.metrics import LARGEST, TIME_SHARES
 from scaling.runs.rows import Row
 
+Scalar = tuple[str, int, bytes, float | None]
+"""Tag, step, value as bytes of float32, which a NaN equals too, and time."""
 # Sections of TensorBoard; what a row has besides lies under the name of its split.
 SECTIONS = {
     "tokens": "speed",
@@ -26,27 +27,22 @@ SECTIONS = {
 def tensorboard_command(folder: Path) -> str:
     """What to type to see the curves of the runs in `folder`, under their names, whether or not
     the environment is activated."""
-    program, here = Path(sys.executable).with_name("tensorboard"), Path.cwd()
-    if shutil.which("tensorboard") or not program.exists():
-        program = Path("tensorboard")
-    elif program.is_relative_to(here):
-        program = program.relative_to(here)
-    return f"{program} --logdir {folder}"
+    return f"{os.path.relpath(Path(sys.executable).with_name('tensorboard'))} --logdir {folder}"
 
 
 class TensorBoardSink:
-    """Scalars of every row, at the row's time.
+    """Scalars of every row, at the row's time."""
 
-    Opening it compares the event files with all rows so far. Where they agree they are left alone
-    and later rows go to a file beside them. Else (a killed process had not flushed, rows were
-    dropped on resuming) all rows are written anew and earlier files removed.
-    """
-
-    def __init__(self, folder: Path, rows: Iterable[Row]) -> None:
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._writer: SummaryWriter | None = None
-        rows, earlier = list(rows), list(folder.glob("events.out.tfevents.*"))
-        if _agree(_events(folder), _scalars(rows)):
+
+    def start(self, rows: list[Row]) -> None:
+        """Compares the event files with all rows so far. Where they agree they are left alone and
+        later rows go to a file beside them. Else (a killed process had not flushed, rows were
+        dropped on resuming) all rows are written anew and earlier files removed."""
+        earlier = list(self._folder.glob("events.out.tfevents.*"))
+        if (_events(self._folder) if earlier else set()) == _scalars(rows):
             return
         # A TensorBoard that is watching forgets what it has seen from step 0 on.
         self._writer = self._open(purge_step=0)
@@ -57,16 +53,19 @@ class TensorBoardSink:
             path.unlink()
 
     def write(self, row: Row) -> None:
+        """Adds a row."""
         if self._writer is None:  # the first row of this process: a start alone leaves no file
             self._writer = self._open()
         for tag, value in _tagged(row):
             self._writer.add_scalar(tag, value, row["step"], walltime=row.get("time"))
 
     def flush(self) -> None:
+        """What has been written can be seen."""
         if self._writer is not None:
             self._writer.flush()
 
     def close(self) -> None:
+        """Writes no more."""
         if self._writer is not None:
             self._writer.close()
 
@@ -82,38 +81,21 @@ def _tagged(row: Row) -> Iterator[tuple[str, float]]:
             yield f"{section or row['split']}/{name}", value
 
 
-Scalars = dict[str, list[tuple[int, bytes, float | None]]]
-"""Tag -> step, value as bytes of float32, which a NaN equals too, and time."""
+def _scalars(rows: list[Row]) -> set[Scalar]:
+    """What event files of these rows hold."""
+    return {
+        (tag, row["step"], np.float32(value).tobytes(), row.get("time"))
+        for row in rows
+        for tag, value in _tagged(row)
+    }
 
 
-def _scalars(rows: Iterable[Row]) -> Scalars:
-    """What event files of these rows hold; times of early rows, which have none, are not known."""
-    found: Scalars = defaultdict(list)
-    for row in rows:
-        for tag, value in _tagged(row):
-            found[tag].append((row["step"], np.float32(value).tobytes(), row.get("time")))
-    return found
-
-
-def _agree(events: Scalars, rows: Scalars) -> bool:
-    """Whether they are the same scalars at the same times, as far as the rows know these."""
-    return events.keys() == rows.keys() and all(
-        len(events[tag]) == len(rows[tag])
-        and all(
-            event[:2] == row[:2] and row[2] in (None, event[2])
-            for event, row in zip(events[tag], rows[tag], strict=True)
-        )
-        for tag in rows
-    )
-
-
-def _events(folder: Path) -> Scalars:
+def _events(folder: Path) -> set[Scalar]:
     """What the event files of a folder hold."""
-    if not folder.exists():
-        return {}
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
     return {
-        tag: [(e.step, np.float32(e.value).tobytes(), e.wall_time) for e in events.Scalars(tag)]
+        (tag, event.step, np.float32(event.value).tobytes(), event.wall_time)
         for tag in events.Tags()["scalars"]
+        for event in events.Scalars(tag)
     }

@@ -3,7 +3,7 @@
 import torch.distributed as dist
 
 from data_pipeline.errors import OptionError
-from data_pipeline.stream.slot import DataSlot
+from data_pipeline.stream.order import DataSlot
 from scaling.parallel.collectives import Group, group_rank, group_size
 
 

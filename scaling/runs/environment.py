@@ -7,7 +7,7 @@ import shlex
 import socket
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ PACKAGES = ("longfold", "torch", "deepspeed", "accelerate", "zarr", "numpy", "hy
 
 def describe_environment(**further: Any) -> dict[str, Any]:
     """Command, versions, machine and commit; what only torch knows is handed in."""
+    installed = {each.name: each.version for each in distributions()}
     return {
         "command": shlex.join([sys.executable, *sys.argv]),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: installed.get(name) for name in PACKAGES},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "host": socket.gethostname(),
@@ -33,13 +34,6 @@ def _cpu() -> str:
     info = Path("/proc/cpuinfo")
     name = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
     return name[1] if name else platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _git_commit() -> str | None:

@@ -39,21 +39,13 @@ class RunFolder:
         self.stop_file = self.path / "STOP"
         self._rows_file = self.path / "metrics.jsonl"
 
-    def config(self) -> dict[str, Any]:
-        """The whole configuration of the latest start; empty before the first."""
-        return self._read("config.yaml", _read_yaml)
-
     def identity(self) -> dict[str, Any]:
-        """The part of the configuration that defines the result."""
-        return self._read("identity.json", json.loads)
+        """The part of the configuration that defines the result; empty before the first start."""
+        return self._read("identity.json")
 
     def status(self) -> dict[str, Any]:
         """What status.json says; empty before the first start."""
-        return self._read("status.json", json.loads)
-
-    def environment(self) -> dict[str, Any]:
-        """Of the latest start."""
-        return self._read("environment.json", json.loads)
+        return self._read("status.json")
 
     def rows(self) -> list[Row]:
         """All whole rows so far."""
@@ -63,25 +55,17 @@ class RunFolder:
         """Whether the rows hold the validation of this step."""
         return any(row["step"] == step for row in of_split(self.rows(), "validation"))
 
-    def _read(self, name: str, parse: Callable[[str], Any]) -> dict[str, Any]:
+    def _read(self, name: str) -> dict[str, Any]:
         path = self.path / name
         try:
-            content = parse(path.read_text())
+            content = json.loads(path.read_text())
             if not isinstance(content, dict):
                 raise ValueError("no mapping")
         except FileNotFoundError:
             return {}
         except ValueError as error:
-            reason = " ".join(str(error).split())
-            raise RunError(f"{path} is damaged ({reason}); remove it and start again") from error
+            raise RunError(f"{path} is damaged ({error}); remove it and start again") from error
         return content
-
-
-def _read_yaml(text: str) -> Any:
-    try:
-        return OmegaConf.to_container(OmegaConf.create(text))
-    except Exception as error:  # of the YAML parser's own kinds
-        raise ValueError(error) from error
 
 
 class RunWriter(RunFolder):
@@ -168,7 +152,18 @@ def claimed(
             f"the run directory {run.path} cannot be written ({error.strerror}); choose another by "
             f"{parent}=..., or change its permissions"
         ) from error
-    with _alone(run.path, lock):
+    with ExitStack() as stack:
+        try:
+            sure = stack.enter_context(locked(lock, wait=False))
+        except BlockingIOError as error:
+            owner = lock.read_text().strip() or "another process"
+            raise RunError(
+                f"the run {path} is being written by {owner}; wait for it, stop it, or choose "
+                "another name=..."
+            ) from error
+        if not sure:
+            raise RunError(f"the file system of {path} has no locks; choose another folder")
+        lock.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
         earlier = run.identity()
         if earlier and (differing := identity.differences(earlier)):
             raise RunError(
@@ -188,20 +183,3 @@ def claimed(
             except RunError:
                 pass  # the first error says more
             raise
-
-
-@contextmanager
-def _alone(path: Path, lock: Path) -> Iterator[None]:
-    with ExitStack() as stack:
-        try:
-            sure = stack.enter_context(locked(lock, wait=False))
-        except BlockingIOError as error:
-            owner = lock.read_text().strip() or "another process"
-            raise RunError(
-                f"the run {path} is being written by {owner}; wait for it, stop it, or choose "
-                "another name=..."
-            ) from error
-        if not sure:
-            raise RunError(f"the file system of {path} has no locks; choose another folder")
-        lock.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
-        yield

@@ -24,25 +24,18 @@ class MayGrow:
 
 
 @dataclass(frozen=True)
-class Before:
-    """What the program did before it had this option, where that is not the option's default."""
-
-    value: Any
-
-
-@dataclass(frozen=True)
 class Option:
     """One option of an identity, and what its annotation says of it."""
 
     value: Any
-    before: Any
+    default: Any
     """Its value in runs that were started before it existed."""
-    may_grow: bool = False
-    free: bool = False
+    marks: tuple[Any, ...]
 
     def admits(self, earlier: Any) -> bool:
         """Whether a run of that earlier value may go on with this one."""
-        return self.free or earlier == self.value or (self.may_grow and self.value > earlier > 0)
+        grows = MayGrow() in self.marks and self.value > earlier > 0
+        return NotIdentity() in self.marks or earlier == self.value or grows
 
 
 class Identity:
@@ -53,55 +46,45 @@ class Identity:
     """
 
     def __init__(self, sections: Mapping[str, tuple[Callable, Mapping[str, Any]]]) -> None:
-        self._sections = [name for name in sections if name]
-        self._options = {
-            f"{section}.{key}".removeprefix("."): option
-            for section, (taker, options) in sections.items()
-            for key, option in _options(taker, options).items()
-        }
+        self._sections = {name: _options(*section) for name, section in sections.items()}
 
     def values(self) -> dict[str, Any]:
         """Nested by section, as identity.json has it; what does not belong to it is left out."""
-        nested: dict[str, Any] = {name: {} for name in self._sections}
-        for key, option in self._options.items():
-            if not option.free:
-                section, _, name = key.rpartition(".")
-                (nested[section] if section else nested)[name] = option.value
-        return nested
+        nested = {
+            name: {key: o.value for key, o in options.items() if NotIdentity() not in o.marks}
+            for name, options in self._sections.items()
+        }
+        return nested.pop("", {}) | nested
 
     def differences(self, earlier: Mapping[str, Any]) -> list[str]:
         """Why an earlier identity's run cannot go on as this one; empty: it can."""
-        flat = {key: value for key, value in earlier.items() if key not in self._sections}
-        for section in self._sections:
-            flat |= {f"{section}.{key}": x for key, x in earlier.get(section, {}).items()}
-        said = [
-            f"{key} was {was!r}, is {option.value!r}"
-            for key, option in self._options.items()
-            if not option.admits(was := flat.get(key, option.before))
-        ]
-        gone = [key for key in flat if key not in self._options]
-        return sorted(said + [f"{key} was {flat[key]!r}, is no option" for key in gone])
+        said = []
+        for name, options in self._sections.items():
+            was = earlier.get(name, {})
+            if not name:
+                was = {key: value for key, value in earlier.items() if key not in self._sections}
+            for key in {**options, **was}:
+                place = f"{name}.{key}".removeprefix(".")
+                if key not in options:
+                    said.append(f"{place} was {was[key]!r}, is no option")
+                elif not options[key].admits(old := was.get(key, options[key].default)):
+                    said.append(f"{place} was {old!r}, is {options[key].value!r}")
+        return sorted(said)
 
 
 def _options(taker: Callable, options: Mapping[str, Any]) -> dict[str, Option]:
     parameters = inspect.signature(taker, eval_str=True).parameters
     found = {}
     for key in dict.fromkeys([*options, *parameters]):
-        parameter = parameters.get(key, _UNKNOWN)
-        if key not in options and parameter.default is inspect.Parameter.empty:
-            continue  # the program fills it
-        default = None if parameter.default is inspect.Parameter.empty else parameter.default
-        marks = get_args(parameter.annotation)[1:]
-        found[key] = Option(
-            _as_read(options.get(key, default)),
-            _as_read(next((mark.value for mark in marks if isinstance(mark, Before)), default)),
-            may_grow=MayGrow() in marks,
-            free=NotIdentity() in marks,
-        )
+        default, marks = None, ()
+        if parameter := parameters.get(key):
+            default, marks = parameter.default, get_args(parameter.annotation)[1:]
+        if default is inspect.Parameter.empty:
+            if key not in options:
+                continue  # the program fills it
+            default = None
+        found[key] = Option(_as_read(options.get(key, default)), _as_read(default), marks)
     return found
-
-
-_UNKNOWN = inspect.Parameter("unknown", inspect.Parameter.KEYWORD_ONLY)
 
 
 def _as_read(value: Any) -> Any:

@@ -1,13 +1,15 @@
 """The training loop, and what one optimiser step is."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float64
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from data_pipeline.batch import Sample
 from data_pipeline.errors import RunError
@@ -20,7 +22,6 @@ from scaling.engine.loss import check_weight, engine_loss
 from scaling.models import Model
 from scaling.observe.metrics import StepMeter
 from scaling.observe.profile import StepProfiler
-from scaling.observe.progress import Summary
 from scaling.parallel.collectives import first_rank_says, sum_over_ranks
 from scaling.parallel.mesh import Mesh
 from scaling.parallel.telemetry import timed
@@ -28,8 +29,7 @@ from scaling.runs.folder import RunFolder
 from scaling.runs.rows import Row
 from scaling.train.evaluate import Evaluation
 from scaling.train.objective import Objective
-from scaling.train.optim import learning_rate, optimizer_maker
-from scaling.train.report import Reporter
+from scaling.train.report import Reporter, Summary
 from scaling.train.settings import EngineSettings, OptimSettings, TrainSettings
 from scaling.train.stop import StopRequest
 
@@ -181,3 +181,26 @@ def build_trainer(
         deepspeed=engine.deepspeed_config,
     )
     return Trainer(wrapped, objective, stream, task, train, optim, StepMeter(device))
+
+
+def learning_rate(step: int, steps: int, optim: OptimSettings) -> float:
+    """The rate of optimiser step `step`, counted from 1, of `steps`.
+
+    Rises linearly over the first warmup_steps to lr, then follows a cosine down to
+    lr · final_lr_ratio at the last step, or stays.
+    """
+    if step <= optim.warmup_steps:
+        return optim.lr * step / optim.warmup_steps
+    if optim.schedule == "constant":
+        return optim.lr
+    progress = (step - optim.warmup_steps) / max(steps - optim.warmup_steps, 1)
+    fall = (1 + math.cos(math.pi * min(progress, 1.0))) / 2
+    return optim.lr * (optim.final_lr_ratio + (1 - optim.final_lr_ratio) * fall)
+
+
+def optimizer_maker(optim: OptimSettings) -> Callable[[Iterable[nn.Parameter]], Optimizer]:
+    """Makes the optimiser once the parameters are where they stay."""
+    options: dict[str, Any] = {"lr": optim.lr, "weight_decay": optim.weight_decay}
+    if optim.name == "sgd":
+        return lambda parameters: torch.optim.SGD(parameters, **options)
+    return lambda parameters: torch.optim.AdamW(parameters, betas=optim.betas, **options)

@@ -1,21 +1,22 @@
 """Everything a run tells, in one place: rows, TensorBoard, progress, status, summary."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
+from statistics import median
 from typing import Any
 
 from data_pipeline.tasks.protocol import Task
-from scaling.observe.hardware import hardware
-from scaling.observe.progress import Progress, Summary, summarise
-from scaling.observe.sinks import TensorBoardSink
+from scaling.observe.memory import hardware
+from scaling.observe.metrics import TIME_SHARES
+from scaling.observe.sinks import TensorBoardSink, tensorboard_command
 from scaling.parallel.collectives import first_rank_says
 from scaling.runs.environment import describe_environment
 from scaling.runs.folder import RunFolder, RunWriter, claimed
 from scaling.runs.identity import Identity
-from scaling.runs.rows import Row
+from scaling.runs.rows import Row, of_split
 
 
 @contextmanager
@@ -23,16 +24,91 @@ def claimed_together(
     path: Path, identity: Identity, config: Mapping[str, Any]
 ) -> Iterator[RunFolder]:
     """The folder, claimed by the first rank for all; a refusal is everybody's. Collective."""
-    run = RunFolder(path)
+    environment = describe_environment(**hardware())
     with ExitStack() as stack:
+        runs: list[RunFolder] = []
+        claim = claimed(path, identity, config, environment)
+        first_rank_says(lambda: runs.append(stack.enter_context(claim)))
+        yield runs[0] if runs else RunFolder(path)
 
-        def claim() -> None:
-            nonlocal run
-            environment = describe_environment(**hardware())
-            run = stack.enter_context(claimed(path, identity, config, environment))
 
-        first_rank_says(claim)
-        yield run
+def progress_line(row: Row, steps: int) -> str:
+    """What a row says to a person who waits for step `steps`."""
+    at = f"step {row['step']}/{steps}"
+    if row["split"] != "train":
+        error = row["equivariance_error"]
+        return f"{at} validation loss {row['loss']:.4f} equivariance error {error:.1e}"
+    left = timedelta(seconds=int((steps - row["step"]) * row["step_s"]))
+    return (
+        f"{at} loss {row['loss']:.4f} {row['tokens_per_s']:,.0f} tokens/s "
+        f"data wait {row['data_wait_s'] * 1e3:.0f} ms eta {left}"
+    )
+
+
+@dataclass
+class Summary:
+    """How a run stands, made from its rows; losses in units of the trivial answer."""
+
+    folder: Path
+    steps: int
+    train_loss: float | None
+    """Median of the last tenth of the training rows."""
+    validation_loss: float | None
+    tokens_per_s: float | None
+    """Median of the training rows but the first."""
+    peak_bytes: int | None
+    """Of the rank that needed most."""
+    equivariance_error: float | None
+    time_shares: dict[str, float] = field(default_factory=dict)
+    """Shares of the training rows' time, by part."""
+    baselines: dict[str, float] = field(default_factory=dict)
+    """Validation loss of trivial answers."""
+    status: str = "finished"
+
+    def lines(self) -> list[str]:
+        """For people."""
+        time = ", ".join(f"{part} {share:.0%}" for part, share in self.time_shares.items())
+        baselines = "; ".join(f"{name} {value:.4f}" for name, value in self.baselines.items())
+        return [
+            f"{self.folder}: {self.status} at step {self.steps}",
+            f"  train loss          {_number(self.train_loss, '.4f')}",
+            f"  validation loss     {_number(self.validation_loss, '.4f')}  ({baselines})",
+            f"  equivariance error  {_number(self.equivariance_error, '.1e')}",
+            f"  tokens/s            {_number(self.tokens_per_s, ',.0f')}",
+            f"  time                {time or '-'}",
+            f"  peak memory         {_number(self.peak_bytes, ',.0f', 2**20)} MiB a rank",
+            f"  {tensorboard_command(self.folder.parent)}",
+        ]
+
+
+def summarise(folder: Path, rows: list[Row], steps: int, status: str) -> Summary:
+    """The summary that rows up to step `steps` tell."""
+    train, validation = of_split(rows, "train"), of_split(rows, "validation")
+    last = validation[-1] if validation else {}
+    speeds = [row["tokens_per_s"] for row in train[1:] or train]
+    recent = [row["loss"] for row in train[-max(len(train) // 10, 1) :]]
+    return Summary(
+        folder=folder,
+        steps=steps,
+        train_loss=median(recent) if recent else None,
+        validation_loss=last.get("loss"),
+        tokens_per_s=median(speeds) if speeds else None,
+        peak_bytes=max((row["peak_bytes"] for row in train), default=None),
+        equivariance_error=last.get("equivariance_error"),
+        time_shares=_time_shares(train[1:] or train),
+        status=status,
+    )
+
+
+def _time_shares(rows: list[Row]) -> dict[str, float]:
+    """Rows of earlier versions lack parts."""
+    seconds = {name: sum(row.get(name, 0.0) for row in rows) for name in TIME_SHARES}
+    whole = sum(seconds.values())
+    return {name.removesuffix("_s"): x / whole for name, x in seconds.items() if x}
+
+
+def _number(value: float | int | None, form: str, unit: int = 1) -> str:
+    return "-" if value is None else format(value / unit, form)
 
 
 class Reporter:
@@ -41,9 +117,8 @@ class Reporter:
     def __init__(self, run: RunFolder, task: Task, steps: int) -> None:
         self._run, self._task, self._steps = run, task, steps
         self._writer = run if isinstance(run, RunWriter) else None
+        self._sink = TensorBoardSink(run.tensorboard)
         self._began_finished = False
-        self._sink: TensorBoardSink | None = None
-        self._progress = Progress(False, 0, steps)
 
     def __enter__(self) -> "Reporter":
         return self
@@ -56,74 +131,56 @@ class Reporter:
         self._writer.step = step
         rows = self._writer.keep(lambda row: row["step"] <= step)
         with self._writer.writing():
-            self._sink = TensorBoardSink(self._run.tensorboard, rows)
+            self._sink.start(rows)
         if not self._began_finished:
             self._writer.set_status("running")
-        self._progress = Progress(True, step, self._steps)
-        if step > 0 and not self._began_finished:
-            self._progress.say(f"{self._run.path}: going on after step {step}")
+            if step > 0:
+                self.say(f"{self._run.path}: going on after step {step}")
 
     def row(self, row: Row) -> None:
         """A row for metrics.jsonl, TensorBoard and the person who watches."""
-        if self._writer is None or self._sink is None:
+        if self._writer is None:
             return
         (row,) = self._writer.append(row)
         with self._writer.writing():
             self._sink.write(row)
-        if row["split"] == "train":
-            self._progress.train(row)
-        else:
-            self._progress.validation(row)
+        self.say(progress_line(row, self._steps))
 
     def say(self, line: str) -> None:
         """A line for the person who watches."""
-        self._progress.say(line)
+        if self._writer is not None:
+            print(line, flush=True)
 
     def advance(self, step: int, saved: bool) -> None:
         """A step is done."""
-        self._progress.advance()
-        if self._writer is not None:
-            self._writer.step = step
-            if saved and self._sink is not None:
-                with self._writer.writing():
-                    self._sink.flush()
-                self._writer.set_status("running")
+        if self._writer is None:
+            return
+        self._writer.step = step
+        if saved:
+            with self._writer.writing():
+                self._sink.flush()
+            self._writer.set_status("running")
 
     def finish(self, step: int) -> Summary:
         """The summary, printed; the same on every rank but for the baselines (first rank only)."""
         state = "finished" if step >= self._steps else "interrupted"
-        earlier = self._run.status().get("summary") or {}
-        baselines = earlier.get("baselines") or (
-            self._task.baselines("validation") if self._writer else {}
-        )
-        summary = summarise(self._run.path, self._run.rows(), baselines, step, state)
+        summary = summarise(self._run.path, self._run.rows(), step, state)
         if self._writer is not None:
+            earlier = self._run.status().get("summary") or {}
+            summary.baselines = earlier.get("baselines") or self._task.baselines("validation")
             self._writer.set_status(state, summary=asdict(summary))
             with self._writer.writing():
                 self._run.stop_file.unlink(missing_ok=True)
-        self._progress.close()
-        for line in [*summary.lines(), *self._way_on(state)]:
-            self._progress.say(line)
+        for line in summary.lines():
+            self.say(line)
+        if state == "interrupted":
+            self.say("  the same command goes on from here")
+        elif self._began_finished:
+            longer = f"train.steps={2 * self._steps} goes on (on the longer schedule)"
+            self.say(f"  nothing left to do: {longer}, another name=... starts another run")
         return summary
 
-    def _way_on(self, state: str) -> list[str]:
-        if state == "interrupted":
-            return ["  the same command goes on from here"]
-        if self._began_finished:
-            longer = f"train.steps={2 * self._steps} goes on (on the longer schedule)"
-            return [f"  nothing left to do: {longer}, another name=... starts another run"]
-        return []
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._progress.close()
-        if self._sink is not None:
-            try:
-                self._sink.close()
-            except OSError:
-                if error is None:  # else that one came first, and says why
-                    raise
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        # Of two errors the first says why.
+        with suppress(OSError) if kind else nullcontext():
+            self._sink.close()

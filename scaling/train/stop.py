@@ -6,10 +6,11 @@ import signal
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from threading import Thread
 from time import monotonic
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
+
+from psutil import Error, NoSuchProcess, Process
 
 INSISTENT = (signal.SIGTERM, signal.SIGINT)
 """Sent again, these end the process at once."""
@@ -27,98 +28,65 @@ LAUNCHERS = re.compile(
 
 
 @cache
-def launcher_chain() -> tuple[int, ...]:
+def launcher_chain() -> tuple[Process, ...]:
     """This process and those above it, up to the launcher that started it; at the first call.
 
     This process alone where no launcher is above it: plainly started, in the background, by srun.
     """
-    chain, up_to = [os.getpid()], 1
-    while (parent := _parent(chain[-1])) > 1:
-        chain.append(parent)
-        if LAUNCHERS.fullmatch(_program(parent)):
-            up_to = len(chain)
-    return tuple(chain[:up_to])
+    chain = [Process(), *Process().parents()]
+    launchers = [n for n, process in enumerate(chain[1:], 2) if _is_launcher(process)]
+    return tuple(chain[: max(launchers, default=1)])
 
 
 def launcher_ended() -> bool:
     """A process between this one and its launcher has another parent than at the beginning."""
     chain = launcher_chain()
-    return any(_parent(pid) != above for pid, above in pairwise(chain))
-
-
-def _parent(pid: int) -> int:
-    """Of a process of this machine; 0 where that is not known."""
-    if pid == os.getpid():
-        return os.getppid()
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:
-        return 0
+        return any(process.ppid() != above.pid for process, above in pairwise(chain))
+    except NoSuchProcess:
+        return True
 
 
-def _program(pid: int) -> str:
-    """The name of a process's program; where that is Python, of its script or module."""
+def _is_launcher(process: Process) -> bool:
+    """By the name of its program; where that is Python, of its script or module."""
     try:
-        words = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
-    except OSError:
-        return ""
-    program, *rest = (Path(word).name for word in words if not word.startswith("-"))
-    return rest[0] if program.startswith("python") and rest else program
+        words = [Path(word).name for word in process.cmdline() if not word.startswith("-")]
+    except Error:
+        return False
+    if words and words[0].startswith("python"):
+        words = words[1:]
+    return bool(words and LAUNCHERS.fullmatch(words[0]))
 
 
 class StopRequest:
     """Notes that this process was asked; the ranks agree on it elsewhere.
 
     A handler only sets a flag: a rank that left at once would leave the others waiting. Whoever
-    asks again later wants no agreement: the process ends with the code 128 + signal, even while it
-    waits for a rank that never comes. Outside the `with`, signals do what they did before.
+    asks again later wants no agreement: the process ends with the code 128 + signal. Outside the
+    `with`, signals do what they did before.
     """
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        self._signal: int | None = None
+        self._asked_at: float | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
         launcher_chain()
-        # Python runs handlers between bytecodes, so never inside a wait for another rank. The
-        # interpreter's own handler writes to this pipe at once, and a thread listens.
-        self._listens, self._tells = os.pipe()
-        os.set_blocking(self._tells, False)
-        self._told_before = signal.set_wakeup_fd(self._tells, warn_on_full_buffer=False)
-        self._listener = Thread(target=self._listen, name="signals", daemon=True)
-        self._listener.start()
-        for number in SIGNALS:
-            self._before[number] = signal.signal(number, self._note)
+        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: Any) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        signal.set_wakeup_fd(self._told_before)
-        os.write(self._tells, b"\0")  # no signal: the listener leaves
-        self._listener.join()
-        os.close(self._tells)
-        os.close(self._listens)
 
     def asked(self) -> bool:
         """A signal has come, the file is there, or the launcher has ended."""
-        return self._signal is not None or self._file.exists() or launcher_ended()
+        return self._asked_at is not None or self._file.exists() or launcher_ended()
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self._signal = number
-
-    def _listen(self) -> None:
-        first: float | None = None
-        while heard := ord(os.read(self._listens, 1)):
-            if heard not in INSISTENT:
-                continue
-            first = monotonic() if first is None else first
-            if monotonic() - first > SAME_REQUEST_S:
-                os.write(2, b"asked again: stopping at once, without a checkpoint\n")
-                os._exit(128 + heard)
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if self._asked_at is None:
+            self._asked_at = monotonic()
+        elif number in INSISTENT and monotonic() - self._asked_at > SAME_REQUEST_S:
+            os.write(2, b"asked again: stopping at once, without a checkpoint\n")
+            os._exit(128 + number)

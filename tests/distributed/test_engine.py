@@ -1,13 +1,16 @@
 """Whatever averages the gradients, the parameters move as one process would move them.
 
 The model is small, but has all that can go wrong: a sum over the sequence inside, weights that
-differ by rank, a row without weight, a parameter that is never used. Run as a script
-(by torchrun), the file tests DeepSpeed, which wants a world of its own.
+differ by rank, a row without weight, a parameter that is never used.
 """
 
-import os
-import sys
-from pathlib import Path
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
+from logging.handlers import QueueHandler
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -17,11 +20,9 @@ from torch import Tensor, nn
 
 from data_pipeline.errors import ConfigError, RunError
 from scaling.engine.base import Engine
-from scaling.engine.build import build_engine
-from scaling.engine.deepspeed_config import deepspeed_config
+from scaling.engine.build import build_engine, deepspeed_config
 from scaling.engine.loss import engine_loss
 from scaling.parallel.collectives import all_reduce_sum, global_sums
-from tests.processes import run
 
 ROWS, FEATURES, TOKENS = 8, 5, 13
 RATE = 0.2
@@ -166,26 +167,56 @@ def compare_ddp(world, dp: int, sp: int) -> None:
         compare_trajectories(share, torch.float32, 1e-5, cases[1:], group=share.group)
 
 
-def test_deepspeed_moves_parameters_as_one_process_does_and_hands_its_state_over(tmp_path):
-    """ZeRO 0 to 3 on sp 2, 0 and 1 on dp 2 x sp 2; every state goes on in one DDP process, one
-    process's state goes on in every stage."""
-    values, optimizer = state_of_one_process(range(3))
-    torch.save((values, optimizer), tmp_path / "one.pt")
+@pytest.mark.parametrize("world", [2, 4])
+def test_deepspeed_moves_parameters_as_one_process_does(deepspeed_worlds, world):
+    """ZeRO 0 to 3 on sp 2, 0 and 1 on dp 2 x sp 2."""
+    for stage in STAGES[world]:
+        deepspeed_worlds[world](compare_deepspeed, world, stage)
+
+
+STAGES = {2: (0, 1, 2, 3), 4: (0, 1)}
+
+
+def compare_deepspeed(_group, stage: int) -> None:
+    with silent():
+        share = Share(dist.get_world_size() // 2, 2)
+        cases = [(2, 0.05)] if share.dp == 1 else [(1, 0.0)]
+        compare_trajectories(share, torch.float32, 1e-5, cases, "deepspeed", stage)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_deepspeed_hands_its_state_over(deepspeed_worlds, world):
+    """Every state goes on in one DDP process, one process's state goes on in every stage."""
     expected, _ = one_process(range(6), torch.float32, "adamw", 0.0)
-    for world in (2, 4):
-        launch(world, str(tmp_path))
-        for written in tmp_path.glob(f"world{world}-stage*.pt"):
-            values, optimizer = torch.load(written, weights_only=True)
-            engine = one_process_engine()
-            engine.load_state(values, optimizer)
-            again, optimizer_again = engine.state()
-            assert relative(again, values) == 0
-            for name, state in optimizer.items():
-                for key, value in state.items():
-                    assert torch.equal(optimizer_again[name][key], value)
-            train_alone(engine, range(3, 6))
-            assert relative(engine.state()[0], expected) <= 1e-5, written.name
-    assert len(list(tmp_path.glob("world*.pt"))) == 4 + 2
+    given = state_of_one_process(range(3))
+    for stage in STAGES[world]:
+        (values, optimizer), *_ = deepspeed_worlds[world](hand_state_over, world, stage, given)
+        engine = one_process_engine()
+        engine.load_state(values, optimizer)
+        again, optimizer_again = engine.state()
+        assert relative(again, values) == 0
+        for name, state in optimizer.items():
+            for key, value in state.items():
+                assert torch.equal(optimizer_again[name][key], value)
+        train_alone(engine, range(3, 6))
+        assert relative(engine.state()[0], expected) <= 1e-5, stage
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """DeepSpeed announces itself on no rank: it neither prints, nor logs, nor warns."""
+    said: SimpleQueue[logging.LogRecord] = SimpleQueue()
+    logger, handler = logging.getLogger("DeepSpeed"), QueueHandler(said)
+    logger.addHandler(handler)
+    try:
+        with warnings.catch_warnings(record=True) as warned, redirect_stdout(StringIO()) as out:
+            warnings.simplefilter("always")
+            warnings.simplefilter("ignore", DeprecationWarning)  # as Python itself does
+            yield
+    finally:
+        logger.removeHandler(handler)
+    assert ([str(each) for each in warned], out.getvalue()) == ([], "")
+    assert said.empty(), said.get().getMessage()
 
 
 def one_process_engine() -> Engine:
@@ -214,17 +245,6 @@ def state_of_one_process(steps: range):
     return engine.state()
 
 
-def launch(world: int, *arguments: str) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(world), __file__, *arguments]
-    root = str(Path(__file__).parents[2])
-    environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    ended = run(command, env=environment)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    said = ended.stdout + ended.stderr  # DeepSpeed announces itself on no rank
-    assert "DeepSpeed" not in said and "Warning" not in said and "WARNING" not in said, said
-
-
 def test_a_rank_without_weight_keeps_the_graph_and_no_weight_at_all_is_an_error():
     local_sum = torch.ones(3, requires_grad=True)
     engine_loss((local_sum * torch.zeros(3)).sum(), 2.0, 4).backward()
@@ -243,12 +263,11 @@ def test_a_gradient_that_is_not_finite_moves_nothing():
 
 
 OURS = {
-    "zero_stage": 1,
-    "micro_batch_size": 4,
-    "accumulation": 2,
+    "train_micro_batch_size_per_gpu": 4,
+    "gradient_accumulation_steps": 2,
+    "train_batch_size": 24,
     "gradient_clipping": 0.5,
-    "world": 3,
-    "bucket_size": 100,
+    "zero_optimization": {"stage": 1},
 }
 
 
@@ -263,14 +282,14 @@ def test_deepspeed_configuration_joins_its_sources(tmp_path):
         "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
     }
     user = {"zero_optimization": {"reduce_bucket_size": 7}, "train_batch_size": 24}
-    config = deepspeed_config(user, **OURS, environment=environment)
+    config = deepspeed_config(OURS, user, environment)
     assert config["gradient_clipping"] == 0.5 and config["gradient_accumulation_steps"] == 2
     assert config["zero_optimization"] == {
         "stage": 1,
         "overlap_comm": False,
         "reduce_bucket_size": 7,
-        "allgather_bucket_size": 100,
     }
+    assert OURS["zero_optimization"] == {"stage": 1}
 
 
 @pytest.mark.parametrize(
@@ -286,7 +305,7 @@ def test_deepspeed_configuration_joins_its_sources(tmp_path):
 )
 def test_a_contradiction_names_both_values(user, environment, said):
     with pytest.raises(ConfigError, match=said) as error:
-        deepspeed_config(user, **OURS, environment=environment)
+        deepspeed_config(OURS, user, environment)
     assert "\n" not in str(error.value)
 
 
@@ -313,22 +332,9 @@ def test_engines_that_cannot_work_say_so(name, precision, environment, said):
         )
 
 
-def under_deepspeed(folder: Path) -> None:
-    """A rank of a launched world: all stages on sp 2, the light ones on dp 2 x sp 2."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    world = dist.get_world_size()
-    share = Share(world // 2, 2)
-    for stage in range(4) if world == 2 else (0, 1):
-        cases = [(2, 0.05)] if world == 2 else [(1, 0.0)]
-        compare_trajectories(share, torch.float32, 1e-5, cases, "deepspeed", stage)
-        hand_state_over(share, stage, folder)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def hand_state_over(share: Share, stage: int, folder: Path) -> None:
-    """Writes the state after three steps; goes on for three from one process's state."""
+def hand_state_over(_group, stage: int, given) -> Any:
+    """The state after three steps; and three steps more from the given state of one process."""
+    share = Share(dist.get_world_size() // 2, 2)
 
     def fresh() -> Engine:
         return build_engine(
@@ -344,19 +350,16 @@ def hand_state_over(share: Share, stage: int, folder: Path) -> None:
             environment={},
         )
 
-    engine = fresh()
-    assert engine.state()[1] == {}  # before the first step there is nothing to remember
-    train(engine, share, range(3), torch.float32, 1)
-    state = engine.state()
-    engine = fresh()
-    engine.load_state(*torch.load(folder / "one.pt", weights_only=True))
-    train(engine, share, range(3, 6), torch.float32, 1)
-    values, _ = engine.state()
+    with silent():
+        engine = fresh()
+        assert engine.state()[1] == {}  # before the first step there is nothing to remember
+        train(engine, share, range(3), torch.float32, 1)
+        state = engine.state()
+        engine = fresh()
+        engine.load_state(*given)
+        train(engine, share, range(3, 6), torch.float32, 1)
+        values, _ = engine.state()
     if dist.get_rank() == 0:
-        torch.save(state, folder / f"world{engine.world}-stage{stage}.pt")
         expected, _ = one_process(range(6), torch.float32, "adamw", 0.0)
         assert relative(values, expected) <= 1e-5, stage
-
-
-if __name__ == "__main__":
-    under_deepspeed(Path(sys.argv[1]))
+    return state

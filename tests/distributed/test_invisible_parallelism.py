@@ -1,16 +1,9 @@
 """Models under the engines: 20 steps of training do not show how many ranks there were.
 
 Real processes at sp 2 and dp 2 x sp 2; test_models.py shows other worlds and every model on
-threads. DeepSpeed wants worlds of its own: run as a script, the file imports all it needs once and
-forks the ranks of one.
+threads.
 """
 
-import os
-import sys
-from itertools import product
-from multiprocessing import get_context
-from multiprocessing.connection import wait
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,8 +18,7 @@ from scaling.parallel.collectives import global_sums
 from scaling.parallel.mesh import Mesh
 from scaling.parallel.shard import SequenceShard
 from scaling.train.objective import Objective
-from tests.distributed.test_engine import relative
-from tests.processes import run
+from tests.distributed.test_engine import relative, silent
 from tests.small_models import small_batch, small_model
 
 LENGTHS = [13, 5, 9, 1, 12, 13, 7, 2]
@@ -93,45 +85,19 @@ def on_a_mesh(mesh: Mesh, name: str, engine_name: Any, stage: int, dtype: torch.
     return {key.removeprefix("model."): value for key, value in engine.state()[0].items()}
 
 
-def every_engine(rank: int, world: int, folder: Path) -> None:
-    """One rank of a world of its own."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
-    dist.init_process_group("gloo", f"file://{folder}/{world}", rank=rank, world_size=world)
-    mesh = Mesh(*MESHES[world])
-    for name, (engine_name, stage, dtype, tolerance) in product(NAMES, ENGINES):
-        values = on_a_mesh(mesh, name, engine_name, stage, dtype)
-        if rank == 0:
-            error = relative(values, one_process(name, dtype))
-            print(mesh.slot, name, engine_name, stage, error, flush=True)
-            assert error <= tolerance
-    dist.barrier()
-    dist.destroy_process_group()
+def error(_group, name: str, engine_name: str, stage: int, dtype: torch.dtype) -> float:
+    with silent():
+        values = on_a_mesh(Mesh(*MESHES[dist.get_world_size()]), name, engine_name, stage, dtype)
+    return relative(values, one_process(name, dtype)) if dist.get_rank() == 0 else 0.0
 
 
-def fork_world(world: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    import deepspeed  # noqa: F401  once, before the ranks part
-
-    ranks = [
-        get_context("fork").Process(target=every_engine, args=(rank, world, folder), daemon=True)
-        for rank in range(world)
-    ]
-    for process in ranks:
-        process.start()
-    while alive := [process for process in ranks if process.is_alive()]:
-        wait([process.sentinel for process in alive])
-        if any(process.exitcode for process in ranks):
-            sys.exit(1)  # the others, which wait for the failed one, are daemons and end too
-
-
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("world", MESHES)
-def test_training_equals_one_process(world, tmp_path):
+def test_training_equals_one_process(deepspeed_worlds, world, name):
     """float64 under DDP, float32 under ZeRO 0 to 3."""
-    environ = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, str(world), str(tmp_path)]
-    ended = run(command, timeout=280, env=environ)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert len(ended.stdout.splitlines()) == len(NAMES) * len(ENGINES)
+    for engine_name, stage, dtype, tolerance in ENGINES:
+        errors = deepspeed_worlds[world](error, world, name, engine_name, stage, dtype)
+        assert max(errors) <= tolerance, (engine_name, stage)
 
 
 def test_training_moves_the_parameters():
@@ -140,7 +106,3 @@ def test_training_moves_the_parameters():
         start = dict(small_model(name, torch.float64, **SMALL).named_parameters())
         start = {key: value.detach() for key, value in start.items()}
         assert relative(one_process(name, torch.float64), start) > 1e-2
-
-
-if __name__ == "__main__":
-    fork_world(int(sys.argv[1]), Path(sys.argv[2]))

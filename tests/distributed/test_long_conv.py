@@ -71,18 +71,21 @@ def count_exchanges(group, options):
 
 @pytest.mark.parametrize("world", [2, 4, 8])
 def test_exchanges_are_as_few_and_as_small_as_the_formulas_say(distributed, world):
-    """Circular and fast: (P-1)/P of the operands' and the result's own bytes, in 2 all-to-alls
-    forward and 2 backward a chunk; padding doubles."""
-    token = 2 * 4096 * 4 * (world - 1) // world  # bytes of one number of every channel and token
-    for forward, both in distributed(count_exchanges, world, {}):
-        assert (forward.calls, both.calls) == (2, 4)
-        assert (forward.bytes, both.bytes) == (15 * token, 30 * token)
-    for forward, both in distributed(count_exchanges, world, {"workspace_bytes": 1}):
-        assert (forward.calls, both.calls) == (4, 8)
-        assert (forward.bytes, both.bytes) == (15 * token, 30 * token)
-    for forward, both in distributed(count_exchanges, world, {"padding": "causal"}):
-        assert (forward.calls, both.calls) == (2, 4)
-        assert (forward.bytes, both.bytes) == (30 * token, 60 * token)
+    """Circular and fast: a complex number for each of the L // 2 + 1 bins of L = 4096 tokens of the
+    operands and the result, (P-1)/P of them, in 2 all-to-alls forward and 2 backward a chunk;
+    padding doubles L."""
+    for options, calls, length in (
+        ({}, 2, 4096),
+        ({"workspace_bytes": 1}, 4, 4096),
+        ({"padding": "causal"}, 2, 8192),
+    ):
+        counts = distributed(count_exchanges, world, options)
+        bins = 2 * 8 * (length // 2 + 1) * (world - 1)  # bytes of 2 channels, sent by all ranks
+        assert sum(forward.bytes for forward, _ in counts) == 15 * bins
+        assert sum(both.bytes for _, both in counts) == 30 * bins
+        for forward, both in counts:
+            assert (forward.calls, both.calls) == (calls, 2 * calls)
+            assert abs(both.bytes - 30 * bins / world) <= 30 * 2 * 8 * world  # even shares
 
 
 class Largest(TorchDispatchMode):

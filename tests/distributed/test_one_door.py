@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from data_pipeline.batch import GeometricBatch, Sample
-from data_pipeline.stream.slot import DataSlot
+from data_pipeline.stream.order import DataSlot
 from data_pipeline.tasks.registry import build_task
 from scaling.engine.build import build_engine
 from scaling.parallel import Mesh, SequenceShard

@@ -9,9 +9,9 @@ import torch
 from data_pipeline.errors import OptionError
 from launch import bench
 from scaling.experiments.cases import machine
-from scaling.experiments.cases.long_conv import GOALS, awkward_length, memory_fit
+from scaling.experiments.cases.long_conv import LongConv, awkward_length, memory_fit
 from scaling.experiments.rivals import CROSS, channel_all_to_all_conv, expanded_conv
-from scaling.experiments.summary import summarise
+from scaling.experiments.views import table
 from scaling.ops import vector_long_conv
 from scaling.parallel import SequenceShard
 from scaling.parallel.shard import redistribute
@@ -21,7 +21,7 @@ def test_bench_measures_every_case_and_writes_both_tables(tmp_path, capsys):
     bench.main([f"benches={tmp_path}", "bench.lengths=[512]", "bench.seconds=0.01", "device=cpu"])
     printed = capsys.readouterr().out
     summary = (tmp_path / "long_conv" / "summary.md").read_text()
-    assert all(f"| {case} |" in summary for case in GOALS)
+    assert all(f"| {case} |" in summary for case in LongConv.goals)
     assert summary.split("\n\n")[1] in printed
     with (tmp_path / "long_conv" / "rows.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -35,11 +35,12 @@ def test_bench_measures_every_case_and_writes_both_tables(tmp_path, capsys):
 def test_means_goals_and_the_line_through_memory():
     case = "vector, forward: speed-up over the listing"
     ratios = [
-        {"case": case, "sp": 1, "length": n, "value": 1.0, "ratio": r}
+        {"case": case, "sp": 1, "length": n, "value": 1.0, "ratio": r, "unit": "s"}
         for n, r in ((1, 2.0), (2, 8.0))
     ]
-    (row,) = summarise(ratios, GOALS)
-    assert (row["value"], row["goal"], row["met"]) == (pytest.approx(4.0), ">= 4.5", "no")
+    assert table(ratios, LongConv.goals).splitlines()[2:] == [
+        f"| {case} | 1 | 2 | 8 | 4 | >= 4.5 | no |"
+    ]
     line = [
         {"case": "memory", "sp": sp, "length": n, "value": 1e6 + 30 * n / sp}
         for n in (1000, 100_000)
@@ -70,27 +71,31 @@ def test_awkward_lengths_are_awkward():
     assert [awkward_length(n) for n in (1 << 14, 1000, 16)] == [(1 << 14) - 1, 999, 13]
 
 
-def measure_exchange(group, case) -> list[dict]:
-    return machine.BENCH.measure(case, group, torch.device("cpu"))
+def measure_exchange(_group, case, point) -> list[dict]:
+    return list(case.measure(point, torch.device("cpu")))
 
 
 def test_the_machine_bench_sets_a_step_against_the_peaks(distributed, monkeypatch):
     """Every part runs; shares of a step sum to 1; a least time is work over the best peak."""
     for name, size in (("IN_MEMORY", 1 << 10), ("SQUARE", 32), ("COLUMNS", 64)):
         monkeypatch.setattr(machine, name, size)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)  # for good
     model = {"name": "se3_hyena", "channels": 2, "hidden": 3, "operators": 1}
-    case = machine.MachineOptions({"tiny": model}, [512], [64, 256], seconds=0.001)
+    case = machine.Machine(
+        models={"tiny": model}, lengths=[512], transforms=[64, 256], seconds=0.001
+    )
     rows = []
-    for point in machine.BENCH.points(case):
-        if point.ranks == 1:
-            rows += machine.BENCH.measure(point.options, None, torch.device("cpu"))
+    for point in case.points():
+        if point.part == "exchange":  # among the whole world of the tests
+            found = distributed(measure_exchange, 8, case, point)[0]
         else:
-            rows += distributed(measure_exchange, point.ranks, point.options)[0]
+            found = case.measure(point, torch.device("cpu"))
+        rows += [point.labels | each for each in found]
     assert all(math.isfinite(row["value"]) and row["value"] > 0 for row in rows)
     assert {row["case"].partition(":")[0] for row in rows} == {
         "1 thread", "all cores", "all-to-all", "tiny",
     }  # fmt: skip
-    more, _ = machine.BENCH.conclude(case, rows)
+    more, _ = case.conclude(rows)
     ratio = {row["case"]: row["ratio"] for row in more}
     shares = [share for title, share in ratio.items() if title.endswith("/ step")]
     assert len(shares) == 3 and sum(shares) == pytest.approx(1)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 
 from data_pipeline.batch import GeometricBatch
 from data_pipeline.errors import ConfigError, RunError
@@ -18,12 +19,10 @@ from scaling.experiments.cases.attention import (
     CONVOLUTION,
     NUMBERS,
     PLAIN,
-    SIDES,
-    AttentionOptions,
-    crossover,
+    Attention,
 )
-from scaling.experiments.cases.scaling import CROWDED, ScalingOptions
-from scaling.experiments.experiment import row
+from scaling.experiments.cases.scaling import CROWDED, Scaling
+from scaling.experiments.experiment import Point, row
 from scaling.experiments.naive import straightforward
 from scaling.experiments.registry import BENCHES
 from scaling.long_conv import operators as long_conv
@@ -36,11 +35,10 @@ from scaling.runs.folder import RunFolder
 @pytest.fixture
 def small(tmp_path, monkeypatch):
     """Runs a bench without starting processes; its rows by (case, length), and its summary."""
-    fresh = ranks.measure
 
-    def measure(experiment, options, place, processes, **_settings):
-        assert processes <= 1
-        return fresh(experiment, options, place, 0, **_settings)
+    def measure(name, options, point, *_settings):
+        experiment = TypeAdapter(BENCHES[name]).validate_python(options)
+        return "ok", list(experiment.measure(point, torch.device("cpu")))
 
     def run(name: str, *overrides: str) -> tuple[dict[tuple[str, int], float], str]:
         monkeypatch.setattr(ranks, "measure", measure)
@@ -59,7 +57,7 @@ def test_every_configuration_is_that_of_a_bench():
     for name in names:
         config = compose("bench", [f"bench={name}"], bench.BenchConfig)
         assert config.name == config.bench["name"] == name
-        points = BENCHES[name].points(bench._options(config))
+        points = list(config.options().points())
         assert points and len({point.name for point in points}) == len(points)
 
 
@@ -68,7 +66,10 @@ def test_every_configuration_is_that_of_a_bench():
     [
         ("bench.long=1", "unknown key bench.long for bench=attention, did you mean"),
         ("bench.lengths=[0]", r"bench.lengths=\[0\]: must be greater than or equal to 1"),
-        ("bench=scaling +bench.execution.tiles=1", "unknown key bench.execution.tiles for"),
+        (
+            "bench=scaling +bench.execution.tiles=1",
+            "unknown key bench.execution.tiles, did",
+        ),
         ("bench=scaling +bench.execution.offload=disk", "bench.execution.offload='disk': must be"),
         ("bench=scaling +bench.execution.tile_bytes=0", "tile_bytes=0: must be greater"),
         ("bench=scaling bench.model.hiden=8", "unknown key bench.model.hiden for .*, did you mean"),
@@ -88,14 +89,13 @@ def test_options_are_those_of_the_case(override, message):
 
 def test_points_that_failed_are_measured_again_and_no_others(tmp_path, monkeypatch):
     """What is shown is of all points, or nothing is."""
-    lacking = {"memory_plain_attention_N16"}
+    lacking = {"memory_plain_attention_N16_sp1"}
     asked: list[str] = []
 
-    def measure(experiment, options, place, processes, **_settings):
-        asked.append(place.name)
-        rows = [row(f"{side}: {what}", 1, 16, 1.0, unit, ratio) for side in SIDES
-                for what, unit, ratio in (("memory", "B", None),)]  # fmt: skip
-        return ("no memory", []) if place.name in lacking else ("ok", rows)
+    def measure(_experiment, _options, point, *_settings):
+        asked.append(point.name)
+        rows = [row(f"{side}: memory", 1.0, "B") for side in NUMBERS]
+        return ("no memory", []) if point.name in lacking else ("ok", rows)
 
     monkeypatch.setattr(ranks, "measure", measure)
     command = ["bench=attention", "bench.lengths=[16]", f"benches={tmp_path}"]
@@ -107,10 +107,10 @@ def test_points_that_failed_are_measured_again_and_no_others(tmp_path, monkeypat
         bench.main(command)
     assert len(asked) == 4 and not (folder / "summary.md").exists()
     with (folder / "metrics.jsonl").open("a") as file:  # killed while it wrote a fifth
-        file.write('{"point": "memory_plain_attention_N16", "value": 1}\n')
+        file.write('{"point": "memory_plain_attention_N16_sp1", "value": 1}\n')
     lacking.clear()
     bench.main(command)
-    assert asked[4:] == ["memory_plain_attention_N16"]
+    assert asked[4:] == ["memory_plain_attention_N16_sp1"]
     rows = RunFolder(folder).rows()
     assert len(rows) == 12 and sum(each.get("status") == "ok" for each in rows) == 4
     assert "commit" in (folder / "summary.md").read_text() and (folder / "figure.png").exists()
@@ -153,7 +153,7 @@ def test_the_straightforward_step_computes_the_same(name):
     straightforward(model)
     with pytest.MonkeyPatch.context() as patch:
         patch.delattr(clifford.GeometricProduct, "forward")
-        patch.delattr(long_conv, "_convolve")
+        patch.delattr(long_conv, "Convolution")
         patch.delattr(tiles.Tiled, "_by_tiles")
         theirs = outputs_and_gradients()
     for a, b in zip(ours, theirs, strict=True):
@@ -176,18 +176,23 @@ def test_train_step_compares_time_and_memory(small):
     assert summary.count("| >= 3 |") == 2
 
 
+TINY = {"name": "se3_hyena", "channels": 2, "hidden": 2, "operators": 1}
+
+
 def test_scaling_derives_speed_up_efficiency_and_share():
-    case = ScalingOptions({}, [1024], [2], 256, [2, 4], rounds=3)
-    planned = BENCHES["scaling"].points(case)
-    points = [(1024, 1), (1024, 2), (256, 1), (512, 2), (1024, 4)]
-    assert [(point.options.length, point.ranks) for point in planned] == 3 * points
+    case = Scaling(
+        model=TINY, strong_lengths=[1024], strong_sp=[2], weak_tokens=256, weak_sp=[2, 4]
+    )
+    points = [(1024, 1), (256, 1), (1024, 2), (512, 2), (1024, 4)]
+    assert [(point.length, point.ranks) for point in case.points()] == 3 * points
     rows = []
-    for (n, sp), seconds in zip(points, (8.0, 5.0, 2.0, 2.5, 4.0), strict=True):
+    for (n, sp), seconds in zip(points, (8.0, 2.0, 5.0, 2.5, 4.0), strict=True):
         mark = CROWDED if sp == 4 else ""
         for noise in (0.9, 1.0, 30.0):  # the median is what counts
-            rows.append(row(f"step{mark}", sp, n, seconds * noise))
-            rows.append(row(f"exposed communication{mark}", sp, n, 0.5 * noise * (sp > 1)))
-    found, _ = BENCHES["scaling"].conclude(case, rows)
+            rows.append(row(f"step{mark}", seconds * noise, sp=sp, length=n))
+            waiting = 0.5 * noise * (sp > 1)
+            rows.append(row(f"exposed communication{mark}", waiting, sp=sp, length=n))
+    found, _ = case.conclude(rows)
     assert {(r["case"], r["sp"], r["length"]): pytest.approx(r["ratio"]) for r in found} == {
         ("strong: 2 ranks, speed-up over one", 2, 1024): 1.6,
         ("weak: efficiency", 2, 512): 0.8,
@@ -201,11 +206,11 @@ def test_scaling_derives_speed_up_efficiency_and_share():
 
 
 def test_scaling_measures_a_point():
-    model = {"name": "se3_hyena", "channels": 2, "hidden": 2, "operators": 1}
-    case = ScalingOptions(model, [64], [2], 64, [2], steps=1, length=64)
-    step, waiting = BENCHES["scaling"].measure(case, None, torch.device("cpu"))
-    assert (step["sp"], step["length"]) == (1, 64) and step["value"] > 0
-    assert waiting["value"] == 0
+    case = Scaling(
+        model=TINY, strong_lengths=[64], strong_sp=[2], weak_tokens=64, weak_sp=[2], steps=1
+    )
+    step, waiting = case.measure(Point(length=64), torch.device("cpu"))
+    assert step["value"] > 0 and waiting["value"] == 0
 
 
 def test_attention_runs_beside_the_convolution_until_it_does_not_fit(small, tmp_path):
@@ -215,30 +220,45 @@ def test_attention_runs_beside_the_convolution_until_it_does_not_fit(small, tmp_
         assert rows[f"{CONVOLUTION}: time", n] > 0
         for side in (PLAIN, BLOCKED):
             assert rows[f"{side}: time / {CONVOLUTION}", n] > 0
-        assert all(rows[f"{side}: memory", n] > 1e7 for side in SIDES)
+        assert all(rows[f"{side}: memory", n] > 1e7 for side in NUMBERS)
     assert f"- {PLAIN.capitalize()}: " in summary
     assert (tmp_path / "attention" / "figure.png").stat().st_size > 20_000
 
 
 def test_attention_stops_before_what_is_too_much():
     """Memory and time are foreseen, and not tried."""
+    case = Attention([256, 1 << 20])
     for side, unit in ((PLAIN, "GiB"), (BLOCKED, "seconds")):
-        case = AttentionOptions([256, 1 << 20], sides=[side])
-        fits, stops = BENCHES["attention"].measure(case, None, torch.device("cpu"))
-        assert (fits["case"], fits["length"]) == (f"{side}: memory", 256)
-        assert (stops["case"], stops["length"]) == (f"{side}: would take", 1 << 20)
-        assert stops["unit"] == unit and stops["value"] > (case.longest_s if side == BLOCKED else 4)
+        fits, stops = (
+            each
+            for n in case.lengths
+            for each in case.measure(Point("memory", side, n), torch.device("cpu"))
+        )
+        assert fits["case"] == f"{side}: memory"
+        assert stops["case"] == f"{side}: would take" and stops["unit"] == unit
+        assert stops["value"] > (case.longest_s if side == BLOCKED else 4)
 
 
 def test_memory_is_about_what_was_foreseen():
     """Sure of the magnitude alone: what small tensors free is not given back at once."""
     before = reset_peak(cpu := torch.device("cpu"))
-    case = AttentionOptions([1 << 11], sides=[PLAIN])
-    (found,) = BENCHES["attention"].measure(case, None, cpu)
+    (found,) = Attention([1 << 11]).measure(Point("memory", PLAIN, 1 << 11), cpu)
     assert found["value"] - before < 2.5 * 4 * NUMBERS[PLAIN][1] * 2**22
 
 
-def test_crossovers_lie_between_the_points():
-    assert crossover({10: 0.5, 1000: 50.0, 20: 2.0}) == pytest.approx(10 * 2**0.5)
-    assert crossover({1: 0.5, 2: 0.9}) is None
-    assert crossover({1: 1.0, 2: 4.0}) == 0
+@pytest.mark.parametrize(
+    ("ratios", "said"),
+    [
+        ({10: 0.5, 1000: 50.0, 20: 2.0}, "slower than the long convolution from N = 20 on"),
+        ({1: 0.5, 2: 0.9}, "as fast as the long convolution, or faster, at the longest N"),
+        ({1: 1.0, 2: 4.0}, "slower than the long convolution from N = 1 on"),
+        ({1: 2.0, 2: 0.9}, "as fast as the long convolution, or faster, at the longest N"),
+    ],
+)
+def test_attention_says_from_which_length_on_it_is_slower(ratios, said):
+    case = f"{PLAIN}: time / {CONVOLUTION}"
+    rows = [row(case, 1.0, "s", ratio, length=n) for n, ratio in ratios.items()]
+    rows.append(row(f"{PLAIN}: would take", 5.0, "GiB", length=2000))
+    concluded, remarks = Attention([1]).conclude(rows)
+    assert f"- Plain attention: {said}; N = 2,000 would take 5 GiB.\n" in remarks
+    assert concluded == rows[:-1]

@@ -1,43 +1,30 @@
 """What the long convolution costs, beside its rivals and its own FFTs, in one run each."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Annotated
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from data_pipeline.errors import OptionError
-from scaling.experiments.experiment import Experiment, Point, joined, row
-from scaling.experiments.options import Checked, Count, Counts, Positive
+from scaling.experiments.experiment import Experiment, Point, row
+from scaling.experiments.options import Count, Positive, Selection
 from scaling.experiments.rivals import CROSS, channel_all_to_all_conv, expanded_conv, transforms
-from scaling.experiments.timing import medians
+from scaling.experiments.timing import both_ways, medians, peak_of
 from scaling.long_conv.form import fast_length
-from scaling.observe.memory import peak_bytes, reset_peak
 from scaling.ops import geometric_long_conv, vector_long_conv
-from scaling.parallel.collectives import Group, global_maxima
+from scaling.parallel.collectives import global_maxima
 from scaling.parallel.shard import SequenceShard
 from scaling.parallel.telemetry import measuring
-from scaling.runs.identity import NotIdentity
 from scaling.runs.rows import Row
 
-GOALS = {
-    "vector, forward: speed-up over the listing": (">=", 4.5),
-    "vector, forward: time / its 9 FFTs": ("<=", 1.15),
-    "vector, forward + backward: time / its 18 FFTs": ("<=", 1.3),
-    "geometric, forward: time / its 15 FFTs": ("<=", 1.15),
-    "geometric, forward + backward: time / its 30 FFTs": ("<=", 1.3),
-    "vector, forward + backward: time / channel all-to-all": ("<=", 1.05),
-    "1 channel: time / per channel of 8": ("<=", 1.3),
-    "3 channels: time / per channel of 8": ("<=", 1.3),
-    "memory: residual of a + b N/P": ("<=", 0.1),
-    "float32: error, centred": ("<=", 1e-6),
-}
-"""How the geometric mean over N, or the largest value of the last two, should compare."""
+CHANNELS = 8
 
 
 @dataclass
-class LongConvOptions(Checked):
+class LongConv(Experiment):
     """
     Args:
         lengths: N, tokens; multiples of every number in sp.
@@ -47,10 +34,23 @@ class LongConvOptions(Checked):
         seconds: of every comparison.
     """
 
-    lengths: Annotated[Counts, NotIdentity()]
-    sp: Annotated[Counts, NotIdentity()]
+    lengths: Selection
+    sp: Selection
     tokens: Count = 1 << 22
     seconds: Positive = 2.0
+
+    goals: ClassVar = {
+        "vector, forward: speed-up over the listing": (">=", 4.5),
+        "vector, forward: time / its 9 FFTs": ("<=", 1.15),
+        "vector, forward + backward: time / its 18 FFTs": ("<=", 1.3),
+        "geometric, forward: time / its 15 FFTs": ("<=", 1.15),
+        "geometric, forward + backward: time / its 30 FFTs": ("<=", 1.3),
+        "vector, forward + backward: time / channel all-to-all": ("<=", 1.05),
+        "1 channel: time / per channel of 8": ("<=", 1.3),
+        "3 channels: time / per channel of 8": ("<=", 1.3),
+        "memory: residual of a + b N/P": ("<=", 0.1),
+        "float32: error, centred": ("<=", 1e-6),
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,19 +62,120 @@ class LongConvOptions(Checked):
                 f" {length // sp * sp or sp}",
             )
 
+    def points(self) -> Iterator[Point]:
+        return (Point(length=n, ranks=sp) for sp in sorted(self.sp) for n in sorted(self.lengths))
 
-def long_conv_rows(case: LongConvOptions, group: Group, device: torch.device) -> list[Row]:
-    """All comparisons that this number of ranks allows."""
-    # Memory first, and short sequences first: what was freed is not given back to the system.
-    rows = [_Bench(length, 1, group, device, 0.0).memory() for length in sorted(case.lengths)]
-    for length in sorted(case.lengths):
-        channels = max(1, min(8, case.tokens // length))
-        bench = _Bench(length, channels, group, device, case.seconds)
-        if bench.shard.size == 1:
-            rows += [*bench.local(), bench.accuracy()]
-        else:
-            rows += bench.sharded()
-    return rows
+    def measure(self, point: Point, device: torch.device) -> Iterator[Row]:
+        """Memory, then all comparisons that this number of ranks allows."""
+        shard = SequenceShard(point.length)
+        q, k, g = torch.randn(3, 1, 3, shard.n_local, device=device)
+        train = both_ways(partial(vector_long_conv, shard=shard), [q, k], [g])
+        yield row("memory", peak_of(train, device), "B", channels=1)
+        channels = max(1, min(CHANNELS, self.tokens // point.length))
+        compared = self._shared(shard, channels, device)
+        if point.ranks == 1:
+            compared = self._alone(point.length, channels, device)
+        for each in compared:
+            yield each | {"channels": channels}
+
+    def _alone(self, n: int, channels: int, device: torch.device) -> Iterator[Row]:
+        """One rank: against the listing and against bare FFTs; awkward lengths; accuracy."""
+        normal = partial(torch.randn, device=device)
+        q, k, g = normal(3, channels, 3, n)
+        qs, ks, gs = normal(3, channels, n)
+        four, seven = normal(channels, 4, n), normal(channels, 7, n)
+        u, in_four, in_seven = map(torch.fft.rfft, (g, four, seven))
+
+        def geometric(qs: Tensor, q: Tensor, ks: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+            return geometric_long_conv((qs, q), (ks, k))
+
+        forward = partial(vector_long_conv, q, k)
+        times = medians(
+            {"ours": forward, "listed": partial(expanded_conv, CROSS, q, k)}, self.seconds, device
+        )
+        speed_up = times["listed"] / times["ours"]
+        yield row("vector, forward: speed-up over the listing", times["ours"], "s", speed_up)
+        for case, ours, tokens, spectra in (
+            ("vector, forward: time / its 9 FFTs", forward, [q, k], [u]),
+            (
+                "vector, forward + backward: time / its 18 FFTs",
+                both_ways(vector_long_conv, [q, k], [g]),
+                [q, k, g],
+                [u, u, u],
+            ),
+            (
+                "geometric, forward: time / its 15 FFTs",
+                partial(geometric, qs, q, ks, k),
+                [four, four],
+                [in_seven],
+            ),
+            (
+                "geometric, forward + backward: time / its 30 FFTs",
+                both_ways(geometric, [qs, q, ks, k], [gs, g, q]),
+                [four, four, seven],
+                [in_seven, in_four, in_four],
+            ),
+        ):
+            yield self._beside(case, ours, partial(transforms, tokens, spectra, n), device)
+        a, b = normal(2, channels, 3, awkward_length(n))
+        awkward = partial(vector_long_conv, a, b)
+        yield self._beside("vector, forward: time at an awkward N / at N", awkward, forward, device)
+        q, k = (x - x.mean(-1, keepdim=True) for x in (q[:1].double(), k[:1].double()))
+        exact, single = vector_long_conv(q, k), vector_long_conv(q.float(), k.float())
+        error = ((single - exact).norm() / exact.norm()).item()
+        yield row("float32: error, centred", error, "")
+
+    def _shared(self, shard: SequenceShard, channels: int, device: torch.device) -> Iterator[Row]:
+        """Several ranks: against the channel all-to-all; few channels; what is exchanged."""
+        tensors = torch.randn(3, channels, 3, shard.n_local, device=device)
+        by_tokens = partial(vector_long_conv, shard=shard)
+        by_channels = partial(channel_all_to_all_conv, group=shard.group)
+
+        def train(convolve: Callable[..., Tensor], channels: int) -> Callable[[], object]:
+            q, k, g = tensors[:, :channels].clone()
+            return both_ways(convolve, [q, k], [g])
+
+        ours, ranks = train(by_tokens, channels), shard.size
+        if channels % ranks == 0:
+            case = "vector, forward + backward: time / channel all-to-all"
+            yield self._beside(case, ours, train(by_channels, channels), device)
+        if channels == CHANNELS:
+            few = {count: train(by_tokens, count) for count in (1, 3)}
+            sides = {"8": ours, "1 channel": few[1], "3 channels": few[3]}
+            times = medians(sides, self.seconds, device)
+            for side, count in (("1 channel", 1), ("3 channels", 3)):
+                one = times[side] / count
+                ratio = one / (times["8"] / CHANNELS)
+                yield row(f"{side}: time / per channel of 8", one, "s", ratio)
+        whole, steps = medians({"ours": ours}, self.seconds, device)["ours"], 3
+        with measuring(device) as measured:
+            for _ in range(steps):
+                ours()
+        count = measured.exchanges["long_conv"]
+        (exposed,) = global_maxima(count.seconds / steps, device=device)
+        case = "exchange: time not hidden / forward + backward"
+        yield row(case, exposed, "s", exposed / whole)
+        bins = shard.length // ranks // 2 + 1
+        formula = 18 * channels * bins * 8 * (ranks - 1) / ranks
+        sent = count.bytes / steps
+        yield row("exchange: bytes / formula", sent, "B", sent / formula)
+
+    def _beside(
+        self,
+        case: str,
+        ours: Callable[[], object],
+        rival: Callable[[], object],
+        device: torch.device,
+    ) -> Row:
+        times = medians({"ours": ours, "rival": rival}, self.seconds, device)
+        return row(case, times["ours"], "s", times["ours"] / times["rival"])
+
+    def conclude(self, rows: list[Row]) -> tuple[list[Row], str]:
+        fit = memory_fit(rows)
+        return [*(each for each in rows if each["case"] != "memory"), fit], (
+            f"Peak memory of a rank: {fit['base'] / 1e6:,.0f} MB + {fit['per_token']:,.0f}"
+            " bytes a local token (vector convolution of one channel, forward and backward)."
+        )
 
 
 def memory_fit(rows: list[Row]) -> Row:
@@ -89,151 +190,8 @@ def memory_fit(rows: list[Row]) -> Row:
     # Relative residuals count, so that short sequences do.
     a, b = torch.linalg.lstsq(design / y[:, None], torch.ones_like(y)[:, None]).solution[:, 0]
     residual = ((a + b * x - y).abs() / y).max().item()
-    fit = row("memory: residual of a + b N/P", 0, 0, residual, "")
-    return fit | {"sp": "all", "base": a.item(), "per_token": b.item()}
-
-
-class _Bench:
-    """One length."""
-
-    def __init__(
-        self, length: int, channels: int, group: Group, device: torch.device, seconds: float
-    ) -> None:
-        self.shard = SequenceShard(length, group)
-        self.channels, self.group, self.device, self.seconds = channels, group, device, seconds
-
-    def tensors(self, channels: int, *components: int, n: int | None = None) -> list[Tensor]:
-        """Random tokens (channels, component, n_local), or (channels, n_local) for 0."""
-        n = self.shard.n_local if n is None else n
-        shapes = [(channels, c, n) if c else (channels, n) for c in components]
-        return [torch.randn(shape, device=self.device) for shape in shapes]
-
-    def row(self, case: str, value: float, unit: str = "s", ratio: float | None = None) -> Row:
-        return row(
-            case, self.shard.size, self.shard.length, value, unit, ratio, channels=self.channels
-        )
-
-    def against(self, case: str, times: dict[str, float], rival: str) -> Row:
-        return self.row(case, times["ours"], ratio=times["ours"] / times[rival])
-
-    def compare(
-        self, ours: Callable[[], object], **rivals: Callable[[], object]
-    ) -> dict[str, float]:
-        return medians({"ours": ours, **rivals}, self.group, self.device, self.seconds)
-
-    def local(self) -> list[Row]:
-        """One rank: against the listing and against bare FFTs; awkward lengths."""
-        n = self.shard.length
-        q, k, g = self.tensors(self.channels, 3, 3, 3)
-        u = torch.fft.rfft(g)
-        times = self.compare(
-            lambda: vector_long_conv(q, k),
-            listed=lambda: expanded_conv(CROSS, q, k),
-            bare=lambda: transforms([q, k], [u], n),
-        )
-        speed_up = times["listed"] / times["ours"]
-        rows = [
-            self.row("vector, forward: speed-up over the listing", times["ours"], ratio=speed_up),
-            self.against("vector, forward: time / its 9 FFTs", times, "bare"),
-        ]
-        times = self.compare(
-            trainer(vector_long_conv, [q, k], [g]),
-            bare=lambda: transforms([q, k, g], [u, u, u], n),
-        )
-        rows.append(self.against("vector, forward + backward: time / its 18 FFTs", times, "bare"))
-
-        def geometric(qs: Tensor, q: Tensor, ks: Tensor, k: Tensor) -> tuple[Tensor, ...]:
-            return geometric_long_conv((qs, q), (ks, k))
-
-        given, grads = self.tensors(self.channels, 0, 3, 0, 3), self.tensors(self.channels, 0, 3, 3)
-        (four, seven) = self.tensors(self.channels, 4, 7)
-        in_four, in_seven = torch.fft.rfft(four), torch.fft.rfft(seven)
-        times = self.compare(
-            lambda: geometric(*given), bare=lambda: transforms([four, four], [in_seven], n)
-        )
-        rows.append(self.against("geometric, forward: time / its 15 FFTs", times, "bare"))
-        times = self.compare(
-            trainer(geometric, given, grads),
-            bare=lambda: transforms([four, four, seven], [in_seven, in_four, in_four], n),
-        )
-        case = "geometric, forward + backward: time / its 30 FFTs"
-        rows.append(self.against(case, times, "bare"))
-        a, b = self.tensors(self.channels, 3, 3, n=awkward_length(n))
-        times = self.compare(lambda: vector_long_conv(a, b), fast=lambda: vector_long_conv(q, k))
-        rows.append(self.against("vector, forward: time at an awkward N / at N", times, "fast"))
-        return rows
-
-    def accuracy(self) -> Row:
-        """float32 against float64 of centred input, relative to the norm."""
-        q, k = (x.double() for x in self.tensors(1, 3, 3))
-        q, k = (x - x.mean(-1, keepdim=True) for x in (q, k))
-        exact, found = vector_long_conv(q, k), vector_long_conv(q.float(), k.float())
-        error = ((found - exact).norm() / exact.norm()).item()
-        return self.row("float32: error, centred", error, unit="")
-
-    def sharded(self) -> list[Row]:
-        """Several ranks: against the channel all-to-all; few channels; what is exchanged."""
-        q, k, g = self.tensors(self.channels, 3, 3, 3)
-
-        def ours(q: Tensor, k: Tensor) -> Tensor:
-            return vector_long_conv(q, k, self.shard)
-
-        def by_channels(q: Tensor, k: Tensor) -> Tensor:
-            return channel_all_to_all_conv(q, k, self.group)
-
-        rows = []
-        train = trainer(ours, [q, k], [g])
-        if self.channels % self.shard.size == 0:
-            times = self.compare(train, channels=trainer(by_channels, [q, k], [g]))
-            case = "vector, forward + backward: time / channel all-to-all"
-            rows.append(self.against(case, times, "channels"))
-        if self.channels == 8:
-            few = {
-                str(c): trainer(ours, [q[:c].clone(), k[:c].clone()], [g[:c].clone()])
-                for c in (1, 3)
-            }
-            times = self.compare(train, **few)
-            for c, name in ((1, "1 channel"), (3, "3 channels")):
-                value = times[str(c)] / c
-                case = f"{name}: time / per channel of 8"
-                rows.append(self.row(case, value, ratio=value / (times["ours"] / 8)))
-        times, steps, ranks = self.compare(train), 3, self.shard.size
-        with measuring(self.device) as measured:
-            for _ in range(steps):
-                train()
-        count = measured.exchanges["long_conv"]
-        (exposed,) = global_maxima(count.seconds / steps, group=self.group, device=self.device)
-        formula = 18 * self.channels * self.shard.length // ranks * 4 * (ranks - 1) / ranks
-        share = exposed / times["ours"]
-        rows.append(
-            self.row("exchange: time not hidden / forward + backward", exposed, ratio=share)
-        )
-        sent = count.bytes / steps
-        rows.append(self.row("exchange: bytes / formula", sent, unit="B", ratio=sent / formula))
-        return rows
-
-    def memory(self) -> Row:
-        """Peak of a rank over forward and backward, everything in the process included."""
-        given, (g,) = self.tensors(self.channels, 3, 3), self.tensors(self.channels, 3)
-        reset_peak(self.device)
-        trainer(lambda q, k: vector_long_conv(q, k, self.shard), given, [g])()
-        (peak,) = global_maxima(peak_bytes(self.device), group=self.group, device=self.device)
-        return self.row("memory", peak, unit="B")
-
-
-def trainer(
-    convolve: Callable[..., Tensor | tuple[Tensor, ...]], given: list[Tensor], grads: list[Tensor]
-) -> Callable[[], None]:
-    """Forward and backward."""
-    given = [x.detach().requires_grad_() for x in given]
-
-    def step() -> None:
-        for x in given:
-            x.grad = None
-        results = convolve(*given)
-        torch.autograd.backward(results, grads if isinstance(results, tuple) else grads[0])
-
-    return step
+    case = "memory: residual of a + b N/P"
+    return row(case, residual, "", sp="all", length=0, base=a.item(), per_token=b.item())
 
 
 def awkward_length(n: int) -> int:
@@ -242,21 +200,3 @@ def awkward_length(n: int) -> int:
     while fast_length(n) == n and n > 1:
         n -= 2
     return n
-
-
-def _points(case: LongConvOptions) -> list[Point]:
-    return [
-        Point(f"sp{sp}_{joined(case.lengths)}", sp, replace(case, sp=[sp]))
-        for sp in sorted(case.sp)
-    ]
-
-
-def _conclude(_case: LongConvOptions, rows: list[Row]) -> tuple[list[Row], str]:
-    fit = memory_fit(rows)
-    return [*(each for each in rows if each["case"] != "memory"), fit], (
-        f"Peak memory of a rank: {fit['base'] / 1e6:,.0f} MB + {fit['per_token']:,.0f}"
-        " bytes a local token (vector convolution of one channel, forward and backward)."
-    )
-
-
-BENCH = Experiment(LongConvOptions, _points, long_conv_rows, GOALS, _conclude)

@@ -10,7 +10,7 @@ from data_pipeline.chains import RESIDUES, Chain, Notes, encode
 from data_pipeline.errors import OptionError, SourceError
 from data_pipeline.prepare import make_source
 from data_pipeline.store.build import build
-from data_pipeline.store.grouping import SHARED_4MERS, GroupedSource, Grouping
+from data_pipeline.store.grouping import SHARED_4MERS, GroupedSource
 from data_pipeline.store.reader import Store
 
 LENGTH = 120
@@ -37,10 +37,10 @@ class Family:
 
 
 def groups_of(folder: Path, **rule) -> tuple[list[int], dict]:
-    source = GroupedSource(Family(), Grouping(**rule))
+    source = GroupedSource(Family(), **rule)
     manifest = build(folder, source)
     store = Store(folder)
-    return store._whole("cluster").tolist(), manifest
+    return store.whole("cluster").tolist(), manifest
 
 
 def test_groups_of_a_file_are_never_parted(tmp_path):
@@ -79,14 +79,14 @@ def test_mmseqs_finds_relatives_that_shared_4mers_do_not(tmp_path):
 def test_rules_that_cannot_be_are_named(tmp_path, monkeypatch):
     for value in (0.0, 1.0, 30.0):
         with pytest.raises(OptionError, match=f"max_identity={value}: must be"):
-            Grouping(max_identity=value)
+            GroupedSource(Family(), max_identity=value)
     monkeypatch.setenv("PATH", "/nonexistent")
     with pytest.raises(OptionError, match="needs the program mmseqs: apt-get install mmseqs2"):
-        Grouping(max_identity=0.3)
+        GroupedSource(Family(), max_identity=0.3)
     with pytest.raises(OptionError, match="add official_split=false"):
         make_source("sidechainnet", clusters="x.tsv")
     with pytest.raises(OptionError, match="not both"):
-        Grouping(Path("x.tsv"), 0.3)
+        GroupedSource(Family(), Path("x.tsv"), 0.3)
     assert make_source("bundled").identity() == make_source("bundled", clusters=None).identity()
     (tmp_path / "x.tsv").write_text("a b\n")
     assert isinstance(make_source("bundled", clusters=f"{tmp_path}/x.tsv"), GroupedSource)

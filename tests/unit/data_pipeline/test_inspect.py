@@ -1,14 +1,13 @@
-"""What inspect prints and draws: angles that are known, cartoons of helices and strands."""
+"""What inspect prints and draws: angles that are known, paths in their order."""
 
 import matplotlib.image
 import numpy as np
 import pytest
 
-from data_pipeline.chains import Notes, encode
-from data_pipeline.inspect.cartoon import quads, secondary_structure
+from data_pipeline.chains import encode
+from data_pipeline.inspect.figures import draw_path
 from data_pipeline.inspect.inspect import torsions
 from data_pipeline.prepare import ensure_bundled
-from data_pipeline.sources.bundled import BundledSource
 from data_pipeline.sources.synthetic import backbones
 from launch.prepare import main
 
@@ -31,7 +30,7 @@ def test_inspect_prints_and_draws(tmp_path, capsys):
     assert sorted(p.name for p in folder.iterdir()) == [
         "backbone.png", "lengths.png", "ramachandran.png",
     ]  # fmt: skip
-    for name, least in (("backbone.png", 0.1), ("lengths.png", 0.1), ("ramachandran.png", 0.1)):
+    for name, least in (("backbone.png", 0.02), ("lengths.png", 0.1), ("ramachandran.png", 0.1)):
         image = matplotlib.image.imread(folder / name)[..., :3]
         assert (image.min(-1) < 0.95).mean() > least, name  # of the figure is painted
     options = ["source.train_size=20", "source.held_out_size=2", "source.steps=5"]
@@ -57,31 +56,16 @@ def test_torsions_are_sorted_by_kind_and_stop_at_breaks():
     assert counts == {"General": 0, "Glycine": 1, "Proline": 2, "Before proline": 0}
 
 
-def test_hydrogen_bonds_show_helices_and_strands():
-    """An ideal helix and an extended chain; real proteins have as much of both as is known."""
-    assert (secondary_structure(ideal(-63, -42)) == 1).sum() >= 16
-    assert not secondary_structure(ideal(-120, 130)).any()  # strands need partners
-    share = {}
-    for chain in BundledSource().chains(Notes()):
-        if chain.id in ("pdb1ubi/A", "pdb3enl/A") and chain.complete.all():
-            kind = secondary_structure(chain.xyz.astype(np.float64))
-            share[chain.id] = [(kind == k).mean() for k in (1, 2)]
-    # DSSP: ubiquitin has 12 residues of 76 in alpha helices and 22 to 25 in strands.
-    helix, strand = share["pdb1ubi/A"]
-    assert 0.14 < helix < 0.20 and 0.25 < strand < 0.37
-    assert share["pdb3enl/A"][0] > 0.3
-
-
-def test_cartoons_are_not_mirrored_and_skip_gaps():
-    """A right-handed helix stays so: its front strands rise from left to right; gaps stay open."""
-    helix = ideal(-63, -42, 30)
-    corners, colors, ends = quads(helix, np.zeros(30, np.int64))
-    assert corners.shape[1:] == (4, 2) and len(corners) == len(colors) == 2 * 29 * 8
-    assert np.isfinite(corners).all() and ((colors >= 0) & (colors <= 1)).all()
-    assert np.linalg.norm(ends[0] - ends[1]) == pytest.approx(29 * 1.5, abs=4)  # 1.5 Å a residue
-    helix[14] = np.nan
-    parted, _, _ = quads(helix, np.zeros(30, np.int64))
-    assert len(parted) == 2 * (13 + 14) * 8
-    middle = (ends[0] + ends[1]) / 2
-    nearest = [np.linalg.norm(c.mean(1) - middle, axis=1).min() for c in (corners, parted)]
-    assert nearest[0] < 2.5
+def test_a_path_is_drawn_along_its_axis_and_open_at_breaks():
+    """A helix lies across, as a rotation of itself; one line less at a break."""
+    helix = ideal(-63, -42, 30)[:, 1]
+    whole, parted = (
+        draw_path(helix, np.repeat([0, last], 15), "Å", "helix").axes[0].collections
+        for last in (0, 1)
+    )
+    assert len(whole[0].get_paths()) == 29 and len(parted[0].get_paths()) == 28
+    drawn = np.asarray(whole[1].get_offsets())
+    centred = helix - helix.mean(0)
+    turn = np.linalg.lstsq(centred, np.c_[drawn, np.zeros(30)], rcond=None)[0]
+    np.testing.assert_allclose(centred @ turn[:, :2], drawn, atol=1e-3)
+    assert np.ptp(drawn[:, 0]) == pytest.approx(29 * 1.5, abs=4)  # 1.5 Å a residue

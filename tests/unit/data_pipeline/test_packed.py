@@ -14,8 +14,8 @@ from data_pipeline.counter_rng import rotations
 from data_pipeline.errors import ConfigError
 from data_pipeline.store import writer
 from data_pipeline.store.build import build
-from data_pipeline.store.files import CheckedFiles
-from data_pipeline.store.reader import Store, StoreMixture
+from data_pipeline.store.manifest import CheckedFiles
+from data_pipeline.store.reader import Store
 from data_pipeline.tasks.denoising import Denoising
 from data_pipeline.tasks.packed import PackedBodies
 
@@ -196,7 +196,7 @@ def test_order_and_motions_follow_from_the_key(paths):
     np.testing.assert_allclose(turns @ turns.transpose(0, 2, 1) - np.eye(3), 0, atol=1e-12)
     np.testing.assert_allclose(np.linalg.det(turns), 1)
     assert abs(turns.mean(0)).max() < 0.05 and abs((turns**2).mean(0) - 1 / 3).max() < 0.03
-    layout = PackedBodies(StoreMixture([paths["plain"]]), "train", 1, None)
+    layout = PackedBodies(Store(paths["plain"]), "train", 1, None)
     assert len({tuple(layout.pieces(0, key, 0, 9).chains) for key in range(3)}) == 1
 
 

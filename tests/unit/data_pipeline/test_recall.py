@@ -10,10 +10,10 @@ from jaxtyping import TypeCheckError
 from data_pipeline.counter_rng import evaluation_key
 from data_pipeline.errors import ConfigError
 from data_pipeline.store.build import build
-from data_pipeline.tasks.features import edges
 from data_pipeline.tasks.recall import Recall
 from data_pipeline.tasks.registry import build_task
 from data_pipeline.tasks.stored import ProceduralSource
+from data_pipeline.tasks.window import edges
 
 
 @pytest.mark.parametrize("tokens", [3, 4, 5, 32, 33, 200])

@@ -16,7 +16,7 @@ import pytest
 from data_pipeline.chains import Notes
 from data_pipeline.errors import ConfigError, SourceError
 from data_pipeline.sources import safe_pickle, sidechainnet
-from data_pipeline.sources.selection import Selection
+from data_pipeline.sources.protein import ProteinSource
 from data_pipeline.sources.sidechainnet import SideChainNetSource
 from data_pipeline.sources.synthetic import grow
 
@@ -82,7 +82,7 @@ def test_both_layouts_give_the_same_backbones(tmp_path, layout, protocol):
         assert (chain.id, chain.sequence) == (name, sequence) and not notes
         assert chain.split == {"train": "train", "test": "test"}.get(split, "validation")
         np.testing.assert_array_equal(chain.xyz, xyz)
-    some = read(path, selection=Selection(41, 60, 0.95), official_split=False)
+    some = read(path, min_length=41, max_length=60, min_complete=0.95, official_split=False)
     assert [(c.id, c.split) for c in some] == [("4ABC_1_A", None)]
 
 
@@ -207,7 +207,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
         read(path, sha256="00")
     assert len(read(path, sha256=hashlib.sha256(whole).hexdigest().upper())) == 5
     with pytest.raises(SourceError, match="no usable protein chain: 5 chains shorter than 99"):
-        read(path, selection=Selection(99))
+        read(path, min_length=99)
     for part in (whole[: len(whole) // 2], b"", b"<html>404</html>"):
         path.write_bytes(part)
         with pytest.raises(SourceError, match=r"scn\.pkl is no whole pickle .*half of a download"):
@@ -219,7 +219,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     try:
         if user == 0:
             os.seteuid(65534)  # to root nothing is forbidden
-        with pytest.raises(SourceError, match=r"cannot read path=.*: Permission denied"):
+        with pytest.raises(SourceError, match=r"cannot read .*: Permission denied"):
             SideChainNetSource(path).identity()
     finally:
         os.seteuid(user)
@@ -268,4 +268,4 @@ def test_options_are_checked():
     with pytest.raises(ConfigError, match="memory_gib=-1"):
         make(memory_gib=-1.0)
     with pytest.raises(ConfigError, match="no chain is both"):
-        Selection(30, 20)
+        ProteinSource(min_length=30, max_length=20)

@@ -9,7 +9,7 @@ from data_pipeline.batch import Sample
 from data_pipeline.counter_rng import permuted
 from data_pipeline.errors import ConfigError, RunError
 from data_pipeline.prepare import ensure_bundled
-from data_pipeline.stream.slot import DataSlot
+from data_pipeline.stream.order import DataSlot
 from data_pipeline.stream.stream import Stream, check_lengths, evaluation_batches
 from data_pipeline.tasks.denoising import Denoising
 from data_pipeline.tasks.recall import Recall

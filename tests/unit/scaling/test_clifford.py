@@ -19,7 +19,8 @@ from scaling.algebra.clifford import (
     grade_0,
     grade_1,
 )
-from scaling.experiments.cases.clifford import ERROR, SPEED, CliffordOptions, clifford_rows
+from scaling.experiments.cases.clifford import ERROR, SPEED, Clifford
+from scaling.experiments.experiment import Point
 from scaling.experiments.naive import clifford_mlp, dense_product
 
 BLADES = (0b000, 0b001, 0b010, 0b100, 0b110, 0b101, 0b011, 0b111)
@@ -149,8 +150,8 @@ def test_values_and_gradients_are_those_of_the_dense_table(dtype, tolerance):
 
 
 def test_the_bench_compares_ours_with_the_dense_table():
-    case = CliffordOptions([16], channels=4, hidden=[4], compiled=False, seconds=1e-3)
-    rows = clifford_rows(case, None, torch.device("cpu"))
+    case = Clifford([16], channels=4, hidden=[4], compiled=False, seconds=1e-3)
+    rows = list(case.measure(Point(length=16), torch.device("cpu")))
     assert [row["case"] for row in rows] == [
         f"product, eager: {ERROR}",
         f"product, eager: {SPEED}",

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from scaling.parallel.shard import SequenceShard
-from scaling.train.error_by_position import PARTS, ErrorByPosition
+from scaling.train.evaluate import PARTS, ErrorByPosition
+from tests.threaded_ranks import run_threaded
 
 UNIT = 0.5
 
@@ -17,23 +18,19 @@ def weighted_errors():
     return error * weight, weight
 
 
-def error_by_position(group):
+def error_by_position():
     """Rows arrive as one micro-batch of two and one of three."""
-    depth = ErrorByPosition(37, group=group)
-    shard = None if group is None else SequenceShard(37, group)
+    depth, shard = ErrorByPosition(37), SequenceShard(37)
     for rows in (slice(2), slice(2, None)):
-        error, weight = (t[rows] for t in weighted_errors())
-        if shard is None:
-            depth.add(error, weight, SequenceShard(37))
-        else:
-            depth.add(shard.scatter(error), shard.scatter(weight), shard)
+        error, weight = (shard.scatter(t[rows]) for t in weighted_errors())
+        depth.add(error, weight, shard)
     return depth.rows(UNIT)
 
 
-def check(group):
+def check(_group):
     """Loss: sum of errors over sum of weights. Standard error: over rows, of that ratio."""
     error, weight = weighted_errors()
-    found = error_by_position(group)
+    found = error_by_position()
     assert [(part["from"], part["to"]) for part in found] == [
         (37 * p // PARTS, 37 * (p + 1) // PARTS) for p in range(7)
     ]
@@ -51,8 +48,8 @@ def test_parts_of_the_depth_have_their_own_loss_and_standard_error():
     check(None)
 
 
-def test_also_sharded(distributed):
-    distributed(check, 3)
+def test_also_sharded():
+    run_threaded(check, 3)
 
 
 def test_a_single_sequence_has_no_standard_error():

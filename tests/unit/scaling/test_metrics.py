@@ -17,13 +17,13 @@ from scaling.models import Model, build
 from scaling.observe.memory import peak_bytes, reset_peak
 from scaling.observe.metrics import StepMeter
 from scaling.observe.profile import StepProfiler
-from scaling.observe.progress import Progress, summarise
 from scaling.observe.sinks import TensorBoardSink
 from scaling.parallel.mesh import Mesh
 from scaling.parallel.telemetry import exchanging, is_traced, timed
 from scaling.train.evaluate import Evaluation
+from scaling.train.loop import optimizer_maker
 from scaling.train.objective import Objective
-from scaling.train.optim import optimizer_maker
+from scaling.train.report import progress_line, summarise
 from scaling.train.settings import OptimSettings, TrainSettings
 from tests.small_models import PlainModel
 
@@ -48,7 +48,8 @@ def test_tensorboard_shows_each_row_once_at_its_time(tmp_path):
     shown = [(row["step"], pytest.approx(row["loss"]), row["time"]) for row in rows]
 
     def start(known: list[dict], *further: dict) -> set[Path]:
-        sink = TensorBoardSink(tmp_path, known)
+        sink = TensorBoardSink(tmp_path)
+        sink.start(known)
         for row in further:
             sink.write(row)
         sink.close()
@@ -69,7 +70,9 @@ def test_tensorboard_shows_each_row_once_at_its_time(tmp_path):
 
 def test_rows_of_early_versions_have_no_time(tmp_path):
     for _ in range(2):
-        TensorBoardSink(tmp_path, [train_row(1), train_row(2, loss=math.nan)]).close()
+        sink = TensorBoardSink(tmp_path)
+        sink.start([train_row(1), train_row(2, loss=math.nan)])
+        sink.close()
         assert [step for step, *_ in curve(tmp_path)] == [1, 2]
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -150,27 +153,24 @@ def test_peak_memory_is_seen_and_forgotten():
     assert reset_peak(CPU) < base + (30 << 20) and peak_bytes(CPU) < base + (30 << 20)
 
 
-def test_plain_lines_and_summary_say_what_matters(tmp_path, capsys):
+def test_plain_lines_and_summary_say_what_matters(tmp_path):
     parts = {"projection_s": 0.06, "other_s": 0.02, "comm_s": 0.0}
     rows = [train_row(step, peak_bytes=step << 20, **parts) for step in range(1, 21)]
     rows += [
         {"step": 20, "split": "validation", "loss": 0.25, "tokens": 5, "equivariance_error": 3e-6}
     ]
-    progress = Progress(True, 0, 40)
-    progress.train(rows[19])
-    progress.validation(rows[20])
-    Progress(False, 0, 40).train(rows[0])
-    first, second = capsys.readouterr().out.splitlines()
-    assert first == "step 20/40 loss 0.0500 2,000 tokens/s data wait 0 ms eta 00:02"
+    first, second = (progress_line(row, 40) for row in rows[19:])
+    assert first == "step 20/40 loss 0.0500 2,000 tokens/s data wait 0 ms eta 0:00:02"
     assert "validation loss 0.2500 equivariance error 3.0e-06" in second
-    summary = summarise(tmp_path, rows, {"identity": 1.0}, 20, "finished")
+    summary = summarise(tmp_path, rows, 20, "finished")
+    summary.baselines = {"identity": 1.0}
     text = "\n".join(summary.lines())
     assert summary.train_loss == pytest.approx((1 / 19 + 1 / 20) / 2)
     assert summary.tokens_per_s == 1100  # median of all rows but the first
     assert "0.2500  (identity 1.0000)" in text and "20 MiB" in text
     assert " projection 75%, other 25%" in text
     assert text.endswith(f"tensorboard --logdir {tmp_path.parent}")
-    assert "-" in "\n".join(summarise(tmp_path, [], {}, 0, "interrupted").lines())
+    assert "-" in "\n".join(summarise(tmp_path, [], 0, "interrupted").lines())
 
 
 class Crooked(PlainModel):

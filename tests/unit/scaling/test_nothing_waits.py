@@ -10,10 +10,10 @@ from torch.testing._internal.distributed import fake_pg
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data_pipeline.prepare import ensure_bundled
-from data_pipeline.stream.slot import DataSlot
+from data_pipeline.stream.order import DataSlot
 from data_pipeline.stream.stream import Stream
 from data_pipeline.tasks.registry import build_task
-from scaling.engine.ddp import DistributedDataParallelEngine
+from scaling.engine.base import DistributedDataParallelEngine
 from scaling.models import MODELS, build
 from scaling.observe.metrics import StepMeter
 from scaling.ops.masked_rows import MaskedRows

@@ -15,7 +15,7 @@ import pytest
 from data_pipeline.errors import RunError
 from data_pipeline.tasks.registry import build_task
 from scaling.runs.folder import RunFolder, State, claimed
-from scaling.runs.identity import Before, Identity, MayGrow, NotIdentity
+from scaling.runs.identity import Identity, MayGrow, NotIdentity
 from scaling.train.report import Reporter
 
 
@@ -34,10 +34,9 @@ class Train:
 
 @dataclass
 class LaterTask(Task):
-    """Two options more: the program used to do what `new` says by default, and read means."""
+    """An option more: the program used to do what it says by default."""
 
     new: str = "as ever"
-    readout: Annotated[str, Before("mean")] = "marked"
 
 
 def identity(task: Task | None = None, **train: int) -> Identity:
@@ -66,7 +65,8 @@ def test_a_reader_needs_no_lock_and_changes_nothing(tmp_path):
         run.append({"step": 3, "split": "train", "loss": 1.0})
         before = {file.name: file.stat().st_mtime_ns for file in path.iterdir()}
         reader = RunFolder(path)
-        assert reader.config() == {"name": "first"} and reader.environment() == {"world": 1}
+        assert (path / "config.yaml").read_text() == "name: first\n"
+        assert json.loads((path / "environment.json").read_text()) == {"world": 1}
         assert (reader.status()["state"], reader.status()["step"]) == ("running", 3)
         assert reader.identity()["task"] == {"name": "recall", "tokens": 9, "weights": [1, 2]}
         (row,) = reader.rows()
@@ -104,12 +104,10 @@ def test_what_does_not_change_the_result_may_change(tmp_path):
 
 def test_an_option_gained_since_goes_on_with_what_the_program_did_before(tmp_path):
     open_and_close(tmp_path)
-    with pytest.raises(RunError, match=r"configuration: task.readout was 'mean', is 'marked'; use"):
-        open_and_close(tmp_path, LaterTask())
     with pytest.raises(RunError, match=r"task.new was 'as ever', is 'other'"):
-        open_and_close(tmp_path, LaterTask(new="other", readout="mean"))
-    open_and_close(tmp_path, LaterTask(readout="mean"))
-    with pytest.raises(RunError, match=r"task.readout was 'mean', is no option"):
+        open_and_close(tmp_path, LaterTask(new="other"))
+    open_and_close(tmp_path, LaterTask())
+    with pytest.raises(RunError, match=r"task.new was 'as ever', is no option"):
         open_and_close(tmp_path)
 
 
@@ -162,13 +160,9 @@ def test_an_error_is_noted_unless_the_run_had_finished(tmp_path):
 @pytest.mark.parametrize("content", ["", "[1]", '{"half'])
 def test_a_damaged_file_is_named(tmp_path, content):
     open_and_close(tmp_path)
-    for name, read in (("status", RunFolder.status), ("environment", RunFolder.environment)):
-        (tmp_path / f"{name}.json").write_text(content)
-        with pytest.raises(RunError, match=rf"{name}\.json is damaged .* remove it"):
-            read(RunFolder(tmp_path))
-    (tmp_path / "config.yaml").write_text("a: [1" if content else "[1]")
-    with pytest.raises(RunError, match=r"config\.yaml is damaged .* remove it"):
-        RunFolder(tmp_path).config()
+    (tmp_path / "status.json").write_text(content)
+    with pytest.raises(RunError, match=r"status\.json is damaged .* remove it"):
+        RunFolder(tmp_path).status()
     (tmp_path / "identity.json").write_text(content)
     with pytest.raises(RunError, match=r"identity\.json is damaged .* remove it"):
         open_and_close(tmp_path)

@@ -1,7 +1,9 @@
-"""Which chains of a source become samples, and which residues of them were observed."""
+"""What sources share: which chains become samples, and the hashes of their files."""
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -12,9 +14,9 @@ from data_pipeline.errors import OptionError, SourceError
 from data_pipeline.options import check_options
 
 
-@dataclass(frozen=True)
-class Selection:
-    """Which chains of a source become samples. What is left out is noted by name."""
+@dataclass(kw_only=True)
+class ProteinSource:
+    """What all sources of proteins can be asked for. What is left out is noted by name."""
 
     min_length: Annotated[int, Ge(1)] = 30
     """Residues; shorter chains are left out."""
@@ -23,6 +25,9 @@ class Selection:
     min_complete: Annotated[float, Ge(0), Le(1)] = 0.9
     """Share of residues with all four atoms; chains with less are left out. At 0 a chain still
     needs one atom."""
+    clusters: Path | None = None
+    """See store/grouping.py, as max_identity: which of them the split never parts."""
+    max_identity: float | None = None
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -55,6 +60,21 @@ class Selection:
         if not count:
             raise SourceError(f"{source} holds no usable protein chain: {describe(notes)}")
 
-    def identity(self) -> dict[str, Any]:
-        """The rule as JSON."""
-        return dict(vars(self))
+    def rule(self) -> dict[str, Any]:
+        """Which chains, as JSON."""
+        return {key: getattr(self, key) for key in ("min_length", "max_length", "min_complete")}
+
+
+def file_sha256(path: Path) -> str:
+    """Of a source's file.
+
+    Raises:
+        SourceError: it cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise SourceError(
+            f"cannot read {path}: {error.strerror}; correct path, or that file's permissions"
+        ) from error
