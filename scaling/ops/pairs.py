@@ -3,9 +3,9 @@
     u_i = sum_j w_ij m(q_i, k_j),   w_ij = softmax_j of a logit(q_i, k_j), or 1
 
 over the valid tokens j of i's own body, causal or not. Blocks of pairs are computed with a running
-maximum and sum (Dao et al., arXiv 2205.14135), and once more for the gradient. With a shard the keys
-of a rank go around the ring of ranks (Liu et al., arXiv 2310.01889), in the backward pass with their
-gradients one step behind; P - 1 blocks are sent forward, and a rank holds at most two of others.
+maximum and sum (Dao et al., arXiv 2205.14135), and once more for the gradient. With a shard the
+keys of a rank go around the ring of ranks (Liu et al., arXiv 2310.01889), in the backward pass with
+their gradients one step behind; P - 1 blocks are sent forward, and a rank holds two of others.
 """
 
 import math
@@ -54,8 +54,8 @@ class PairTerms(ABC):
 
 def all_pairs(
     terms: PairTerms,
-    q: Sequence[Float[Tensor, "b h ... n"]],
-    k: Sequence[Float[Tensor, "b h ... n"]],
+    q: Sequence[Float[Tensor, "_b _h ... _n"]],
+    k: Sequence[Float[Tensor, "_b _h ... _n"]],
     rows: MaskedRows,
     shared: Sequence[Tensor] = (),
     causal: bool = False,
@@ -110,7 +110,7 @@ class _Pairing:
         self.places, self.body = self.located(self.tokens)
 
     def located(self, tokens: range) -> tuple[Int[Tensor, " n"], Int[Tensor, "b n"] | None]:
-        """Places of tokens, and the number of the body at each in each row, if there are several."""
+        """Places of tokens, and the numbers of the bodies there in each row, if it has several."""
         places = torch.arange(tokens.start, tokens.stop, tokens.step, device=self.valid.device)
         return places, None if self.ends is None else self._rows.body_at(places)
 

@@ -35,8 +35,8 @@ def blocks_in_turn(
 
 
 class GradientsHome:
-    """What ranks add to the gradients of the blocks of `blocks_in_turn`, on its way to their owners:
-    each block's goes with it, one step behind.
+    """What ranks add to the gradients of the blocks of `blocks_in_turn`, on its way to their
+    owners: each block's goes with it, one step behind.
 
         for tokens, block in blocks_in_turn(...):
             home.add(gradient of this rank's results by the block)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from data_pipeline.errors import ConfigError, ShapeError
+from data_pipeline.errors import OptionError, ShapeError
 from scaling.ops.attention import vector_attention
 
 
@@ -44,5 +44,5 @@ def test_what_cannot_be_attended_to_is_refused():
     q = torch.randn(3, 4)
     with pytest.raises(ShapeError, match=r"\(3, 4\) torch.float32, \(3, 4\) torch.float64"):
         vector_attention(q, q.double(), q)
-    with pytest.raises(ConfigError, match="block=0"):
+    with pytest.raises(OptionError, match="block=0"):
         vector_attention(q, q, q, 0)
