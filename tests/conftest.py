@@ -113,6 +113,7 @@ def deepspeed_worlds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import deepspeed  # noqa: F401
+        import torch._dynamo  # noqa: F401  which the first optimiser imports
     pools = {world: RankPool(tmp_path_factory.mktemp("pool"), world) for world in (2, 4)}
     yield pools
     for pool in pools.values():

@@ -210,10 +210,12 @@ def silent() -> Iterator[None]:
     logger.addHandler(handler)
     try:
         with warnings.catch_warnings(record=True) as warned, redirect_stdout(StringIO()) as out:
+            warnings.simplefilter("always")
+            warnings.simplefilter("ignore", DeprecationWarning)  # as Python itself does
             yield
     finally:
         logger.removeHandler(handler)
-    assert warned == [] and out.getvalue() == ""
+    assert ([str(each) for each in warned], out.getvalue()) == ([], "")
     assert said.empty(), said.get().getMessage()
 
 
