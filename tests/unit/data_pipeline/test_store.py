@@ -222,7 +222,6 @@ def remote(request, bundled, tmp_path):
     if request.param == "file":
         yield f"file://{tmp_path}/copy", remove
         return
-    pytest.importorskip("aiohttp", reason="reading over http needs aiohttp and requests")
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=tmp_path)) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/copy", remove
