@@ -148,7 +148,11 @@ def verify(path: str | Path) -> dict[str, Any]:
     manifest = read_manifest(path)
     files, root = url_to_fs(str(path))
     for name, file in manifest["files"].items():
-        with files.open(f"{root}/{name}") as opened:
-            if hashlib.file_digest(opened, "sha256").hexdigest() != file["sha256"]:
-                raise damaged(str(path), f"{name} is damaged (sha256 differs)")
+        try:
+            with files.open(f"{root}/{name}") as opened:
+                sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
+        except OSError as error:
+            raise StoreError(unreadable(f"{path}/{name}", error)) from error
+        if sha256 != file["sha256"]:
+            raise damaged(str(path), f"{name} is damaged (sha256 differs)")
     return manifest
