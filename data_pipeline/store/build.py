@@ -85,13 +85,13 @@ def build(path: str | Path, source: Source) -> dict[str, Any]:
     grouped = source if isinstance(source, GroupedSource) else GroupedSource(source)
     try:
         with staged(path) as draft:
-            written = writer.write(draft, grouped, notes)
+            about, given = writer.write(draft, grouped, notes)
             manifest = {
                 "source": source.identity(),  # only now: it may have hashed what it read
-                **written,
+                **about,
                 "left_out": notes,
                 "residues_left_out": notes.residues,
-                **read_back(draft),
+                **read_back(draft, given),
             }
             manifest = write_manifest(draft, manifest)
             for each in [*draft.rglob("*"), draft]:

@@ -250,6 +250,21 @@ def test_stores_are_read_through_urls(bundled, remote):
         Store("nowhere://x")
 
 
+def test_a_disk_that_gives_other_values_back_makes_no_store(tmp_path, monkeypatch):
+    create = writer._create
+
+    def forgetful(group, name, values):
+        array = create(group, name, values)
+        if name == "segment":
+            (tmp_path / array.store.root.name / name / "c" / "0").unlink()  # zarr reads fill values
+        return array
+
+    monkeypatch.setattr(writer, "_create", forgetful)
+    with pytest.raises(StoreError, match="segment reads back as other values"):
+        build(tmp_path / "store", BundledSource())
+    assert list(tmp_path.iterdir()) == []
+
+
 class LongSource:
     """Chains of 300 residues, made as they are asked for."""
 
