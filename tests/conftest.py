@@ -11,6 +11,7 @@ from time import monotonic
 from typing import Any
 from uuid import uuid4
 
+import jaxtyping
 import pytest
 import torch
 import torch.distributed as dist
@@ -76,6 +77,8 @@ class RankPool:
 
 def _serve(rank: int, size: int, rendezvous: Path, pipe: Any) -> None:
     torch.set_num_threads(1)
+    # One process and ranks that are threads have their shapes checked in the same code.
+    jaxtyping.config.update("jaxtyping_disable", True)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     # No port of any use: DeepSpeed's shared memory of this machine is named after it.
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(os.getppid() * 10 + size)}

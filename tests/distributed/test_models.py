@@ -106,7 +106,7 @@ def test_outputs_and_gradients_equal_one_process(world):
             assert error < CASES[case][-1], CASES[case]
 
 
-@pytest.mark.parametrize("world", [2, 3, 8])
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
 def test_training_and_recomputation_equal_one_process(distributed, world):
     """In real processes, in a group that does not begin at rank 0."""
     for case in LONG:
