@@ -15,6 +15,7 @@ import jaxtyping
 import pytest
 import torch
 import torch.distributed as dist
+from xdist.scheduler import LoadScopeScheduling
 
 pytest_plugins = ["tests.left_out"]
 
@@ -22,6 +23,20 @@ POOL = 8
 PATIENCE = 100.0  # seconds for one case, below pytest's own limit
 
 torch.set_num_threads(1)
+
+
+class OneOfRanksAtATime(LoadScopeScheduling):
+    """A file's tests stay in one process, so that what it has built is built once; and all tests
+    with ranks in one, for ranks of two tests at once would wait for each other on few cores."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        ranks = file.startswith(("tests/distributed/", "tests/integration/"))
+        return "ranks" if ranks else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    return OneOfRanksAtATime(config, log)
 
 
 class RankPool:
