@@ -27,7 +27,7 @@ OWN = ("xyz", "residue", "segment", "offsets", "id", "split", "cluster")
 CHECKSUM = 4
 """Bytes at the end of a chunk."""
 BLOCK = 1 << 18
-"""Rows that are hashed at a time: 13 MB of backbone coordinates."""
+"""Residues written, and rows hashed, at a time: 13 MB of backbone coordinates."""
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:

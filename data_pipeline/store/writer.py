@@ -18,12 +18,10 @@ from data_pipeline.chains import ATOMS, SPLITS, Bonds, Chain, Notes, encode
 from data_pipeline.errors import SourceError
 from data_pipeline.store import clusters
 from data_pipeline.store.grouping import GroupedSource
-from data_pipeline.store.manifest import OWN
+from data_pipeline.store.manifest import BLOCK, OWN
 
 CHUNK = 1 << 16
 """Most rows in a chunk, and most vectors of three numbers: 786 kB of float32."""
-BLOCK = 1 << 18
-"""Residues written at a time: 13 MB of backbone coordinates."""
 
 
 def write(
