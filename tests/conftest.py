@@ -11,9 +11,11 @@ from time import monotonic
 from typing import Any
 from uuid import uuid4
 
+import jaxtyping
 import pytest
 import torch
 import torch.distributed as dist
+from xdist.scheduler import LoadScopeScheduling
 
 pytest_plugins = ["tests.left_out"]
 
@@ -21,6 +23,20 @@ POOL = 8
 PATIENCE = 100.0  # seconds for one case, below pytest's own limit
 
 torch.set_num_threads(1)
+
+
+class OneOfRanksAtATime(LoadScopeScheduling):
+    """A file's tests stay in one process, so that what it has built is built once; and all tests
+    with ranks in one, for ranks of two tests at once would wait for each other on few cores."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        ranks = file.startswith(("tests/distributed/", "tests/integration/"))
+        return "ranks" if ranks else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    return OneOfRanksAtATime(config, log)
 
 
 class RankPool:
@@ -76,6 +92,8 @@ class RankPool:
 
 def _serve(rank: int, size: int, rendezvous: Path, pipe: Any) -> None:
     torch.set_num_threads(1)
+    # One process and ranks that are threads have their shapes checked in the same code.
+    jaxtyping.config.update("jaxtyping_disable", True)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     # No port of any use: DeepSpeed's shared memory of this machine is named after it.
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(os.getppid() * 10 + size)}

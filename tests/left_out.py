@@ -1,8 +1,8 @@
 """Which tests this machine can run, and by name those that it cannot.
 
 Every test is marked by its folder: unit, equivariance, distributed, integration. Further marks name
-what a test needs: `gpu`, `slurm` (a running SLURM), `browser` (Chromium), `root`. `slow` tests run
-only where they are asked for: make test ARGS="-m slow".
+what a test needs: `gpu`, `slurm` (a running SLURM), `browser` (Chromium), `mmseqs`, `mpirun` (Open
+MPI and MPICH), `root`. `slow` tests run only where they are asked for: make test ARGS="-m slow".
 """
 
 import os
@@ -15,6 +15,7 @@ import pytest
 import torch
 
 TESTS = Path(__file__).parent
+MPIRUNS = ("mpirun.openmpi", "mpirun.mpich")
 SLOW = "slow: make test ARGS='-m slow' runs it"
 _left_out: defaultdict[str, list[str]] = defaultdict(list)
 
@@ -25,6 +26,10 @@ def missing() -> dict[str, str]:
         "gpu": None if torch.cuda.is_available() else "PyTorch sees no GPU",
         "slurm": None if shutil.which("sinfo") else "SLURM is not installed",
         "browser": None if shutil.which("chromium") else "Chromium is not installed",
+        "mmseqs": None if shutil.which("mmseqs") else "MMseqs2 is not installed",
+        "mpirun": None
+        if all(map(shutil.which, MPIRUNS))
+        else "Open MPI and MPICH are not installed",
         "root": None if os.geteuid() == 0 else "it needs root",
     }
     return {mark: reason for mark, reason in reasons.items() if reason}

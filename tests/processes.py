@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 
-def run(command: list[str], timeout: float = 100, **options: Any) -> subprocess.CompletedProcess:
+def run(command: list[str], timeout: float = 200, **options: Any) -> subprocess.CompletedProcess:
     """subprocess.run with captured text, but when time is up no descendant is left behind: a
     launcher is asked to end its ranks first."""
     with subprocess.Popen(

@@ -136,6 +136,8 @@ class ArraySource:
                     if not isinstance(found, Mapping):
                         raise ValueError("it is one array")
                     arrays = {name: found[name] for name in found}
+        except MemoryError:  # the file may be sound
+            raise
         except Exception as error:  # zip, header and pickled objects have each their own
             reason = " ".join(str(getattr(error, "strerror", None) or error).split())
             raise SourceError(

@@ -191,7 +191,7 @@ class StructureFile:
     def _block_with_atoms(self) -> Any:
         try:
             document = self._gemmi.cif.read_string(self._text)
-        except Exception as error:  # gemmi raises RuntimeError and ValueError alike
+        except (RuntimeError, ValueError) as error:  # gemmi raises both
             reason = str(error).splitlines()[0].rstrip(".").removeprefix("string:")
             raise StructureError(
                 f"{self.path} cannot be read as mmCIF: {reason}; {WAY_OUT}"

@@ -85,13 +85,13 @@ def build(path: str | Path, source: Source) -> dict[str, Any]:
     grouped = source if isinstance(source, GroupedSource) else GroupedSource(source)
     try:
         with staged(path) as draft:
-            written = writer.write(draft, grouped, notes)
+            about, given = writer.write(draft, grouped, notes)
             manifest = {
                 "source": source.identity(),  # only now: it may have hashed what it read
-                **written,
+                **about,
                 "left_out": notes,
                 "residues_left_out": notes.residues,
-                **read_back(draft),
+                **read_back(draft, given),
             }
             manifest = write_manifest(draft, manifest)
             for each in [*draft.rglob("*"), draft]:
@@ -148,7 +148,11 @@ def verify(path: str | Path) -> dict[str, Any]:
     manifest = read_manifest(path)
     files, root = url_to_fs(str(path))
     for name, file in manifest["files"].items():
-        with files.open(f"{root}/{name}") as opened:
-            if hashlib.file_digest(opened, "sha256").hexdigest() != file["sha256"]:
-                raise damaged(str(path), f"{name} is damaged (sha256 differs)")
+        try:
+            with files.open(f"{root}/{name}") as opened:
+                sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
+        except OSError as error:
+            raise StoreError(unreadable(f"{path}/{name}", error)) from error
+        if sha256 != file["sha256"]:
+            raise damaged(str(path), f"{name} is damaged (sha256 differs)")
     return manifest

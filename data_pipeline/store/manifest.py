@@ -27,7 +27,7 @@ OWN = ("xyz", "residue", "segment", "offsets", "id", "split", "cluster")
 CHECKSUM = 4
 """Bytes at the end of a chunk."""
 BLOCK = 1 << 18
-"""Rows that are hashed at a time: 13 MB of backbone coordinates."""
+"""Residues written, and rows hashed, at a time: 13 MB of backbone coordinates."""
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
@@ -102,11 +102,21 @@ def open_arrays(place: str, manifest: dict[str, Any]) -> dict[str, Any]:
     return {name: group[name] for name in manifest["content"]}
 
 
-def read_back(draft: Path) -> dict[str, Any]:
-    """What a manifest says of each array and each file, and one digest of all arrays."""
+def read_back(draft: Path, given: dict[str, str]) -> dict[str, Any]:
+    """What a manifest says of each array and each file, and one digest of all arrays.
+
+    Args:
+        given: sha256 of the values of each array, as they were given to the disk.
+
+    Raises:
+        OSError: the disk gives other values back.
+    """
     group: Any = zarr.open_group(draft, mode="r")
-    content = {name: _content_sha256(array) for name, array in sorted(group.arrays())}
-    files = {}
+    content, files = {}, {}
+    for name in sorted(given):
+        content[name], found = _array_sha256(group[name])
+        if found != given[name]:
+            raise OSError(f"{name} reads back as other values")
     for file in sorted(each for each in draft.rglob("*") if each.is_file()):
         data, name = file.read_bytes(), file.relative_to(draft).as_posix()
         files[name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -116,12 +126,15 @@ def read_back(draft: Path) -> dict[str, Any]:
     return {"digest": digest, "content": content, "files": files}
 
 
-def _content_sha256(array: Any) -> str:
-    """Of dtype, shape and values: what compression and machine do not change."""
-    found = hashlib.sha256(f"{array.dtype.str} {tuple(array.shape)}".encode())
+def _array_sha256(array: Any) -> tuple[str, str]:
+    """Of dtype, shape and values, what compression and machine do not change; of the values."""
+    whole = hashlib.sha256(f"{array.dtype.str} {tuple(array.shape)}".encode())
+    values = hashlib.sha256()
     for start in range(0, array.shape[0], BLOCK):
-        found.update(np.ascontiguousarray(array[start : start + BLOCK]).data)
-    return found.hexdigest()
+        block = np.ascontiguousarray(array[start : start + BLOCK]).data
+        whole.update(block)
+        values.update(block)
+    return whole.hexdigest(), values.hexdigest()
 
 
 class CheckedFiles(WrapperStore):

@@ -4,6 +4,8 @@ What grows are some 100 bytes a chain (names, offsets, hashes) and, while sequen
 one byte a residue.
 """
 
+import hashlib
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,16 +18,17 @@ from data_pipeline.chains import ATOMS, SPLITS, Bonds, Chain, Notes, encode
 from data_pipeline.errors import SourceError
 from data_pipeline.store import clusters
 from data_pipeline.store.grouping import GroupedSource
-from data_pipeline.store.manifest import OWN
+from data_pipeline.store.manifest import BLOCK, OWN
 
 CHUNK = 1 << 16
 """Most rows in a chunk, and most vectors of three numbers: 786 kB of float32."""
-BLOCK = 1 << 18
-"""Residues written at a time: 13 MB of backbone coordinates."""
 
 
-def write(folder: Path, source: GroupedSource, notes: Notes) -> dict[str, Any]:
-    """All arrays of a store into an empty folder; what its manifest says of the chains.
+def write(
+    folder: Path, source: GroupedSource, notes: Notes
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """All arrays of a store into an empty folder; what its manifest says of the chains, and sha256
+    of the values of each array, as they were given to the disk.
 
     Args:
         notes: gains what the source and its groups have to say.
@@ -36,8 +39,10 @@ def write(folder: Path, source: GroupedSource, notes: Notes) -> dict[str, Any]:
     """
     group, atoms = zarr.create_group(folder), source.atoms
     arrays: dict[str, Any] = {}
+    hashes = defaultdict(hashlib.sha256)
 
     def put(name: str, values: np.ndarray) -> None:
+        hashes[name].update(np.ascontiguousarray(values).data)
         if name in arrays:
             arrays[name].append(values)
         else:
@@ -71,7 +76,7 @@ def write(folder: Path, source: GroupedSource, notes: Notes) -> dict[str, Any]:
     put("id", encoded.view(np.uint8).reshape(len(names), -1))
     put("split", split)
     put("cluster", groups.astype(np.int32))
-    return {
+    about = {
         "atoms": atoms,
         "counts": {
             **_counts(np.array(lengths), groups),
@@ -85,6 +90,7 @@ def write(folder: Path, source: GroupedSource, notes: Notes) -> dict[str, Any]:
         "bonds": bonds.result(),
         "split": "the source itself" if splits else source.rule,
     }
+    return about, {name: sha256.hexdigest() for name, sha256 in hashes.items()}
 
 
 def _create(group: Any, name: str, values: np.ndarray) -> Any:

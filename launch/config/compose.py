@@ -150,7 +150,7 @@ _MARKED = "$\\u0000{"
 
 
 def _replaced(value: Any, old: str, new: str) -> Any:
-    return json.loads(json.dumps(value).replace(old, new))
+    return json.loads(json.dumps(value, default=str).replace(old, new))  # paths are text
 
 
 def read_value(text: str) -> Any:

@@ -1,5 +1,6 @@
 """What every experiment is: options, the points they ask for, how one is measured, what follows."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -35,7 +36,7 @@ class Point:
         return {"point": self.name, "sp": self.ranks, "length": self.length}
 
 
-class Experiment(Checked):
+class Experiment(Checked, ABC):
     """A dataclass: its fields are options and say what belongs to the results' identity."""
 
     goals: ClassVar[Mapping[str, tuple[str, float]]] = {}
@@ -44,13 +45,13 @@ class Experiment(Checked):
     """Each point tells something alone: earlier points of the folder count too, and it concludes
     without those that failed."""
 
+    @abstractmethod
     def points(self) -> Iterable[Point]:
         """In the order in which they are measured."""
-        raise NotImplementedError
 
+    @abstractmethod
     def measure(self, point: Point, device: torch.device) -> Iterator[Row]:
         """What a point's ranks find; every one of them calls it and gets the same."""
-        raise NotImplementedError
 
     def conclude(self, rows: list[Row]) -> tuple[list[Row], str]:
         """The rows of table and figure, from those of all points; and remarks."""

@@ -25,6 +25,15 @@ from scaling.ops.tiles import Tiled
 
 GRADE = (0, 1, 1, 1, 2, 2, 2, 3)
 """Of the components s, v1 ... v3, b1 ... b3, p."""
+BLADES = (0b000, 0b001, 0b010, 0b100, 0b110, 0b101, 0b011, 0b111)
+"""Their basis blades as bit masks of e1, e2, e3."""
+SIGN = (1, 1, 1, 1, 1, -1, 1, 1)
+"""The second component of b is -e13."""
+PATHS = (
+    *("000", "110", "220", "330", "011", "101", "321", "231", "121", "211"),
+    *("022", "202", "312", "132", "112", "222", "033", "303", "123", "213"),
+)
+"""Grades of left, right and result, in the order of a product's weights."""
 
 Multivectors = Float[Tensor, "t c 8"]
 """Tokens of all rows, channels, components."""
@@ -105,12 +114,16 @@ _LAYERS = {
 
 @lru_cache
 def _table() -> Float[Tensor, "20 8 8 8"]:
-    """Path, left and right component -> result."""
-    components, paths = torch.eye(8), torch.eye(clifford.PATHS).unsqueeze(-1)
-    left = components.repeat_interleave(8, 0).view(64, 8, 1, 1)
-    right = components.repeat(8, 1).view(64, 8, 1, 1)
-    results = [clifford.geometric_product(left, right, path) for path in paths]
-    return torch.stack(results).view(-1, 8, 8, 8)
+    """Path, left and right component -> result, by counting swaps of basis vectors: with nothing of
+    the product that it is compared with."""
+    table = torch.zeros(len(PATHS), 8, 8, 8)
+    for i, left in enumerate(BLADES):
+        for j, right in enumerate(BLADES):
+            k = BLADES.index(left ^ right)
+            swaps = sum((left >> e + 1).bit_count() * (right >> e & 1) for e in range(3))
+            path = PATHS.index(f"{GRADE[i]}{GRADE[j]}{GRADE[k]}")
+            table[path, i, j, k] = (-1) ** swaps * SIGN[i] * SIGN[j] * SIGN[k]
+    return table
 
 
 def _by_component(values: Tensor, axis: int) -> Tensor:

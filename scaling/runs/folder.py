@@ -19,7 +19,7 @@ from pathlib import Path
 from time import time
 from typing import Any, Literal
 
-from omegaconf import OmegaConf
+import yaml
 
 from data_pipeline.disk import locked, write_atomically
 from data_pipeline.errors import RunError
@@ -171,7 +171,7 @@ def claimed(
                 "use those values, or choose another name=..."
             )
         run.write("identity.json", json.dumps(identity.values(), indent=1) + "\n")
-        run.write("config.yaml", OmegaConf.to_yaml(config))
+        run.write("config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         run.write("environment.json", json.dumps(environment, indent=1) + "\n")
         try:
             yield run

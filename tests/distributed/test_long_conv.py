@@ -26,7 +26,7 @@ def error(group: Any, case: Case) -> float:
     return case.error(group)
 
 
-@pytest.mark.parametrize("world", [2, 3, 8])
+@pytest.mark.parametrize("world", [2, 3, 4, 8])
 def test_results_and_gradients_are_those_of_one_process(distributed, world):
     """A few calls whose exchanges are under way while other channels are transformed."""
     small = {"workspace_bytes": 1}

@@ -88,7 +88,7 @@ def door(group: Any, rank: int, ranks: int) -> None:
                 assert loss == errors.sum()
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 8])
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
 def test_two_exchanges_bring_everything_in(distributed, world):
     distributed(door_of_world, world, world)
 
@@ -117,7 +117,7 @@ def loss_and_gradient(group: Any, ranks: int) -> list[tuple[float, float]]:
     return found
 
 
-@pytest.mark.parametrize("world", [2, 3, 8])
+@pytest.mark.parametrize("world", [2, 3, 4, 8])
 def test_read_outs_do_not_show_the_ranks(distributed, world):
     (expected, *_) = distributed(loss_and_gradient, 1, 1)
     for found in distributed(loss_and_gradient, world, world):

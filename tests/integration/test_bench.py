@@ -27,7 +27,7 @@ def test_bench_measures_every_case_and_writes_both_tables(tmp_path, capsys):
         rows = list(csv.DictReader(file))
     assert {row["sp"] for row in rows} == {"1", "2"}
     (sent,) = (row for row in rows if row["case"] == "exchange: bytes / formula")
-    assert float(sent["value"]) == 18 * 8 * 512 / 2 * 4 / 2
+    assert float(sent["value"]) == 18 * 8 * (256 // 2 + 1) * 8 / 2
     with pytest.raises(OptionError, match=r"bench.lengths=513: is no multiple of sp=2.* try 512"):
         bench.main([f"benches={tmp_path}", "bench.lengths=[513]", "bench.sp=[2]"])
 

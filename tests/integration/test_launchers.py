@@ -3,7 +3,6 @@
 import gzip
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -214,10 +213,9 @@ MPIRUNS = {
 
 
 @pytest.mark.slow
+@pytest.mark.mpirun
 @pytest.mark.parametrize("program", MPIRUNS)
 def test_mpirun_gives_the_same_curve_and_its_end_ends_the_ranks(program: str, tmp_path: Path):
-    if shutil.which(program) is None:
-        pytest.skip(f"{program} is not installed")
     command = [program, *MPIRUNS[program], sys.executable, "-m", "launch.train", "engine=ddp"]
     port = {"MASTER_PORT": str(free_port())}
     ended = start(command, f"runs={tmp_path}", "name=mpi", **port)

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from data_pipeline.tasks.registry import build_task
@@ -20,7 +19,6 @@ TOKENS = 1 << 14
 SHORT = ["experiment=million", f"task.tokens={TOKENS}", "task.pairs=1024"]
 
 
-@pytest.mark.timeout(120)
 def test_two_ranks_learn_at_every_depth(tmp_path: Path):
     """Better than answering zero in every eighth of the sequence, by three standard errors."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",

@@ -1,6 +1,5 @@
 """Whose chains the split never parts: groups of other programs, and MMseqs2 itself."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +63,7 @@ def test_groups_of_a_file_are_never_parted(tmp_path):
         groups_of(tmp_path / "bad", clusters=tmp_path / "none.tsv")
 
 
-@pytest.mark.skipif(shutil.which("mmseqs") is None, reason="needs the program mmseqs (mmseqs2)")
+@pytest.mark.mmseqs
 def test_mmseqs_finds_relatives_that_shared_4mers_do_not(tmp_path):
     """Two sequences of 45 to 50 % identity: apart by default, together at max_identity=0.3."""
     first, second = (encode(s) for s in Family().sequences[:2])

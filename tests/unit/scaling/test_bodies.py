@@ -38,7 +38,7 @@ def chain(batch: GeometricBatch, row: int, start: int, stop: int) -> GeometricBa
     return cut.replace(lengths=(stop - start,))
 
 
-@pytest.mark.parametrize("world", [1, 3, 8])
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("name, options", OPTIONS)
 def test_a_packed_row_equals_its_chains_each_alone(name, options, world):
     batch = small_batch(LENGTHS, bodies=BODIES)

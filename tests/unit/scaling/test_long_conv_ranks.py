@@ -105,7 +105,7 @@ def poison_other_bodies(group: Any, bodies: list[list[int]]) -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 8])
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
 def test_bodies_do_not_leak_into_each_other(world):
     run_threaded(poison_other_bodies, world, [[5, 9, 17, 1, 20]])
 

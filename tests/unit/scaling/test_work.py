@@ -58,7 +58,7 @@ def test_geometric_products_have_a_term_for_each_pair_of_components():
     assert model.work(64).product_flops == 6 * terms
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("length", [48, 53])
 @pytest.mark.parametrize("name", MODELS)
 def test_exchanged_bytes_are_those_that_are_counted(distributed, name, length, world):
