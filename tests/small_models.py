@@ -6,7 +6,6 @@ import torch
 
 from data_pipeline.batch import GeometricBatch
 from scaling.models import MODELS, Model, build
-from scaling.models.work import Work
 from scaling.parallel.shard import Layout
 
 VECTORS, SCALARS = 2, 4
@@ -25,9 +24,6 @@ class PlainModel(Model):
 
     def move(self, batch: Any, shard: Any) -> Any:
         return self.forward(batch, shard)
-
-    def work_of_row(self, length: int, ranks: int) -> Work:
-        return Work()
 
 
 def small_model(name: str, dtype: torch.dtype = torch.float64, **options: Any) -> Model:

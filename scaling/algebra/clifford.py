@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from scaling.algebra.norms import gate, layer_norm, normalize
 from scaling.algebra.product import PATHS, SIZES, geometric_product
+from scaling.work import work_counter
 
 _GRADE = (0, 1, 1, 1, 2, 2, 2, 3)
 """Of each component."""
@@ -140,6 +141,9 @@ class GeometricProduct(nn.Module):
 
     def forward(self, x: Multivector) -> Float[Tensor, "b e c n"]:
         right = self.normalization(self.right(x))
+        if counter := work_counter():
+            terms = x.shape[1] ** 2 * self.weights.shape[1] * x.shape[0] * x.shape[-1]
+            counter.add(product_flops=3 * 2.0 * terms)
         return geometric_product(x, right, self.weights, self.left(x), 1 / math.sqrt(2))
 
 

@@ -8,10 +8,13 @@ q and k are the conjugates of its derivatives by q and k.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import log2
 
 import torch
 from jaxtyping import Complex
 from torch import Tensor
+
+from scaling.work import WorkCounter
 
 Role = str
 ROLES: tuple[Role, ...] = ("q", "k", "u")
@@ -35,6 +38,26 @@ class TrilinearForm:
 
     def parts(self, *roles: Role) -> list[Part]:
         return [(role, number) for role in roles for number in range(len(self.sizes[role]))]
+
+    def count_work(
+        self, counter: WorkCounter, channels: int, length: int, circular: bool, itemsize: int
+    ) -> None:
+        """Of one row; numbers of a token take `itemsize` bytes."""
+        n, _ = transform_length(length, counter.ranks, [length] if circular else None)
+        streams = {role: self.components(role) for role in ROLES}
+        both = sum(streams.values())
+        complex_flops = sum(8 * len(self.terms) - 2 * streams[role] for role in ROLES)
+        # Transforms read and write every stream, twice; products read and write it: forward q, k
+        # and u; backward u's gradient, q and k, and the gradients of these.
+        moved = 4 * both + both + both + streams["q"] + streams["k"]
+        # Of a rank's n / ranks numbers of a stream all bins travel but for its own share.
+        travelling = 2 * itemsize * (counter.ranks - 1) * (n // counter.ranks // 2 + 1)
+        counter.add(
+            transform_flops=2 * both * 2.5 * log2(n) * n * channels,
+            frequency_flops=complex_flops / 2 * n * channels,
+            transforms_bytes=itemsize * n * channels * moved,
+            exchange_bytes=2 * both * channels * travelling,
+        )
 
     def contract(
         self,

@@ -37,6 +37,7 @@ from scaling.long_conv.rows import row_groups
 from scaling.long_conv.transform import Transform
 from scaling.parallel.shard import SequenceShard
 from scaling.parallel.telemetry import timed
+from scaling.work import work_counter
 
 WORKSPACE_BYTES = 1 << 30
 """What the buffers of the channels under way may take, per rank; see `scalar_long_conv`."""
@@ -163,10 +164,14 @@ def geometric_long_conv(
 
     bodies = [[total]] * rows if bodies is None else bodies
     dtype = torch.promote_types(some.dtype, torch.float32).to_complex()
+    form = trilinear_form(
+        (q[0] is not None, k[0] is not None), (q[1] is not None, k[1] is not None), names
+    )
+    if counter := work_counter():
+        itemsize = dtype.to_real().itemsize
+        form.count_work(counter, rows * channels, total, padding == "circular", itemsize)
     convolution = Convolution(
-        trilinear_form(
-            (q[0] is not None, k[0] is not None), (q[1] is not None, k[1] is not None), names
-        ),
+        form,
         row_groups(bodies if channels else [], padding == "circular", static, shard),
         Transform(shard, dtype, some.device, "long_conv"),
         {"q": rows, "k": 1 if static else rows, "u": rows},

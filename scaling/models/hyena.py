@@ -11,7 +11,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from scaling.algebra.clifford import CliffordMLP
-from scaling.models.work import Work
 from scaling.ops.masked_rows import MaskedRows
 from scaling.ops.tiles import Tiled
 
@@ -62,13 +61,3 @@ class HyenaBlock(Tiled, ABC):
         if self.execution.recompute_operators:
             return self.recompute(block, f, x, *features)
         return block(f, x, *features)
-
-    def blocks_work(self, stream: int, convolved: int, features: int = 0) -> Work:
-        """Of project and mix, without what weighs the queries.
-
-        Args:
-            stream, convolved: numbers of a token between operators, and of its convolutions.
-        """
-        read, written = stream + features + (2 * stream + convolved), 3 * stream + stream
-        mlps = (Work.clifford(mlp) for mlp in (self.phi, self.gamma, self.xi))
-        return sum(mlps, Work.pointwise(read, written))

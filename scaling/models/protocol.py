@@ -11,10 +11,11 @@ from torch import Tensor
 from data_pipeline.batch import GeometricBatch
 from data_pipeline.counter_rng import hash64, normals, rotations
 from data_pipeline.errors import ConfigError, ShapeError
-from scaling.models.work import Work
-from scaling.ops.tiles import Tiled
+from scaling.execution import Execution
+from scaling.ops.tiles import Tiled, set_execution
 from scaling.parallel.collectives import global_sums
 from scaling.parallel.shard import Layout, SequenceShard, redistribute_batch
+from scaling.work import Work, counting
 
 Symmetry = Literal["E(3)", "SE(3)", "none"]
 TRANSLATION = 100.0
@@ -54,16 +55,26 @@ class Model(Tiled, ABC):
     def move(self, batch: GeometricBatch, shard: SequenceShard | None) -> GeometricBatch:
         """The model, on a shard of its own layout."""
 
-    @abstractmethod
-    def work_of_row(self, length: int, ranks: int) -> Work:
-        """See `work`."""
-
     def work(self, length: int, ranks: int = 1) -> Work:
         """What a training step must compute, move and exchange for a full row of that many tokens
-        on that many ranks, counted layer by layer."""
+        on that many ranks, layer by layer; float32."""
         if length < 1 or ranks < 1:
             raise ConfigError(f"work(length={length}, ranks={ranks}): both must be at least 1")
-        return self.work_of_row(length, ranks)
+        shapes = ((3,), (self.vectors, 3), (self.scalars,))
+        fields = [torch.empty(1, *shape, length, device="meta") for shape in shapes]
+        batch = GeometricBatch(*fields, lengths=(length,))
+        weights = {
+            name: torch.empty_like(x, dtype=torch.float32, device="meta", requires_grad=True)
+            for name, x in [*self.named_parameters(), *self.named_buffers()]
+        }
+        usual = self.execution
+        set_execution(self, Execution())
+        try:
+            with counting(length, ranks) as work:
+                torch.func.functional_call(self, weights, (batch,))
+        finally:
+            set_execution(self, usual)
+        return work[0]
 
     def forward(self, batch: GeometricBatch, shard: SequenceShard | None = None) -> GeometricBatch:
         """

@@ -37,11 +37,9 @@ from data_pipeline.errors import OptionError
 from scaling.algebra.clifford import CliffordMLP, embed, grade_0, grade_1
 from scaling.algebra.norms import smooth_sqrt
 from scaling.algebra.vectors import cross
-from scaling.long_conv.form import PRODUCTS, trilinear_form
 from scaling.long_conv.operators import Padding, geometric_long_conv
 from scaling.models.hyena import HyenaBlock, Mask, OfBody, Scalars, Vectors
 from scaling.models.protocol import Channels, Model
-from scaling.models.work import NUMBER, Work
 from scaling.ops.masked_rows import MaskedRows, zero_invalid
 from scaling.ops.offload import offloading
 from scaling.parallel.shard import SequenceShard
@@ -129,18 +127,6 @@ class SE3Hyena(Model):
         """What the last operator's streams add to the input."""
         return zero_invalid(self.read_vectors(x), mask), zero_invalid(self.read_scalars(f), mask)
 
-    def work_of_row(self, length: int, ranks: int) -> Work:
-        total = Work.shift(3 * (1 + self.vectors), length, ranks, backward=False)
-        scalars = NUMBER * self.scalars * self.salience
-        for size in (8, *[3 * NUMBER] * 2, *[scalars] * 3):  # the count, means, salience
-            total += Work.row_sum(size, length, ranks, backward=False)
-        for module in self.modules():
-            if isinstance(module, ChannelLinear):
-                total += module.work()
-            elif isinstance(module, HyenaOperator):
-                total += module.work(length, ranks)
-        return total
-
 
 class HyenaOperator(HyenaBlock):
     """One block: project, convolve, mix."""
@@ -209,15 +195,6 @@ class HyenaOperator(HyenaBlock):
         update = self.xi(embed(g, y))
         return f + grade_0(update), x + grade_1(update)
 
-    def work(self, length: int, ranks: int) -> Work:
-        channels, circular = self.w.shape[1], self.padding == "circular"
-        form = trilinear_form((True, True), (True, True), PRODUCTS)
-        total = Work.convolution(form, channels, length, ranks, circular)
-        if self.salience is None:
-            return total + self.blocks_work(4 * channels, 7 * channels)
-        total += self.blocks_work(4 * channels, 7 * channels, self.salience.shape[1])
-        return total + Work.matrix(self.salience)
-
 
 class ChannelLinear(nn.Module):
     """Mixes channels of scalars (b, c, n) or vectors (b, c, 3, n); a bias for scalars alone."""
@@ -233,9 +210,3 @@ class ChannelLinear(nn.Module):
     def forward(self, x: Float[Tensor, "b i ... n"]) -> Float[Tensor, "b o ... n"]:
         y = (self.weight @ x.flatten(2)).unflatten(2, x.shape[2:])
         return y if self.bias is None else y + self.bias
-
-    def work(self) -> Work:
-        channels_out, channels_in = self.weight.shape
-        components = 3 if self.bias is None else 1  # vectors have none
-        moved = Work.pointwise(components * channels_in, components * channels_out)
-        return Work.matrix(self.weight, components) + moved

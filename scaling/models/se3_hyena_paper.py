@@ -38,11 +38,9 @@ from torch import Tensor, nn
 from data_pipeline.batch import GeometricBatch
 from scaling.algebra.clifford import CliffordMLP, embed, grade_0, grade_1
 from scaling.algebra.vectors import cross
-from scaling.long_conv.form import trilinear_form
 from scaling.long_conv.operators import scalar_long_conv, vector_long_conv
 from scaling.models.hyena import HyenaBlock, Mask, OfBody, Scalars, Vectors
 from scaling.models.protocol import Channels, Model
-from scaling.models.work import NUMBER, Work
 from scaling.ops.masked_rows import MaskedRows, zero_invalid
 from scaling.ops.offload import offloading
 from scaling.parallel.shard import SequenceShard
@@ -93,14 +91,6 @@ class SE3HyenaPaper(Model):
                 x = rows.zero_invalid(torch.cat([y[:, :1] + centre, y[:, 1:]], 1))
         return batch.replace(points=x[:, 0], vectors=x[:, 1:], scalars=rows.zero_invalid(f))
 
-    def work_of_row(self, length: int, ranks: int) -> Work:
-        total = Work.row_sum(8, length, ranks, backward=False)
-        for number, operator in enumerate(self.operators):
-            assert isinstance(operator, PaperOperator)
-            mean = Work.row_sum(3 * NUMBER, length, ranks, backward=number > 0)
-            total += mean + mean + operator.work(length, ranks)
-        return total
-
 
 class PaperOperator(HyenaBlock):
     """Algorithm 1 on S scalars and V centred vectors."""
@@ -141,14 +131,6 @@ class PaperOperator(HyenaBlock):
         mixed = self.xi(self._embed(f + a * vs, x + cross(u, v)))
         g, y = grade_0(mixed[:, :, : self.scalars]), grade_1(mixed[:, :, self.scalars :])
         return (f + g, x + y) if self.residual else (g, y)
-
-    def work(self, length: int, ranks: int) -> Work:
-        total = self.blocks_work(*[self.scalars + 3 * self.vectors] * 2)
-        scalar = trilinear_form((True, True), (False, False), ("scalar",))
-        vector = trilinear_form((False, False), (True, True), ("cross",))
-        for form, channels in ((scalar, self.scalars), (vector, self.vectors)):
-            total += Work.convolution(form, channels, length, ranks, circular=True)
-        return total
 
     def _embed(self, f: Scalars, x: Vectors) -> Float[Tensor, "b 4 m n"]:
         """Scalars and vectors as multivector channels of their own: (b, 4, S + V, n)."""

@@ -19,6 +19,7 @@ from data_pipeline.batch import GeometricBatch
 from scaling.parallel.collectives import all_reduce_max, all_reduce_sum
 from scaling.parallel.shard import SequenceShard
 from scaling.parallel.shard import previous as sharded_previous
+from scaling.work import work_counter
 
 _BEHIND = torch.iinfo(torch.long).max
 """A place that no token has."""
@@ -80,6 +81,8 @@ class MaskedRows:
 
     def previous(self, x: Float[Tensor, "b ... n"]) -> Float[Tensor, "b ... n"]:
         """Each token's predecessor's valid value; 0 where there is none in its body."""
+        if counter := work_counter():
+            counter.shift(x)
         before = sharded_previous(self.zero_invalid(x), self.shard)
         if self.bodies is None:
             return before
@@ -172,6 +175,8 @@ class MaskedRows:
         return values.gather(-1, _as_tokens(self._body, values))
 
     def _all_ranks(self, total: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+        if counter := work_counter():
+            counter.row_sum(total)
         return total if self.shard is None else all_reduce_sum(total, self.shard.group, "sum")
 
 

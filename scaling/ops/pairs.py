@@ -12,6 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -23,6 +24,7 @@ from data_pipeline.errors import OptionError, ShapeError
 from scaling.ops.masked_rows import MaskedRows
 from scaling.parallel.ring import GradientsHome, blocks_in_turn
 from scaling.parallel.telemetry import timed
+from scaling.work import work_counter
 
 BLOCK = 256
 """Queries, and keys, of a block: its pairs fit a CPU's cache."""
@@ -92,7 +94,14 @@ def all_pairs(
     with timed("pairs"), torch.autocast(q[0].device.type, enabled=False):
         half = q[0].dtype in (torch.float16, torch.bfloat16)  # too few digits for a long sum
         numbers = [x.float() if half else x for x in (*fields, *shared)]
-        return _AllPairs.apply(terms, _Pairing(rows, causal, block), counts, *numbers)
+        if rows.mask.is_meta:  # nothing is computed, so that one block may be everything
+            block = max(block, tokens[-1])
+        run = partial(_AllPairs.apply, terms, _Pairing(rows, causal, block), counts, *numbers)
+        if counter := work_counter():
+            keys = [x.nbytes for x in numbers[len(q) : sum(counts)]]
+            validity = rows.mask.numel() * numbers[0].itemsize
+            return counter.pairs(run, sum(keys), validity)
+        return run()
 
 
 class _Pairing:

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from scaling.algebra.clifford import autocast_dtype
 from scaling.execution import Execution
 from scaling.parallel.telemetry import timed, timed_both_ways
+from scaling.work import work_counter
 
 PROBE = 32
 """Tokens on which is measured what a part keeps."""
@@ -80,7 +81,10 @@ class Tiled(nn.Module):
             if self.execution.compile:
                 part = self._compiled.setdefault(part.__name__, compiled(part))
             run = part if tile >= tokens else functools.partial(self._by_tiles, part, tile)
-            return cast(Results, timed_both_ways("projection", run, *tensors))
+            results = cast(Results, timed_both_ways("projection", run, *tensors))
+        if counter := work_counter():
+            counter.pointwise(tensors, results)
+        return results
 
     def _by_tiles(self, part: Part[Results], tile: int, *tensors: Tensor) -> Results:
         cut = zip(*(_cut(x, tile) for x in tensors), strict=False)
@@ -93,7 +97,7 @@ class Tiled(nn.Module):
 
     def _tile(self, part: Part, tensors: Sequence[Tensor], tokens: int) -> int:
         """Tokens of a tile."""
-        if tokens <= 2 * PROBE or self.runs_whole:
+        if tokens <= 2 * PROBE or self.runs_whole or work_counter():
             return tokens
         device = tensors[0].device.type
         budget = self.execution.tile_budget(device)

@@ -11,6 +11,7 @@ Ranges of a training step:
         projection   pointwise modules, their recomputation and their backward
         transforms   the long convolutions, forward and backward, except for
         comm         waiting in the sequence's exchanges
+        pairs        all pairs of tokens, likewise
 
 A measurement sees what its own thread does while it is entered, also in one that is entered inside,
 and the backward passes that the thread starts, whichever thread runs them. Autograd knows nothing

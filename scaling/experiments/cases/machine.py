@@ -52,7 +52,7 @@ BOUNDS = (  # part, work, peak
 )
 REMARK = (
     "The last rows, of one thread: what share of a step a part takes, and what share of the part "
-    "its work would take at the measured peak (float32). The work is scaling/models/work.py's: "
+    "its work would take at the measured peak (float32). The work is scaling/work.py's: "
     "the least, nothing twice, and no element-wise operation besides the products."
 )
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from data_pipeline.batch import GeometricBatch
 from data_pipeline.errors import ConfigError
 from scaling.models import MODELS, build
 from scaling.parallel.shard import SequenceShard
@@ -19,20 +18,23 @@ N = 24
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("se3_hyena", {"channels": 5, "gate_hidden": 3, "hidden": 6}),
-        ("se3_hyena", {"channels": 3, "salience": True}),
-        ("se3_hyena_paper", {"gate_hidden": 2, "hidden": 7}),
-        ("se3_hyena_paper", {"hidden": 4, "final": True}),
+        ("se3_hyena", {"channels": 5, "gate_hidden": 3, "hidden": 6, "salience": True}),
+        ("se3_hyena_paper", {"gate_hidden": 2, "hidden": 7, "final": True}),
+        *[(name, {}) for name in MODELS],
     ],
 )
 def test_matrix_products_are_those_that_are_executed(name, options):
-    model = build(name, vectors=1, scalars=3, operators=2, **options)
-    fields = [torch.randn(2, *shape, N, requires_grad=True) for shape in ((3,), (1, 3), (3,))]
-    batch = GeometricBatch(fields[0], fields[1], fields[2])
+    """Pairs are computed once more for their gradient."""
+    model = small_model(name, **options)
+    batch = small_batch([N, N])
+    for field in (batch.points, batch.vectors, batch.scalars):
+        field.requires_grad_()
     with FlopCounterMode(display=False) as counter:
         out = model(batch)
         (out.points.sum() + out.vectors.sum() + out.scalars.sum()).backward()
-    assert counter.get_total_flops() == 2 * N * model.work(N).matrix_flops
+    work = model.work(N)
+    executed = work.matrix_flops + 4 / 3 * work.pair_flops
+    assert counter.get_total_flops() == round(2 * N * executed)
 
 
 def test_transforms_follow_their_definitions():
