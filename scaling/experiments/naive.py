@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from scaling.algebra import clifford
 from scaling.execution import Execution
 from scaling.experiments.rivals import CROSS, GEOMETRIC, expanded_conv
-from scaling.models.hyena import HyenaBlock
 from scaling.models.se3_hyena import HyenaOperator
+from scaling.models.se3_hyena_paper import PaperOperator
 from scaling.ops.masked_rows import MaskedRows
 from scaling.ops.tiles import Tiled
 
@@ -41,27 +41,29 @@ Multivectors = Float[Tensor, "t c 8"]
 
 def straightforward(model: nn.Module) -> None:
     """Makes a model on one process compute in the straightforward way, for rows that are full."""
-    replaced = {clifford.CliffordMLP: clifford_mlp, HyenaBlock: expanded_operator}
     for module in model.modules():
         if isinstance(module, Tiled):
             module.execution, module.runs_whole = Execution(), True
-        for kind, forward in replaced.items():
-            if isinstance(module, kind):
-                module.forward = partial(forward, module)
+        if isinstance(module, clifford.CliffordMLP):
+            vars(module)["forward"] = partial(clifford_mlp, module)
+        elif isinstance(module, HyenaOperator):
+            vars(module)["across"] = expanded
+        elif isinstance(module, PaperOperator):
+            vars(module)["across"] = expanded_paper
 
 
-def expanded_operator(
-    operator: HyenaBlock, f: Tensor, x: Tensor, rows: MaskedRows, *features: Tensor
-) -> tuple[Tensor, Tensor]:
-    """With the convolutions that the paper lists, on whole rows in one piece."""
-    qs, ks, vs, q, k, v = operator.project(f, x, *features, rows.mask)
-    if isinstance(operator, HyenaOperator):
-        convolved = geometric_conv((qs, q), (ks, k))
-    else:
-        scalars = torch.fft.irfft(torch.fft.rfft(qs) * torch.fft.rfft(ks), qs.shape[-1])
-        vectors = expanded_conv(CROSS, q.flatten(0, 1), k.flatten(0, 1)).view(q.shape)
-        convolved = scalars, vectors
-    return operator.mix(f, x, vs, v, rows.length_to(operator.power, f), *convolved)
+def expanded(rows: MaskedRows, *projected: Tensor) -> tuple[Tensor, ...]:
+    """The default model's convolutions, on whole rows in one piece."""
+    qs, ks, vs, q, k, v = projected
+    return vs, v, rows.length_to(-0.5, qs), *geometric_conv((qs, q), (ks, k))
+
+
+def expanded_paper(rows: MaskedRows, *projected: Tensor) -> tuple[Tensor, ...]:
+    """The paper's convolutions, as it lists them."""
+    qs, ks, vs, q, k, v = projected
+    scalars = torch.fft.irfft(torch.fft.rfft(qs) * torch.fft.rfft(ks), qs.shape[-1])
+    vectors = expanded_conv(CROSS, q.flatten(0, 1), k.flatten(0, 1)).view(q.shape)
+    return vs, v, rows.length_to(-1.0, qs), scalars, vectors
 
 
 def clifford_mlp(mlp: Any, x: Float[Tensor, "b d i n"]) -> Float[Tensor, "b 8 o n"]:

@@ -35,17 +35,14 @@ from torch import Tensor, nn
 from data_pipeline.batch import GeometricBatch
 from data_pipeline.errors import OptionError
 from scaling.algebra.clifford import CliffordMLP, embed, grade_0, grade_1
-from scaling.algebra.norms import smooth_sqrt
 from scaling.algebra.vectors import cross
 from scaling.long_conv.operators import Padding, geometric_long_conv
-from scaling.models.hyena import HyenaBlock, Mask, OfBody, Scalars, Vectors
-from scaling.models.protocol import Channels, Model
+from scaling.models.protocol import Channels
+from scaling.models.streams import Mask, OfBody, Scalars, StreamBlock, StreamModel, Vectors
 from scaling.ops.masked_rows import MaskedRows, zero_invalid
-from scaling.ops.offload import offloading
-from scaling.parallel.shard import SequenceShard
 
 
-class SE3Hyena(Model):
+class SE3Hyena(StreamModel):
     """
     Args:
         vectors: free vector channels of the input, besides the points.
@@ -77,61 +74,27 @@ class SE3Hyena(Model):
         readout: float = 1.0,
         salience: bool = False,
     ) -> None:
-        super().__init__(vectors, scalars)
         if salience and not scalars:
             raise OptionError("salience", True, "needs scalars, and the task gives none")
-        self.symmetry = "SE(3)" if chiral else "E(3)"
-        self.salience = salience
-        inputs = 1 + vectors
-        self.embed_vectors = ChannelLinear(2 * inputs, channels)
-        self.embed_scalars = ChannelLinear(scalars + inputs, channels, bias=True)
-        self.operators = nn.ModuleList(
-            HyenaOperator(channels, hidden, gate_hidden, padding, chiral, scalars * salience)
+        listens = scalars * salience
+        blocks = (
+            HyenaOperator(channels, hidden, gate_hidden, padding, chiral, listens)
             for _ in range(operators)
         )
-        self.read_vectors = ChannelLinear(channels, inputs, gain=readout)
-        self.read_scalars = ChannelLinear(channels, scalars, bias=True, gain=readout)
+        super().__init__(vectors, scalars, channels, blocks, readout)
+        self.symmetry = "SE(3)" if chiral else "E(3)"
+        self.salience = salience
 
     @classmethod
     def tiny(cls) -> dict[str, Any]:
         return {"channels": 4, "hidden": 4, "gate_hidden": 4, "operators": 2}
 
-    def move(self, batch: GeometricBatch, shard: SequenceShard | None) -> GeometricBatch:
-        rows = MaskedRows.of(batch, shard)
-        inputs = rows.zero_invalid(torch.cat([batch.points.unsqueeze(1), batch.vectors], 1))
-        centred, _ = rows.centre(inputs[:, 0])
-        inputs = torch.cat([centred.unsqueeze(1), inputs[:, 1:]], 1)
-        with offloading(self.execution):
-            f, x = self.in_tiles(
-                self.enter, inputs, rows.previous(inputs), batch.scalars, batch.mask
-            )
-            s = rows.standardise(batch.scalars) if self.salience else batch.scalars[:, :0]
-            for operator in self.operators:
-                f, x = operator(f, x, rows, s)
-            step, scalars = self.in_tiles(self.leave, f, x, batch.mask)
-        return batch.replace(
-            points=rows.zero_invalid(batch.points) + step[:, 0],
-            vectors=rows.zero_invalid(batch.vectors) + step[:, 1:],
-            scalars=rows.zero_invalid(batch.scalars) + scalars,
-        )
-
-    def enter(
-        self, inputs: Vectors, previous: Vectors, scalars: Float[Tensor, "b s n"], mask: Mask
-    ) -> tuple[Tensor, Tensor]:
-        """The streams of the first operator."""
-        norms = torch.log1p(smooth_sqrt(inputs.square().sum(2)))
-        x = self.embed_vectors(torch.cat([inputs, previous], 1))
-        return self.embed_scalars(torch.cat([zero_invalid(scalars, mask), norms], 1)), x
-
-    def leave(self, f: Scalars, x: Vectors, mask: Mask) -> tuple[Tensor, Tensor]:
-        """What the last operator's streams add to the input."""
-        return zero_invalid(self.read_vectors(x), mask), zero_invalid(self.read_scalars(f), mask)
+    def features(self, batch: GeometricBatch, rows: MaskedRows) -> tuple[Tensor, ...]:
+        return (rows.standardise(batch.scalars) if self.salience else batch.scalars[:, :0],)
 
 
-class HyenaOperator(HyenaBlock):
+class HyenaOperator(StreamBlock):
     """One block: project, convolve, mix."""
-
-    power = -0.5
 
     def __init__(
         self,
@@ -164,13 +127,21 @@ class HyenaOperator(HyenaBlock):
             qs, q = weight * qs, weight.unsqueeze(2) * q
         return qs, ks, vs, q, k, v
 
-    def convolve(
-        self, qs: Scalars, ks: Scalars, q: Vectors, k: Vectors, rows: MaskedRows
+    def across(
+        self,
+        rows: MaskedRows,
+        qs: Scalars,
+        ks: Scalars,
+        vs: Scalars,
+        q: Vectors,
+        k: Vectors,
+        v: Vectors,
     ) -> tuple[Tensor, ...]:
         budget = self.execution.workspace_bytes
-        return geometric_long_conv(
+        a, u, axial = geometric_long_conv(
             (qs, q), (ks, k), padding=self.padding, workspace_bytes=budget, **rows.spans
         )
+        return vs, v, rows.length_to(-0.5, qs), a, u, axial
 
     def mix(
         self,
@@ -194,19 +165,3 @@ class HyenaOperator(HyenaBlock):
             y = y + w[5].unsqueeze(1) * axial
         update = self.xi(embed(g, y))
         return f + grade_0(update), x + grade_1(update)
-
-
-class ChannelLinear(nn.Module):
-    """Mixes channels of scalars (b, c, n) or vectors (b, c, 3, n); a bias for scalars alone."""
-
-    def __init__(
-        self, channels_in: int, channels_out: int, bias: bool = False, gain: float = 1.0
-    ) -> None:
-        super().__init__()
-        std = gain / max(channels_in, 1) ** 0.5
-        self.weight = nn.Parameter(torch.randn(channels_out, channels_in) * std)
-        self.bias = nn.Parameter(torch.zeros(channels_out, 1)) if bias else None
-
-    def forward(self, x: Float[Tensor, "b i ... n"]) -> Float[Tensor, "b o ... n"]:
-        y = (self.weight @ x.flatten(2)).unflatten(2, x.shape[2:])
-        return y if self.bias is None else y + self.bias

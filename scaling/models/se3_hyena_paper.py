@@ -39,8 +39,8 @@ from data_pipeline.batch import GeometricBatch
 from scaling.algebra.clifford import CliffordMLP, embed, grade_0, grade_1
 from scaling.algebra.vectors import cross
 from scaling.long_conv.operators import scalar_long_conv, vector_long_conv
-from scaling.models.hyena import HyenaBlock, Mask, OfBody, Scalars, Vectors
 from scaling.models.protocol import Channels, Model
+from scaling.models.streams import Mask, OfBody, Scalars, StreamBlock, Vectors
 from scaling.ops.masked_rows import MaskedRows, zero_invalid
 from scaling.ops.offload import offloading
 from scaling.parallel.shard import SequenceShard
@@ -92,10 +92,8 @@ class SE3HyenaPaper(Model):
         return batch.replace(points=x[:, 0], vectors=x[:, 1:], scalars=rows.zero_invalid(f))
 
 
-class PaperOperator(HyenaBlock):
+class PaperOperator(StreamBlock):
     """Algorithm 1 on S scalars and V centred vectors."""
-
-    power = -1.0
 
     def __init__(
         self, scalars: int, vectors: int, hidden: int, gate_hidden: int, residual: bool, final: bool
@@ -113,14 +111,20 @@ class PaperOperator(HyenaBlock):
         vectors = zero_invalid(grade_1(projected[:, :, 3 * self.scalars :]), mask)
         return *scalars.chunk(3, 1), *vectors.chunk(3, 1)
 
-    def convolve(
-        self, qs: Scalars, ks: Scalars, q: Vectors, k: Vectors, rows: MaskedRows
+    def across(
+        self,
+        rows: MaskedRows,
+        qs: Scalars,
+        ks: Scalars,
+        vs: Scalars,
+        q: Vectors,
+        k: Vectors,
+        v: Vectors,
     ) -> tuple[Tensor, ...]:
         budget, spans = self.execution.workspace_bytes, rows.spans
-        return (
-            scalar_long_conv(qs, ks, workspace_bytes=budget, **spans),
-            vector_long_conv(q, k, workspace_bytes=budget, **spans),
-        )
+        a = scalar_long_conv(qs, ks, workspace_bytes=budget, **spans)
+        u = vector_long_conv(q, k, workspace_bytes=budget, **spans)
+        return vs, v, rows.length_to(-1.0, qs), a, u
 
     def mix(
         self, f: Scalars, x: Vectors, vs: Scalars, v: Vectors, z: OfBody, a: Scalars, u: Vectors

@@ -73,6 +73,26 @@ class MaskedRows:
         second = self.body_mean(rest)
         return self.zero_invalid(rest - second), first + second
 
+    def centred_inputs(self, batch: GeometricBatch) -> Float[Tensor, "b v 3 n"]:
+        """Points without the mean over their body, then the vectors; 0 where not valid."""
+        inputs = self.zero_invalid(torch.cat([batch.points.unsqueeze(1), batch.vectors], 1))
+        centred, _ = self.centre(inputs[:, 0])
+        return torch.cat([centred.unsqueeze(1), inputs[:, 1:]], 1)
+
+    def moved(
+        self,
+        batch: GeometricBatch,
+        step: Float[Tensor, "b v 3 n"],
+        change: Float[Tensor, "b s n"],
+    ) -> GeometricBatch:
+        """The batch with its points and vectors moved by `step`, its scalars by `change`, all 0 at
+        tokens that are not valid."""
+        return batch.replace(
+            points=self.zero_invalid(batch.points) + step[:, 0],
+            vectors=self.zero_invalid(batch.vectors) + step[:, 1:],
+            scalars=self.zero_invalid(batch.scalars) + change,
+        )
+
     def standardise(self, x: Float[Tensor, "b ... n"]) -> Float[Tensor, "b ... n"]:
         """x with mean 0 and rms 1 over its body, 0 at tokens that are not valid; what does not
         differ within a body becomes 0."""
@@ -86,9 +106,15 @@ class MaskedRows:
         before = sharded_previous(self.zero_invalid(x), self.shard)
         if self.bodies is None:
             return before
+        return before.masked_fill(_as_tokens(self.places == 0, before), 0)
+
+    @property
+    def places(self) -> Int[Tensor, "b n"]:
+        """Of each token, in its body."""
+        if self.bodies is None:
+            return self._index.expand(self.mask.shape)
         starts = [[sum(row[:body]) for body in range(len(row))] for row in self.bodies]
-        first = self._of_bodies(starts, -1).gather(1, self._body) == self._index
-        return before.masked_fill(_as_tokens(first, before), 0)
+        return self._index - self._of_bodies(starts, 0).gather(1, self._body)
 
     def length_to(self, power: float, like: Tensor) -> Float[Tensor, "b 1 #n"]:
         """The length of each token's body to that power, of `like`'s dtype and device."""

@@ -1,0 +1,120 @@
+"""What equivariant models share: streams of scalars and vectors, changed block by block.
+
+    x = E_x [y, y of the token before],   y the centred points and the vectors
+    f = E_f [scalars, log(1 + |y|), place] + b
+    f, x <- block(f, x),   block after block; what mixes tokens
+    points, vectors += R_x x,   scalars += R_f f + b
+
+A model's file says what its blocks compute. Here is how they are run, on any number of ranks:
+pointwise parts in tiles of tokens, what mixes tokens over whole rows or each of their bodies, and
+all of it once more in the backward pass where `execution.recompute_operators` asks for it.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from data_pipeline.batch import GeometricBatch
+from scaling.algebra.norms import smooth_sqrt
+from scaling.models.layers import ChannelLinear, sinusoids
+from scaling.models.protocol import Model
+from scaling.ops.masked_rows import MaskedRows, zero_invalid
+from scaling.ops.offload import offloading
+from scaling.ops.tiles import Tiled
+from scaling.parallel.shard import SequenceShard
+
+Scalars = Float[Tensor, "b c n"]
+Vectors = Float[Tensor, "b v 3 n"]
+Mask = Bool[Tensor, "b n"]
+OfBody = Float[Tensor, "b 1 #n"]
+"""A number of each token's body."""
+
+
+class StreamBlock(Tiled, ABC):
+    """One block of a model: project, carry across tokens, mix."""
+
+    @abstractmethod
+    def project(self, f: Scalars, x: Vectors, *features: Tensor) -> tuple[Tensor, ...]:
+        """What is carried, such as queries, keys and values, of each token; 0 where the mask, which
+        is the last of the features, is False."""
+
+    @abstractmethod
+    def across(self, rows: MaskedRows, *projected: Tensor) -> tuple[Tensor, ...]:
+        """What a token gets of others."""
+
+    @abstractmethod
+    def mix(self, f: Scalars, x: Vectors, *carried: Tensor) -> tuple[Scalars, Vectors]:
+        """The new streams, of each token."""
+
+    def forward(
+        self, f: Scalars, x: Vectors, rows: MaskedRows, *features: Float[Tensor, "b s n"]
+    ) -> tuple[Scalars, Vectors]:
+        def block(f: Scalars, x: Vectors, *features: Tensor) -> tuple[Scalars, Vectors]:
+            projected = self.in_tiles(self.project, f, x, *features, rows.mask)
+            return self.in_tiles(self.mix, f, x, *self.across(rows, *projected))
+
+        if self.execution.recompute_operators:
+            return self.recompute(block, f, x, *features)
+        return block(f, x, *features)
+
+
+class StreamModel(Model):
+    """
+    Args:
+        channels: of the streams, each one scalar and one vector.
+        blocks: made after the maps into the streams.
+        readout: scale of the initial read-out; small where the answer is near the input.
+        positions: sines and cosines of a token's place in its body that join its scalars.
+    """
+
+    def __init__(
+        self,
+        vectors: int,
+        scalars: int,
+        channels: int,
+        blocks: Iterable[StreamBlock],
+        readout: float = 1.0,
+        positions: int = 0,
+    ) -> None:
+        super().__init__(vectors, scalars)
+        self.positions = positions
+        inputs = 1 + vectors
+        self.embed_vectors = ChannelLinear(2 * inputs, channels)
+        self.embed_scalars = ChannelLinear(scalars + inputs + positions, channels, bias=True)
+        self.operators = nn.ModuleList(blocks)
+        self.read_vectors = ChannelLinear(channels, inputs, gain=readout)
+        self.read_scalars = ChannelLinear(channels, scalars, bias=True, gain=readout)
+
+    def features(self, batch: GeometricBatch, rows: MaskedRows) -> tuple[Tensor, ...]:
+        """Of the input's tokens, for every block's `project`."""
+        return ()
+
+    def move(self, batch: GeometricBatch, shard: SequenceShard | None) -> GeometricBatch:
+        rows = MaskedRows.of(batch, shard)
+        inputs = rows.centred_inputs(batch)
+        scalars = batch.scalars
+        if self.positions:
+            scalars = torch.cat([scalars, sinusoids(rows.places, self.positions, scalars)], 1)
+        with offloading(self.execution):
+            before = rows.previous(inputs)
+            f, x = self.in_tiles(self.enter, inputs, before, scalars, batch.mask)
+            features = self.features(batch, rows)
+            for operator in self.operators:
+                f, x = operator(f, x, rows, *features)
+            step, change = self.in_tiles(self.leave, f, x, batch.mask)
+        return rows.moved(batch, step, change)
+
+    def enter(
+        self, inputs: Vectors, previous: Vectors, scalars: Float[Tensor, "b s n"], mask: Mask
+    ) -> tuple[Tensor, Tensor]:
+        """The streams of the first block."""
+        norms = torch.log1p(smooth_sqrt(inputs.square().sum(2)))
+        x = self.embed_vectors(torch.cat([inputs, previous], 1))
+        return self.embed_scalars(torch.cat([zero_invalid(scalars, mask), norms], 1)), x
+
+    def leave(self, f: Scalars, x: Vectors, mask: Mask) -> tuple[Tensor, Tensor]:
+        """What the last block's streams add to the input."""
+        return zero_invalid(self.read_vectors(x), mask), zero_invalid(self.read_scalars(f), mask)
