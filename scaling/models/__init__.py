@@ -1,22 +1,37 @@
 """One file a model; models hold no process group."""
 
 from bisect import bisect_left
+from inspect import signature
 from typing import Any
 
 import torch
 
 from data_pipeline.errors import ConfigError, OptionError
 from data_pipeline.options import check_arguments
+from scaling.models.clifford_mlp import CliffordMLPModel
+from scaling.models.equivariant_transformer import EquivariantTransformer
+from scaling.models.frame_averaged_hyena import FrameAveragedHyena
+from scaling.models.hyena import Hyena
+from scaling.models.linear_motion import LinearMotion
 from scaling.models.protocol import Model as Model
 from scaling.models.protocol import equivariance_error as equivariance_error
 from scaling.models.se3_hyena import SE3Hyena
 from scaling.models.se3_hyena_paper import SE3HyenaPaper
+from scaling.models.transformer import Transformer
+from scaling.models.vector_transformer import VectorTransformer
 
 MODELS: dict[str, type[Model]] = {
     "se3_hyena": SE3Hyena,
     "se3_hyena_paper": SE3HyenaPaper,
+    "vector_transformer": VectorTransformer,
+    "equivariant_transformer": EquivariantTransformer,
+    "hyena": Hyena,
+    "transformer": Transformer,
+    "frame_averaged_hyena": FrameAveragedHyena,
+    "clifford_mlp": CliffordMLPModel,
+    "linear_motion": LinearMotion,
 }
-WIDTHS = range(1, 1 << 16)
+MOST_WIDTHS = 1 << 16
 """That `build(parameters=...)` chooses from."""
 
 
@@ -39,26 +54,37 @@ def build(
     chosen: dict[str, Any] = {"vectors": vectors, "scalars": scalars, **options}
     check_arguments(f"model {name}", MODELS[name], chosen)
     if parameters is not None:
-        chosen[MODELS[name].width] = nearest_width(name, parameters, chosen)
+        width, nearest = reachable_widths(name, parameters, chosen)
+        chosen[width] = min(nearest, key=lambda value: abs(nearest[value] - parameters))
     return MODELS[name](**chosen)
 
 
-def nearest_width(name: str, parameters: int, options: dict[str, Any]) -> int:
-    """The width with which a model's number of parameters comes nearest to `parameters`.
+def reachable_widths(
+    name: str, parameters: int, options: dict[str, Any]
+) -> tuple[str, dict[int, int]]:
+    """The option that is a model's width, and the two of its values, with their numbers of
+    parameters, between which `parameters` lies.
 
     Raises:
-        OptionError: the width is given too, or `parameters` is not positive.
+        OptionError: the width is given too, there is none, or `parameters` is not positive.
     """
-    width = MODELS[name].width
+    kind = MODELS[name]
+    width = kind.width
+    if width is None:
+        raise OptionError("parameters", parameters, f"{name} has no width to choose")
     if width in options:
         raise OptionError("parameters", parameters, f"chooses {width}; give one of the two")
     if not isinstance(parameters, int) or parameters < 1:
         raise OptionError("parameters", parameters, "must be a whole number from 1")
+    step = 1
+    if divisor := kind.width_divisor:
+        step = options.get(divisor, signature(kind).parameters[divisor].default)
 
     def count(value: int) -> int:
         with torch.device("meta"):
-            model = MODELS[name](**(options | {width: value}))
+            model = kind(**(options | {width: value}))
         return sum(p.numel() for p in model.parameters())
 
-    above = bisect_left(WIDTHS, parameters, key=count)
-    return min(WIDTHS[max(above - 1, 0) : above + 1], key=lambda w: abs(count(w) - parameters))
+    widths = range(step, step * MOST_WIDTHS, step)
+    above = bisect_left(widths, parameters, key=count)
+    return width, {value: count(value) for value in widths[max(above - 1, 0) : above + 1]}

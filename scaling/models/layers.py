@@ -37,6 +37,18 @@ class ChannelNorm(nn.Module):
         return self.weight * x * (x.square().mean(1, keepdim=True) + 1e-5).rsqrt() + self.bias
 
 
+class TokenMLP(nn.Module):
+    """Linear, GELU, linear, of `times` the width inside."""
+
+    def __init__(self, channels: int, times: int = 4) -> None:
+        super().__init__()
+        self.up = ChannelLinear(channels, times * channels, bias=True)
+        self.down = ChannelLinear(times * channels, channels, bias=True)
+
+    def forward(self, x: Float[Tensor, "b c n"]) -> Float[Tensor, "b c n"]:
+        return self.down(nn.functional.gelu(self.up(x)))
+
+
 def sinusoids(
     places: Int[Tensor, "b n"], features: int, like: Tensor
 ) -> Float[Tensor, "b features n"]:

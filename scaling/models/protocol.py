@@ -38,8 +38,10 @@ class Model(Tiled, ABC):
     """Motions under which the output moves with the input; options may leave fewer."""
     layout: Layout = "cyclic"
     """Of the shards that it works on; others are brought into it, and the result back."""
-    width: ClassVar[str]
+    width: ClassVar[str | None] = None
     """The option that `build(parameters=...)` chooses."""
+    width_divisor: ClassVar[str | None] = None
+    """The option that must divide it."""
     gathers_whole = False
 
     def __init__(self, vectors: int, scalars: int) -> None:

@@ -37,8 +37,9 @@ from data_pipeline.errors import OptionError
 from scaling.algebra.clifford import CliffordMLP, embed, grade_0, grade_1
 from scaling.algebra.vectors import cross
 from scaling.long_conv.operators import Padding, geometric_long_conv
+from scaling.models.blocks import Block, Mask
 from scaling.models.protocol import Channels
-from scaling.models.streams import Mask, OfBody, Scalars, StreamBlock, StreamModel, Vectors
+from scaling.models.streams import OfBody, Scalars, StreamModel, Vectors
 from scaling.ops.masked_rows import MaskedRows, zero_invalid
 
 
@@ -93,7 +94,7 @@ class SE3Hyena(StreamModel):
         return (rows.standardise(batch.scalars) if self.salience else batch.scalars[:, :0],)
 
 
-class HyenaOperator(StreamBlock):
+class HyenaOperator(Block):
     """One block: project, convolve, mix."""
 
     def __init__(

@@ -39,8 +39,9 @@ from data_pipeline.batch import GeometricBatch
 from scaling.algebra.clifford import CliffordMLP, embed, grade_0, grade_1
 from scaling.algebra.vectors import cross
 from scaling.long_conv.operators import scalar_long_conv, vector_long_conv
+from scaling.models.blocks import Block, Mask
 from scaling.models.protocol import Channels, Model
-from scaling.models.streams import Mask, OfBody, Scalars, StreamBlock, Vectors
+from scaling.models.streams import OfBody, Scalars, Vectors
 from scaling.ops.masked_rows import MaskedRows, zero_invalid
 from scaling.ops.offload import offloading
 from scaling.parallel.shard import SequenceShard
@@ -87,12 +88,12 @@ class SE3HyenaPaper(Model):
         with offloading(self.execution):
             for operator in self.operators:
                 positions, centre = rows.centre(x[:, :1])
-                f, y = operator(f, torch.cat([positions, x[:, 1:]], 1), rows)
+                f, y = operator((f, torch.cat([positions, x[:, 1:]], 1)), rows)
                 x = rows.zero_invalid(torch.cat([y[:, :1] + centre, y[:, 1:]], 1))
         return batch.replace(points=x[:, 0], vectors=x[:, 1:], scalars=rows.zero_invalid(f))
 
 
-class PaperOperator(StreamBlock):
+class PaperOperator(Block):
     """Algorithm 1 on S scalars and V centred vectors."""
 
     def __init__(

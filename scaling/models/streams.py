@@ -5,60 +5,28 @@
     f, x <- block(f, x),   block after block; what mixes tokens
     points, vectors += R_x x,   scalars += R_f f + b
 
-A model's file says what its blocks compute. Here is how they are run, on any number of ranks:
-pointwise parts in tiles of tokens, what mixes tokens over whole rows or each of their bodies, and
-all of it once more in the backward pass where `execution.recompute_operators` asks for it.
+A model's file says what its blocks compute.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from data_pipeline.batch import GeometricBatch
 from scaling.algebra.norms import smooth_sqrt
+from scaling.models.blocks import Block, Mask
 from scaling.models.layers import ChannelLinear, sinusoids
 from scaling.models.protocol import Model
 from scaling.ops.masked_rows import MaskedRows, zero_invalid
 from scaling.ops.offload import offloading
-from scaling.ops.tiles import Tiled
 from scaling.parallel.shard import SequenceShard
 
 Scalars = Float[Tensor, "b c n"]
 Vectors = Float[Tensor, "b v 3 n"]
-Mask = Bool[Tensor, "b n"]
 OfBody = Float[Tensor, "b 1 #n"]
 """A number of each token's body."""
-
-
-class StreamBlock(Tiled, ABC):
-    """One block of a model: project, carry across tokens, mix."""
-
-    @abstractmethod
-    def project(self, f: Scalars, x: Vectors, *features: Tensor) -> tuple[Tensor, ...]:
-        """What is carried, such as queries, keys and values, of each token; 0 where the mask, which
-        is the last of the features, is False."""
-
-    @abstractmethod
-    def across(self, rows: MaskedRows, *projected: Tensor) -> tuple[Tensor, ...]:
-        """What a token gets of others."""
-
-    @abstractmethod
-    def mix(self, f: Scalars, x: Vectors, *carried: Tensor) -> tuple[Scalars, Vectors]:
-        """The new streams, of each token."""
-
-    def forward(
-        self, f: Scalars, x: Vectors, rows: MaskedRows, *features: Float[Tensor, "b s n"]
-    ) -> tuple[Scalars, Vectors]:
-        def block(f: Scalars, x: Vectors, *features: Tensor) -> tuple[Scalars, Vectors]:
-            projected = self.in_tiles(self.project, f, x, *features, rows.mask)
-            return self.in_tiles(self.mix, f, x, *self.across(rows, *projected))
-
-        if self.execution.recompute_operators:
-            return self.recompute(block, f, x, *features)
-        return block(f, x, *features)
 
 
 class StreamModel(Model):
@@ -75,7 +43,7 @@ class StreamModel(Model):
         vectors: int,
         scalars: int,
         channels: int,
-        blocks: Iterable[StreamBlock],
+        blocks: Iterable[Block],
         readout: float = 1.0,
         positions: int = 0,
     ) -> None:
@@ -103,7 +71,7 @@ class StreamModel(Model):
             f, x = self.in_tiles(self.enter, inputs, before, scalars, batch.mask)
             features = self.features(batch, rows)
             for operator in self.operators:
-                f, x = operator(f, x, rows, *features)
+                f, x = operator((f, x), rows, *features)
             step, change = self.in_tiles(self.leave, f, x, batch.mask)
         return rows.moved(batch, step, change)
 

@@ -47,32 +47,42 @@ def vector_attention(
     if not q.shape == k.shape == v.shape or not q.dtype == k.dtype == v.dtype:
         shown = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in (q, k, v))
         raise ShapeError(f"q, k and v must have one shape and dtype, not {shown}")
-    n = q.shape[-1] if shard is None else shard.length
+    n = max(q.shape[-1] if shard is None else shard.length, 1)
     if block is not None or shard is not None:
         x, y, z = (each.reshape(-1, 1, *each.shape[-2:]) for each in (q, k, v))
         rows = MaskedRows(torch.ones(len(x), x.shape[-1], dtype=torch.bool, device=q.device), shard)
-        u = all_pairs(VectorPairs(n), [x], [y, z], rows, block=BLOCK if block is None else block)
-        return (u / max(n, 1)).reshape(q.shape)
+        block = BLOCK if block is None else block
+        u = all_pairs(VectorPairs(), [x / math.sqrt(n)], [y, z], rows, block=block)
+        return (u / math.sqrt(n)).reshape(q.shape)
     pairs = cross(q.unsqueeze(-1), k.unsqueeze(-2), dim=-3)
     w = torch.softmax(torch.linalg.vector_norm(pairs, dim=-3) / math.sqrt(n), -1)
     return (w.unsqueeze(-3) * cross(pairs, v.unsqueeze(-2), dim=-3)).mean(-1)
 
 
-class VectorPairs(PairTerms):
-    """By matrix products: (q × k) × v = (q·v) k - (k·v) q."""
+def dot_attention(
+    q: Float[Tensor, "b h d n"],
+    k: Float[Tensor, "b h d n"],
+    v: Float[Tensor, "b h e n"],
+    rows: MaskedRows,
+    causal: bool = False,
+) -> Float[Tensor, "b h e n"]:
+    """u_i = sum_j softmax_j(q_i·k_j / sqrt(d)) v_j over the valid tokens of i's body, h heads apart
+    (Vaswani et al., arXiv 1706.03762). O(N²) time, O(N) memory."""
+    return all_pairs(DotPairs(), [q / math.sqrt(q.shape[2])], [k, v], rows, causal=causal)
 
-    def __init__(self, length: int) -> None:
-        self.scale = 1 / math.sqrt(max(length, 1))
+
+def split_heads(x: Float[Tensor, "b c ... n"], heads: int) -> Float[Tensor, "b h d n"]:
+    """Channels in `heads` groups, each with all numbers of its channels."""
+    return x.unflatten(1, (heads, -1)).flatten(2, -2)
+
+
+class DotPairs(PairTerms):
+    """Logits q·k."""
 
     def logits(
         self, q: Sequence[Tensor], k: Sequence[Tensor], shared: Sequence[Tensor]
     ) -> Float[Tensor, "b h i j"]:
-        """|q_i × k_j| / sqrt(N), as the root of |q_i|² |k_j|² - (q_i·k_j)²."""
-        (x,), y = q, k[0]
-        squares = x.square().sum(-2).unsqueeze(-1) * y.square().sum(-2).unsqueeze(-2)
-        squares = squares - (x.mT @ y).square()
-        # Parallel vectors: rounding must not make a root of less than 0, nor an infinite slope.
-        return self.scale * squares.clamp(min=torch.finfo(x.dtype).tiny).sqrt()
+        return q[0].mT @ k[0]
 
     def weighted(
         self,
@@ -81,7 +91,34 @@ class VectorPairs(PairTerms):
         k: Sequence[Tensor],
         shared: Sequence[Tensor],
     ) -> Float[Tensor, "b h d i"]:
-        """sum_j w_ij (q_i × k_j) × v_j."""
-        (x,), (y, v) = q, k
+        """sum_j w_ij v_j."""
+        return k[1] @ w.mT
+
+
+class VectorPairs(PairTerms):
+    """Logits |q × k|; by matrix products: (q × k) × v = (q·v) k - (k·v) q."""
+
+    def logits(
+        self, q: Sequence[Tensor], k: Sequence[Tensor], shared: Sequence[Tensor]
+    ) -> Float[Tensor, "b h i j"]:
+        """As the root of |q_i|² |k_j|² - (q_i·k_j)²."""
+        (x,), y = q, k[0]
+        squares = x.square().sum(-2).unsqueeze(-1) * y.square().sum(-2).unsqueeze(-2)
+        squares = squares - (x.mT @ y).square()
+        # Parallel vectors: rounding must not make a root of less than 0, nor an infinite slope.
+        return squares.clamp(min=torch.finfo(x.dtype).tiny).sqrt()
+
+    def weighted(
+        self,
+        w: Float[Tensor, "b h i j"],
+        q: Sequence[Tensor],
+        k: Sequence[Tensor],
+        shared: Sequence[Tensor],
+    ) -> Float[Tensor, "b h d i"]:
+        """sum_j w_ij (q_i × k_j) × v_j; without v, sum_j w_ij q_i × k_j."""
+        (x,), y, *values = q, *k
+        if not values:
+            return cross(x, y @ w.mT)
+        (v,) = values
         first = y @ (w * (x.mT @ v)).mT
         return first - (w @ (y * v).sum(-2).unsqueeze(-1)).mT * x

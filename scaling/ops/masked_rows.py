@@ -45,6 +45,11 @@ class MaskedRows:
         several = batch.bodies is not None and any(len(row) > 1 for row in batch.bodies)
         return cls(batch.mask, shard, batch.lengths, batch.bodies if several else None)
 
+    def repeated(self, times: int) -> "MaskedRows":
+        """The same rows, that many times one after the other."""
+        bodies = None if self.bodies is None else [*self.bodies] * times
+        return MaskedRows(self.mask.repeat(times, 1), self.shard, self.lengths * times, bodies)
+
     def zero_invalid(self, x: Shaped[Tensor, "b ... n"]) -> Shaped[Tensor, "b ... n"]:
         """x with 0 at tokens that are not valid, whatever they hold."""
         return zero_invalid(x, self.mask)
@@ -112,9 +117,9 @@ class MaskedRows:
     def places(self) -> Int[Tensor, "b n"]:
         """Of each token, in its body."""
         if self.bodies is None:
-            return self._index.expand(self.mask.shape)
+            return self.index.expand(self.mask.shape)
         starts = [[sum(row[:body]) for body in range(len(row))] for row in self.bodies]
-        return self._index - self._of_bodies(starts, 0).gather(1, self._body)
+        return self.index - self._of_bodies(starts, 0).gather(1, self._body)
 
     def length_to(self, power: float, like: Tensor) -> Float[Tensor, "b 1 #n"]:
         """The length of each token's body to that power, of `like`'s dtype and device."""
@@ -133,7 +138,7 @@ class MaskedRows:
         return tuple(self.known_lengths)
 
     def _measured_lengths(self) -> tuple[int, ...]:
-        places = torch.where(self.mask, self._index + 1, 0)
+        places = torch.where(self.mask, self.index + 1, 0)
         last = places.amax(-1) if places.shape[-1] else places.new_zeros(len(places))
         if self.shard is not None:
             last = all_reduce_max(last, self.shard.group, "lengths")
@@ -158,7 +163,7 @@ class MaskedRows:
         return self._all_ranks(self.mask.sum(-1))
 
     @cached_property
-    def _index(self) -> Int[Tensor, " n"]:
+    def index(self) -> Int[Tensor, " n"]:
         """Place of each local token in the whole rows."""
         if self.shard is None:
             return torch.arange(self.mask.shape[-1], device=self.mask.device)
@@ -171,7 +176,7 @@ class MaskedRows:
 
     @cached_property
     def _body(self) -> Int[Tensor, "b n"]:
-        return self.body_at(self._index)
+        return self.body_at(self.index)
 
     def body_at(self, places: Int[Tensor, " n"]) -> Int[Tensor, "b n"]:
         """Number of the body at these places in each row; behind the last one is one more."""

@@ -91,7 +91,8 @@ def all_pairs(
     if len({x.dtype for x in fields}) > 1:
         raise ShapeError(f"queries and keys must have one dtype, not {[x.dtype for x in fields]}")
     counts = (len(q), len(k))
-    with timed("pairs"), torch.autocast(q[0].device.type, enabled=False):
+    device = "cpu" if rows.mask.is_meta else q[0].device.type  # autocast knows no meta device
+    with timed("pairs"), torch.autocast(device, enabled=False):
         half = q[0].dtype in (torch.float16, torch.bfloat16)  # too few digits for a long sum
         numbers = [x.float() if half else x for x in (*fields, *shared)]
         if rows.mask.is_meta:  # nothing is computed, so that one block may be everything
