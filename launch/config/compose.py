@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 COMMANDS = {
     "train": "Train a model on a task (under any launcher: -m launch.train).",
-    "eval": "Evaluate a run, path its folder, on held-out data (launchers: -m launch.eval).",
+    "eval": "Evaluate a run, path its folder; its task, model, train and execution hold.",
     "prepare": "Build a data store from structure files or the bundled ones; verify it; show it.",
     "plan": "Foresee a training run's peak memory, part by part.",
     "sweep": "Measure tokens/s, exchanged bytes and memory over lengths and ranks.",
@@ -157,6 +157,9 @@ def _compose_values(
                           f"options: {', '.join(options)}") from None  # fmt: skip
     except (HydraException, OmegaConfBaseException) as error:
         reason = " ".join(str(error).split())
+        if group := re.match(r"Could not override '(\w+)'", reason):
+            raise ConfigError(f"{command} takes no {group[1]}=...: python -m launch {command} "
+                              "--help shows its groups and keys") from None  # fmt: skip
         raise ConfigError(f"cannot compose the configuration: {reason}") from None
     return _replaced(values, _MARKED, "${"), written
 

@@ -136,7 +136,7 @@ def load_model(folder: Path, module: nn.Module, digest: str | None, fix: str) ->
             _check_shapes(path, _shapes(module.state_dict()), model, fix)
             module.load_state_dict(model)
             return state["step"], damage
-        raise RunError(damage + " and so is every older one: train the run again" if damage else
+        raise RunError(damage + ", and so is every older one: train the run again" if damage else
                        f"{folder.parent} has no checkpoint yet: a run that trains saves one every "
                        "train.save_every steps")  # fmt: skip
 

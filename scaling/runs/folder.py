@@ -51,14 +51,14 @@ class RunFolder:
             content = yaml.safe_load(path.read_text())
             if not isinstance(content, dict):
                 raise ValueError("no mapping")
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             lack = "has no config.yaml" if self.path.is_dir() else "there is no such folder"
             raise RunError(f"{self.path} is no run ({lack}): name the folder of one, such as "
-                           "runs/first_light")  from error  # fmt: skip
+                           "runs/first_light") from error  # fmt: skip
         except (OSError, ValueError, yaml.YAMLError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise RunError(f"{path} cannot be read ({reason}); the run's own command writes it "
-                           "again")  from error  # fmt: skip
+            raise RunError(f"{path} cannot be read ({reason}); make it readable, or let the run's "
+                           "own command write it again") from error  # fmt: skip
         return content
 
     def identity(self) -> dict[str, Any]:

@@ -54,8 +54,7 @@ def evaluation_lines(run: Path, row: Row, baselines: Mapping[str, float]) -> lis
         f"{run} at step {row['step']}, {row['split']}{data}: {counts}",
         f"  loss                {_with_error(row)}  ({beside})",
         *(
-            f"    {'tokens ' + str(part['from']) + ' to ' + str(part['to'] - 1):<18}"
-            f"{_with_error(part)}"
+            f"{'':<22}{_with_error(part)}  (tokens {part['from']:,} to {part['to'] - 1:,})"
             for part in row.get("error_by_position", ())
         ),
         f"  equivariance error  {_number(row['equivariance_error'], '.1e')}",
@@ -64,7 +63,8 @@ def evaluation_lines(run: Path, row: Row, baselines: Mapping[str, float]) -> lis
 
 
 def _with_error(row: Row) -> str:
-    return f"{row['loss']:.4f} ± {_number(row['standard_error'], '.4f')}"
+    error = row["standard_error"]
+    return f"{row['loss']:.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
 @dataclass
