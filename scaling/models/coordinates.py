@@ -75,6 +75,6 @@ class CoordinateModel(Model):
         """The features of the first block."""
         return (self.embed(torch.cat(numbers, 1)),)
 
-    def leave(self, y: Features, mask: Mask) -> tuple[Features]:
+    def leave(self, y: Features, mask: Mask) -> tuple[Float[Tensor, "b _numbers n"]]:
         """What the last block's features add to the input."""
         return (zero_invalid(self.read(y), mask),)

@@ -73,7 +73,13 @@ class Hyena(CoordinateModel):
 
     @classmethod
     def tiny(cls) -> dict[str, Any]:
-        return {"channels": 6, "filter_hidden": 4, "filter_waves": 2, "horizon": 16.0}
+        return {
+            "channels": 6,
+            "blocks": 1,
+            "filter_hidden": 4,
+            "filter_waves": 2,
+            "horizon": 16.0,
+        }
 
 
 class HyenaBlock(Block):
