@@ -11,10 +11,12 @@ from scaling.models.protocol import Model as Model
 from scaling.models.protocol import equivariance_error as equivariance_error
 from scaling.models.se3_hyena import SE3Hyena
 from scaling.models.se3_hyena_paper import SE3HyenaPaper
+from scaling.models.vn_transformer import VNTransformer
 
 MODELS: dict[str, type[Model]] = {
     "se3_hyena": SE3Hyena,
     "se3_hyena_paper": SE3HyenaPaper,
+    "vn_transformer": VNTransformer,
 }
 WIDTHS = range(1, 1 << 16)
 """That `build(parameters=...)` chooses from."""

@@ -1,0 +1,49 @@
+"""Layers that several models share; each acts on every token alone."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+LONGEST_WAVE = 10_000.0
+"""Of a place's sines, over 2π: tokens."""
+
+
+class ChannelLinear(nn.Module):
+    """Mixes channels of scalars (b, c, n) or vectors (b, c, 3, n); a bias for scalars alone."""
+
+    def __init__(
+        self, channels_in: int, channels_out: int, bias: bool = False, gain: float = 1.0
+    ) -> None:
+        super().__init__()
+        std = gain / max(channels_in, 1) ** 0.5
+        self.weight = nn.Parameter(torch.randn(channels_out, channels_in) * std)
+        self.bias = nn.Parameter(torch.zeros(channels_out, 1)) if bias else None
+
+    def forward(self, x: Float[Tensor, "b i ... n"]) -> Float[Tensor, "b o ... n"]:
+        y = (self.weight @ x.flatten(2)).unflatten(2, x.shape[2:])
+        return y if self.bias is None else y + self.bias
+
+
+class ChannelNorm(nn.Module):
+    """Each token's channels with mean 0 and variance 1, times a weight, plus a bias."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels, 1))
+        self.bias = nn.Parameter(torch.zeros(channels, 1))
+
+    def forward(self, x: Float[Tensor, "b c n"]) -> Float[Tensor, "b c n"]:
+        x = x - x.mean(1, keepdim=True)
+        return self.weight * x * (x.square().mean(1, keepdim=True) + 1e-5).rsqrt() + self.bias
+
+
+def sinusoids(
+    places: Int[Tensor, "b n"], features: int, like: Tensor
+) -> Float[Tensor, "b features n"]:
+    """Sines and cosines of places, of wavelengths from 2π tokens in geometric steps (Vaswani et
+    al., arXiv 1706.03762); of `like`'s number type."""
+    waves = torch.arange(-(-features // 2), device=places.device, dtype=torch.float64)
+    turns = LONGEST_WAVE ** (-2 * waves / max(features, 1))
+    angles = places.unsqueeze(1) * turns.unsqueeze(1)
+    both = torch.stack([angles.sin(), angles.cos()], 2).flatten(1, 2)
+    return both[:, :features].to(like.dtype)
