@@ -93,8 +93,8 @@ class VNLayerNorm(nn.Module):
     def forward(self, x: Fused) -> Fused:
         x = x.to(self.gain.dtype)
         length = torch.linalg.vector_norm(x, dim=2)
-        variance, mean = torch.var_mean(length, 1, correction=0, keepdim=True)
-        normed = (length - mean) * (variance + 1e-5).rsqrt()
+        centred = length - length.mean(1, keepdim=True)
+        normed = centred * (centred.square().mean(1, keepdim=True) + 1e-5).rsqrt()
         normed = self.gain.unsqueeze(-1) * normed + self.shift.unsqueeze(-1)
         return x * (normed / length.clamp(min=SMALLEST)).unsqueeze(2)
 
@@ -130,11 +130,11 @@ class Block(Tiled):
         return self.distance
 
     def forward(self, x: Fused, rows: MaskedRows) -> Fused:
-        def block(x: Fused) -> Fused:
-            (y,) = self.in_tiles(self.finish, x, self.attend(x, rows))
-            return y
+        def block(x: Fused) -> tuple[Fused]:
+            return self.in_tiles(self.finish, x, self.attend(x, rows))
 
-        return self.recompute(block, x) if self.execution.recompute_operators else block(x)
+        (y,) = self.recompute(block, x) if self.execution.recompute_operators else block(x)
+        return y
 
     def attend(self, x: Fused, rows: MaskedRows) -> Heads:
         q, k, v = self.in_tiles(self.project, x)

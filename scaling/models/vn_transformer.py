@@ -137,7 +137,7 @@ class VNTransformer(Model):
 
     @classmethod
     def tiny(cls) -> dict[str, Any]:
-        shape = {"channels": 6, "blocks": 2, "heads": 2, "head_channels": 3, "widening": 2}
+        shape = {"channels": 8, "blocks": 2, "heads": 2, "head_channels": 3, "widening": 2}
         return shape | {"features": 4, "positions": 4}
 
     def move(self, batch: GeometricBatch, shard: SequenceShard | None) -> GeometricBatch:

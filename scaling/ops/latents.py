@@ -15,6 +15,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from scaling.ops.masked_rows import MaskedRows
+from scaling.ops.pairs import without_autocast
 from scaling.parallel.collectives import all_reduce_max, all_reduce_sum
 
 
@@ -45,7 +46,7 @@ class BodyLatents:
     ) -> Float[Tensor, "b h m f c"]:
         """z, of latents that ask q; 0 for a body without valid tokens."""
         hidden = ~self._rows.mask[:, None, None]
-        with torch.autocast(k.device.type, enabled=False):
+        with without_autocast(k.device):
             q, k, v = _full(q), _full(k), self._rows.zero_invalid(_full(v))
             logits = self._products(q, k).masked_fill(hidden, -torch.inf)
             return self._mean((logits - self._most(logits.detach())).exp(), v)
@@ -57,7 +58,7 @@ class BodyLatents:
         v: Float[Tensor, "b h m f c"],
     ) -> Float[Tensor, "b h f n"]:
         """u, of tokens that ask q."""
-        with torch.autocast(q.device.type, enabled=False):
+        with without_autocast(q.device):
             w, v = torch.softmax(self._products(_full(k), _full(q)), 2), _full(v)
             if not self._several:
                 return v[..., 0].mT @ w

@@ -12,6 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
 from typing import Any
 
@@ -20,6 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from data_pipeline.errors import OptionError, ShapeError
+from scaling.algebra.clifford import autocast_dtype
 from scaling.ops.masked_rows import MaskedRows
 from scaling.parallel.ring import GradientsHome, blocks_in_turn
 from scaling.parallel.telemetry import timed
@@ -89,10 +91,16 @@ def all_pairs(
     if len({x.dtype for x in fields}) > 1:
         raise ShapeError(f"queries and keys must have one dtype, not {[x.dtype for x in fields]}")
     counts = (len(q), len(k))
-    with timed("pairs"), torch.autocast(q[0].device.type, enabled=False):
+    with timed("pairs"), without_autocast(q[0].device):
         half = q[0].dtype in (torch.float16, torch.bfloat16)  # too few digits for a long sum
         numbers = [x.float() if half else x for x in (*fields, *shared)]
         return _AllPairs.apply(terms, _Pairing(rows, causal, block), counts, *numbers)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Numbers keep the type that they have; also on devices that autocast does not know."""
+    on = autocast_dtype(device.type) is not None
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 class _Pairing:

@@ -212,5 +212,6 @@ def test_the_width_comes_nearest_to_the_parameters(name, parameters):
     assert count == pytest.approx(parameters, rel=0.06)
     with pytest.raises(ConfigError, match="parameters=0"):
         build(name, vectors=2, scalars=4, parameters=0)
-    with pytest.raises(ConfigError, match="chooses hidden"):
-        build(name, vectors=2, scalars=4, parameters=parameters, hidden=8)
+    width = MODELS[name].width
+    with pytest.raises(ConfigError, match=f"chooses {width}"):
+        build(name, vectors=2, scalars=4, parameters=parameters, **{width: 8})
