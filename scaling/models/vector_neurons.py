@@ -102,6 +102,9 @@ class VNLayerNorm(nn.Module):
 class Block(Tiled):
     """x + norm(out(attention(x))), then x + norm(feed-forward(x))."""
 
+    ties_keys = True
+    """Distances are between a token's query and others' queries."""
+
     def __init__(
         self,
         channels: int,
@@ -115,7 +118,8 @@ class Block(Tiled):
         inner, wide = heads * head_channels, widening * channels
         self.heads, self.distance, self.faults = heads, attention == "distance", variant.faults
         self.queries = VNLinear(channels, inner, variant)
-        self.keys = None if self.tied else VNLinear(channels, inner, variant)
+        tied = self.distance and self.ties_keys
+        self.keys = None if tied else VNLinear(channels, inner, variant)
         self.values = VNLinear(channels, inner, variant)
         self.out = VNLinear(inner, channels, variant)
         self.attention_norm = VNLayerNorm(channels, variant)
@@ -123,11 +127,6 @@ class Block(Tiled):
         self.activation = VNReLU(wide, variant)
         self.narrow = VNLinear(wide, channels, variant)
         self.feed_forward_norm = VNLayerNorm(channels, variant)
-
-    @property
-    def tied(self) -> bool:
-        """Whether keys are the queries."""
-        return self.distance
 
     def forward(self, x: Fused, rows: MaskedRows) -> Fused:
         def block(x: Fused) -> tuple[Fused]:
@@ -173,7 +172,7 @@ class Block(Tiled):
 class LatentBlock(Block):
     """Latents attend to a body's tokens, and then tokens to the latents of their body."""
 
-    tied = False
+    ties_keys = False
 
     def __init__(
         self,
@@ -207,15 +206,19 @@ class LatentBlock(Block):
         return self.asking(q), self.answering(k), v
 
     def learn(
-        self, mean: Float[Tensor, "b i d c"], k: Heads, v: Heads, bodies: BodyLatents
-    ) -> Float[Tensor, "b*m o d c"]:
+        self,
+        mean: Float[Tensor, "b i d c"],
+        k: Float[Tensor, "b h g n"],
+        v: Heads,
+        bodies: BodyLatents,
+    ) -> Float[Tensor, "r i d c"]:
         """The latents, one after the other as if they were rows, and bodies their tokens."""
         start = torch.einsum("bidc,mio->bmodc", mean, self.pool).flatten(0, 1)
         q = self.latent_heads(self.queries(start))
         z = bodies.learn(self.asking(q), k, v).transpose(1, 2).flatten(0, 1)
         return self.latent_out(self.join(z, mean.shape[2]))
 
-    def latent_heads(self, z: Float[Tensor, "b*m i d c"]) -> Float[Tensor, "b h m e c"]:
+    def latent_heads(self, z: Float[Tensor, "r i d c"]) -> Float[Tensor, "b h m e c"]:
         return self.split(z).unflatten(0, (-1, len(self.pool))).transpose(1, 2)
 
 
