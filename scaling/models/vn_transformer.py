@@ -1,37 +1,37 @@
-"""VN-Transformer: attention among tokens that are lists of vectors (Assaad et al., arXiv 2206.04176).
+"""VN-Transformer: attention among tokens that are lists of vectors (arXiv 2206.04176).
 
 A token is C vectors x_c of 3 + F numbers: three coordinates, which turn, and F scalars, which are
-carried along (early fusion). All layers mix channels alike for every coordinate:
+carried along ("early fusion"). All layers mix channels, alike for every number:
 
     linear       y_o = sum_c W_oc x_c
     non-linear   q = W x, k = U x;   q_c, or q_c - (q_c·k_c / |k_c|²) k_c where q_c·k_c < 0
-    norm         x_c / |x_c| · LN(|x_1|, .., |x_C|)_c
-    attention    softmax_j(q_i·k_j / sqrt(d (3 + F))) over d channels and all coordinates of a head
+    norm         LN(|x_1|, .., |x_C|)_c x_c / |x_c|
+    attention    softmax_j(q_i·k_j / sqrt(d (3 + F))) over all numbers of a head's d channels
     block        x <- x + norm(out(attention(x)));  x <- x + norm(linear(non-linear(linear(x))))
 
-so that rotations and reflections commute with each of them. `attention="distance"` has the logits
--|q_i - k_j|² / sqrt(d (3 + F)) with q = k (Kim et al., arXiv 2006.04710). `latents=M`: a body's M
-latents, linear maps of its mean token, attend to its tokens, and these to them: O(N M) instead of
-O(N²). `bias_epsilon` adds to every linear map's channels vectors of that length, fixed in space: the
-paper's approximate equivariance, after which `symmetry` is "none", in float64 as in float32.
+so that each commutes with rotations and reflections. `attention="distance"` has the logits
+-|q_i - k_j|² / sqrt(d (3 + F)) with k = q (Kim et al., arXiv 2006.04710). With `latents=M` a body
+has M latents, linear maps of its mean token, which attend to its tokens, and these to them: O(N M)
+instead of O(N²). `bias_epsilon` adds to each channel of a linear map a vector of that length that
+does not turn: approximate equivariance; `symmetry` is "none" then, for no number type hides it.
 
-Points are centred body by body. Each vector and all scalars together enter as channels of their
-own; scalars are the input's, the logarithms of the vectors' lengths, and sines of the token's place
-(`positions`), without which tokens are a set.
+Points are centred body by body. Each vector enters as a channel, and so do all scalars together:
+the input's, log(1 + length) of each vector, and sines of the token's place (`positions`), without
+which tokens are a set.
 
-`reference_faults` gives the numbers of the PyPI package VN-transformer 0.1.0, from which
-`from_package` loads weights. Its faults, mended by default:
+`reference_faults` computes what VN-transformer 0.1.0 of PyPI does, from whose weights
+`from_package` makes a model. Its faults, mended by default:
 
-- the non-linearity takes (q·k / |k|) k away, which is no projection, and depends on the scale of U;
-- weights are drawn with variance 1 whatever the width: logits saturate from the start;
-- -distance² scales the product by 1 / sqrt(d (3 + F)) and not the squares, and there is no distance;
+- the non-linearity subtracts (q·k / |k|) k, which is no projection and hangs on the scale of U;
+- weights are drawn with variance 1 at every width, so that softmaxes begin saturated;
+- of -|q - k|² only q·k is scaled by 1 / sqrt(d (3 + F)), so that the result is no distance;
 - points are centred, if at all, by the mean over all rows and their padding (here counted as 0);
-- the bias is one number for all coordinates, scalars too: a vector along (1, 1, 1) whose length is
+- a bias is one number for all coordinates and scalars: a vector along (1, 1, 1) whose length is
   epsilon over all channels together;
-- scalars share the channel of the points. A token is one direction of 3 + F numbers then, and all
-  layers commute with rotations that mix points and scalars.
+- scalars share the channel of the points: a token is a single direction of 3 + F numbers, and all
+  layers commute with rotations that turn points into scalars.
 
-What it lacks: place in the sequence, free vectors, a way back from latents to tokens.
+It has no places, no free vectors, and no way from latents back to tokens.
 """
 
 from collections.abc import Mapping
@@ -194,10 +194,10 @@ class VNTransformer(Model):
 
 
 def from_package(arguments: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> VNTransformer:
-    """The model that computes what VN_transformer.VNTransformer(**arguments) does with a state dict.
+    """The model that computes what the package's VNTransformer(**arguments) does, with its weights.
 
-    Its coordinates are what the model adds to the points (with translation_equivariance plus the
-    mean of all points), and its features what is added to the scalars, of which there are dim_feat.
+    The package's coordinates are what the model adds to the points, but for the mean point that
+    translation_equivariance adds; its features are what the model adds to dim_feat scalars.
 
     Raises:
         ConfigError: arguments that the package does not have, or that have no equal here; weights
@@ -210,22 +210,24 @@ def from_package(arguments: Mapping[str, Any], state_dict: Mapping[str, Tensor])
     options = _options(**arguments)
     model = VNTransformer(vectors=0, reference_faults=True, **options)
     given = dict(state_dict)
-    if options["attention"] == "distance":  # the package lists its one map under both names
-        for key in [key for key in given if ".to_k." in key]:
-            if not torch.equal(
-                given.pop(key), given.get(key.replace("to_k", "to_q"), torch.empty(0))
-            ):
-                raise ConfigError(f"{key} of the state dict must equal that of to_q: l2_dist_attn")
+    tied = options["attention"] == "distance"
+    for key in [key for key in given if tied and ".to_k." in key]:  # one map under two names
+        query = given.get(key.replace("to_k", "to_q"))
+        if query is None or not torch.equal(given.pop(key), query):
+            raise ConfigError(f"{key} of the state dict differs from to_q: not l2_dist_attn")
     ours = {_package_name(name): x for name, x in model.state_dict().items()}
-    for what, keys in (("lacks", ours.keys() - given), ("also has", given.keys() - ours)):
+    saved = "give the arguments with which it was saved"
+    for what, keys in (("lacks", ours.keys() - given), ("has an unknown", given.keys() - ours)):
         if keys:
-            rule = f"VNTransformer({', '.join(f'{k}={v}' for k, v in arguments.items())})"
-            raise ConfigError(f"the state dict {what} {min(keys)}, and is none of {rule}")
+            built = ", ".join(f"{key}={value}" for key, value in arguments.items())
+            raise ConfigError(
+                f"the state dict {what} {min(keys)} for VN-transformer({built}); {saved}"
+            )
     for key, x in ours.items():
         if given[key].shape != x.shape:
             raise ShapeError(
-                f"{key} is {tuple(given[key].shape)} in the state dict and {tuple(x.shape)} in a "
-                "model of these arguments; give those with which it was saved"
+                f"{key} is {tuple(given[key].shape)} in the state dict and {tuple(x.shape)} by the "
+                f"arguments; {saved}"
             )
     model.to(given["vn_proj_in.1.weight"].dtype)
     model.load_state_dict({name: given[_package_name(name)] for name in model.state_dict()})

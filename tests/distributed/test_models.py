@@ -92,6 +92,8 @@ CASES = [
     *[(name, [16, 11], torch.float64, SMALLEST[name], 20, 1e-10) for name in MODELS],
     *[(name, [16, 11], torch.float32, SMALLEST[name], 20, 1e-5) for name in MODELS],
     ("se3_hyena", [11, 11], torch.float64, {"padding": "causal", "chiral": True}, 0, 1e-10),
+    ("vn_transformer", [13, 5, 9], torch.float64, {"latents": 3}, 0, 1e-10),
+    ("vn_transformer", [13, 5], torch.float64, {"reference_faults": True}, 0, 1e-10),
     # tiles of 16 tokens where a rank has more than 64, operators and their exchanges run again
     *[(name, [200, 137], torch.float64, {"execution": AGAIN}, 0, 1e-10) for name in MODELS],
     ("se3_hyena", [200, 137], torch.float64, {"execution": AGAIN, "salience": True}, 0, 1e-10),

@@ -15,6 +15,7 @@ BODIES = ((7, 1, 13, 10), (20,), (5, 5))
 LENGTHS = [31, 20, 10]
 FIELDS = ("points", "vectors", "scalars")
 OPTIONS = [("se3_hyena", {"salience": True}), ("se3_hyena", {"padding": "causal"})]
+OPTIONS += [("vn_transformer", {"latents": 3})]
 OPTIONS += [(name, {}) for name in MODELS]
 
 

@@ -216,3 +216,181 @@ def test_gradients_of_inputs_and_weights(options):
         return out.points, out.vectors, out.scalars
 
     assert gradcheck(run, (*fields, *weights), fast_mode=True)
+
+
+def moved(batch: GeometricBatch, options: dict[str, Any]) -> Tensor:
+    """What a small model adds to the valid points."""
+    out = small_model("vn_transformer", **options)(batch)
+    return (out.points - batch.points.nan_to_num()).masked_fill(~batch.mask[:, None], 0)
+
+
+def test_biases_have_their_length_and_break_the_symmetry_in_proportion():
+    errors = []
+    for epsilon in (1e-3, 1e-5):
+        model = small_model("vn_transformer", bias_epsilon=epsilon)
+        assert model.symmetry == "none"
+        errors.append(equivariance_error(model, small_batch([20])))
+    assert 30 < errors[0] / errors[1] < 300 and errors[1] > 1e-7
+    layer = VNLinear(C, 3, Variant(0.3)).double()
+    bias = layer(torch.zeros(1, C, D, 1, dtype=torch.float64))[0, ..., 0]
+    assert torch.allclose(bias.norm(dim=1), torch.full((3,), 0.3, dtype=torch.float64))
+    assert bias[:, 3:].abs().max() == 0
+
+
+def test_tokens_are_a_set_without_positions():
+    batch, order = small_batch([16]), torch.randperm(16)
+    shuffled = batch.map(lambda x: x[..., order]).replace(index=batch.index)
+    for positions in (0, 4):
+        options = {"positions": positions}
+        error = moved(shuffled, options) - moved(batch, options)[..., order]
+        assert (error.abs().max() < 1e-12) == (positions == 0)
+
+
+def test_rows_do_not_move_each_other_but_for_the_reference():
+    batch = small_batch([16, 12])
+    far = batch.replace(points=batch.points + torch.tensor([[[0.0]], [[5.0]]]))
+    for faults in (False, True):
+        before, after = (moved(x, {"reference_faults": faults})[0] for x in (batch, far))
+        assert torch.allclose(before, after, atol=1e-9) == (not faults)
+
+
+def test_only_the_reference_takes_scalars_for_coordinates():
+    """A rotation of the plane of one coordinate and one scalar turns the answer's alike."""
+    plane = torch.eye(4, dtype=torch.float64)
+    plane[[0, 3], [0, 3]], plane[0, 3], plane[3, 0] = 0.6, 0.8, -0.8
+    fields = random(1, 4, 9)
+    for faults in (False, True):
+        options = {"features": None, "positions": 0, "centred": False, "reference_faults": faults}
+        torch.manual_seed(0)
+        model = build("vn_transformer", 0, 1, **options).double()
+
+        def step(x: Tensor, model: Any = model) -> Tensor:
+            out = model(GeometricBatch(x[:, :3], scalars=x[:, 3:]))
+            return torch.cat([out.points, out.scalars], 1) - x
+
+        assert torch.allclose(step(plane @ fields), plane @ step(fields), atol=1e-9) == faults
+
+
+def test_heads_that_do_not_divide_the_channels_are_refused():
+    with pytest.raises(OptionError, match=r"heads=4: must divide channels=6; or give head_channe"):
+        build("vn_transformer", 0, 0, channels=6, heads=4, head_channels=None)
+    model = build("vn_transformer", 0, 0, channels=6, heads=3, head_channels=None)
+    assert isinstance(model, VNTransformer) and isinstance(model.blocks[0], Block)
+    assert model.blocks[0].queries.weight.shape == (6, 6)
+
+
+ARGUMENTS: dict[str, Any] = {"dim": 6, "depth": 2, "dim_head": 5, "heads": 3, "dim_feat": 4}
+
+
+def state_of(**arguments: Any) -> dict[str, Tensor]:
+    """A state dict of the package's VNTransformer, as it lists its weights."""
+    like = {"dim_head": 64, "heads": 8} | arguments
+    dim, inner = like["dim"], like["dim_head"] * like["heads"]
+    shapes = {"vn_proj_in.1.weight": (dim, 1), "vn_proj_out.1.weight": (1, dim)}
+    shapes |= {f"vn_proj_out.0.ln.{name}": (dim,) for name in ("gamma", "beta")}
+    for n in range(like["depth"]):
+        layer = f"encoder.layers.{n}."
+        shapes |= {f"{layer}0.to_{x}.weight": (inner, dim) for x in "qkv"}
+        shapes |= {f"{layer}{m}.ln.{x}": (dim,) for m in (1, 3) for x in ("gamma", "beta")}
+        shapes |= {f"{layer}2.1.{x}": (4 * dim, 4 * dim) for x in "WU"}
+        shapes |= {f"{layer}0.to_out.weight": (dim, inner), f"{layer}2.0.weight": (4 * dim, dim)}
+        shapes |= {f"{layer}2.2.weight": (dim, 4 * dim)}
+    return {name: random(*shape) for name, shape in shapes.items()}
+
+
+def test_a_state_dict_of_the_package_is_loaded():
+    state = state_of(**ARGUMENTS)
+    model = from_package(ARGUMENTS, state)
+    assert isinstance(model, VNTransformer) and (model.vectors, model.scalars) == (0, 4)
+    assert sorted(x.sum().item() for x in model.state_dict().values()) == sorted(
+        x.sum().item() for x in state.values()
+    )
+    assert model.symmetry == "none"
+
+
+@pytest.mark.parametrize(
+    "arguments, change, error, said",
+    [
+        ({"dim": 8}, {}, ShapeError, r"vn_proj_in.1.weight is \(6, 1\) in .* and \(8, 1\) by"),
+        (
+            {"depth": 1},
+            {},
+            ConfigError,
+            r"an unknown encoder.layers.1.0.to_k.weight for VN.*depth=1",
+        ),
+        ({"depth": 3}, {}, ConfigError, r"lacks encoder.layers.2.0.to_k.weight"),
+        ({"bias_epsilon": 0.1}, {}, ConfigError, r"lacks encoder.layers.0.0.to_k.bias"),
+        ({"l2_dist_attn": True}, {}, ConfigError, r"layers.0.0.to_k.weight .* differs from to_q"),
+        ({"num_tokens": 20}, {}, OptionError, r"num_tokens=20: must be None"),
+        ({"reduce_dim_out": False}, {}, OptionError, r"reduce_dim_out=False: must be True"),
+        ({"dim_coor": 2}, {}, OptionError, r"dim_coor=2: must be 3"),
+        ({"dims": 8}, {}, ConfigError, r"VN-transformer has no option dims; it has dim, depth"),
+        ({}, {"token_emb.weight": random(2)}, ConfigError, r"an unknown token_emb.weight"),
+    ],
+)
+def test_a_state_dict_that_does_not_fit_is_one_line(arguments, change, error, said):
+    with pytest.raises(error, match=said) as raised:
+        from_package(ARGUMENTS | arguments, state_of(**ARGUMENTS) | change)
+    assert "\n" not in str(raised.value)
+    with pytest.raises(ConfigError, match="VN-transformer cannot be built without depth"):
+        from_package({"dim": 3}, {})
+
+
+def package_case(arguments: dict[str, Any]) -> tuple[Any, Any, Tensor, Tensor, Tensor]:
+    """The package's model with small weights, ours with the same; points, features, mask."""
+    from VN_transformer import VNTransformer as Package
+
+    package = Package(**arguments)
+    for p in package.parameters():  # as drawn they saturate every softmax
+        p.data *= 0.4
+    mask = torch.arange(9) < torch.tensor([[9], [6]])
+    points = (2 * torch.randn(2, 9, 3)).masked_fill(~mask[..., None], 0)
+    feats = torch.randn(2, 9, arguments["dim_feat"])
+    return package, from_package(arguments, package.state_dict()), points, feats, mask
+
+
+@pytest.mark.package("VN_transformer")
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"l2_dist_attn": True},
+        {"bias_epsilon": 0.3},
+        {"translation_invariant": True},
+        {"translation_equivariance": True},
+        {"dim_feat": 0},
+    ],
+    ids=str,
+)
+def test_the_package_has_the_same_numbers(more):
+    """In float32; coordinates and features of two rows, the second padded with zeros."""
+    package, model, points, feats, mask = package_case(ARGUMENTS | more)
+    coordinates, features = package(points, feats=feats, mask=mask)
+    batch = GeometricBatch(points.mT, scalars=feats.mT, mask=mask)
+    out = model(batch)
+    centre = points.mean((0, 1)) if "translation_equivariance" in more else 0
+    expected = torch.cat([coordinates - centre, features], -1)[mask]
+    found = torch.cat([out.points - batch.points, out.scalars - batch.scalars], 1).mT[mask]
+    assert (found - expected).norm() <= 1e-5 * expected.norm()
+    assert expected.norm() > 1
+
+
+@pytest.mark.package("VN_transformer")
+@pytest.mark.parametrize("distance", [False, True])
+def test_the_package_has_the_same_latents(distance):
+    """It has them in its attention, which its model does not offer."""
+    from VN_transformer import VNAttention
+
+    theirs = VNAttention(C, dim_head=HEAD, heads=HEADS, num_latents=3, l2_dist_attn=distance)
+    block = LatentBlock(C, HEADS, HEAD, 2, "distance" if distance else "product", FAULTS, 3)
+    names = {"queries": "to_q", "keys": "to_k", "values": "to_v", "latent_out": "to_out"}
+    state = theirs.state_dict()
+    for ours, name in names.items():
+        getattr(block, ours).weight.data = state[f"{name}.weight"]
+    block.pool.data = state["to_q_input.weight"]
+    x, mask = 0.3 * torch.randn(2, 7, C, D), masked_rows().mask
+    expected = theirs(x, mask=mask)
+    for row in range(2):
+        tokens = [x[row, t] for t in range(7) if mask[row, t]]
+        found = torch.stack(latents(block, tokens))
+        assert (found - expected[row]).norm() <= 1e-5 * expected[row].norm()
