@@ -88,7 +88,8 @@ class VNLayerNorm(nn.Module):
     def __init__(self, channels: int, variant: Variant) -> None:
         super().__init__()
         self.gain = nn.Parameter(torch.ones(channels))
-        self.shift = nn.Parameter(torch.zeros(channels), requires_grad=not variant.faults)
+        kind = nn.Buffer if variant.faults else nn.Parameter
+        self.shift = kind(torch.zeros(channels))
 
     def forward(self, x: Fused) -> Fused:
         x = x.to(self.gain.dtype)
