@@ -166,12 +166,12 @@ class VNTransformer(Model):
         mask: Mask,
     ) -> tuple[Fused]:
         """The vectors that the first block gets."""
-        f = torch.cat([scalars, sinusoids(index, self.positions, scalars)], 1)
+        places = sinusoids(index, self.positions, scalars)
+        f = zero_invalid(torch.cat([scalars, places], 1), mask)
         if self.embed_scalars is not None:
             lengths = torch.log1p(smooth_sqrt(inputs.square().sum(2)))
-            f = self.embed_scalars(torch.cat([zero_invalid(f, mask), lengths], 1))
-        f = zero_invalid(f, mask).unsqueeze(1)
-        x, f = pad(inputs, (0, 0, 0, f.shape[2])), pad(f, (0, 0, 3, 0))
+            f = self.embed_scalars(torch.cat([f, lengths], 1))
+        x, f = pad(inputs, (0, 0, 0, f.shape[1])), pad(f.unsqueeze(1), (0, 0, 3, 0))
         x = torch.cat([x[:, :1] + f, x[:, 1:]] if self.fused else [x, f], 1)
         return (self.embed(x).to(inputs.dtype),)
 

@@ -245,6 +245,17 @@ def test_tokens_are_a_set_without_positions():
         assert (error.abs().max() < 1e-12) == (positions == 0)
 
 
+@pytest.mark.parametrize("options", [{}, {"features": None}, {"latents": 2}], ids=str)
+def test_what_padding_holds_does_not_matter(options):
+    batch = small_batch([16, 12])
+    behind = ~batch.mask[:, None]
+    full = batch.replace(
+        scalars=batch.scalars.masked_fill(behind, torch.nan),
+        vectors=batch.vectors.masked_fill(behind.unsqueeze(1), torch.inf),
+    )
+    assert torch.equal(moved(full, options), moved(batch, options))
+
+
 def test_rows_do_not_move_each_other_but_for_the_reference():
     batch = small_batch([16, 12])
     far = batch.replace(points=batch.points + torch.tensor([[[0.0]], [[5.0]]]))
