@@ -72,11 +72,12 @@ class VNTransformer(Model):
         scalars: scalar channels of the input.
         channels: vectors of a token, C; the paper's and the package's dim.
         blocks: attention and feed-forward.
-        head_channels: channels of a head; None: channels / heads.
+        heads: groups of channels that attend on their own.
+        head_channels: channels of each; None: channels / heads.
         widening: channels inside a feed-forward are C times this.
         features: scalars that a token carries, F, linear maps of its scalars and places; None:
             these themselves.
-        positions: sines and cosines of a token's place in its sequence; 0: tokens are a set.
+        positions: sines and cosines of a token's place in its body; 0: tokens are a set.
         attention: logits by the product of queries and keys, or by their distance.
         latents: latents that a body's tokens attend to; 0: they attend to each other.
         centred: take the mean from a body's points first; else translations change the result.

@@ -32,8 +32,10 @@ class BodyLatents:
 
     def mean(self, x: Float[Tensor, "b e n"]) -> Float[Tensor, "b e c"]:
         """Mean over the valid tokens of each body; 0 for a body without any."""
-        valid = self._rows.mask[:, None, None].to(x.dtype)
-        return self._mean(valid, self._rows.zero_invalid(x).unsqueeze(1)).squeeze(2).squeeze(1)
+        with _without_autocast(x):
+            x = self._rows.zero_invalid(_full(x)).unsqueeze(1)
+            valid = self._rows.mask[:, None, None].to(x.dtype)
+            return self._mean(valid, x).squeeze(2).squeeze(1)
 
     def learn(
         self,
@@ -112,6 +114,7 @@ class BodyLatents:
 
 
 def _without_autocast(x: Tensor) -> torch.autocast:
+    """Numbers keep the type that they have."""
     device = "cpu" if x.is_meta else x.device.type  # autocast knows no meta device
     return torch.autocast(device, enabled=False)
 
