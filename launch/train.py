@@ -9,14 +9,14 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.config.check import options_of, options_within
 from launch.config.compose import command_line
-from launch.config.settings import Config, mesh_sizes
-from launch.ranks.discovery import discover, require_ranks
+from launch.config.settings import Config, EvalConfig, mesh_sizes
+from launch.ranks.discovery import Ranks, discover, require_ranks
 from launch.ranks.process import Unheard, choose_device, process_group, run_command, share_cores
 from scaling.train.stop import launcher_chain
 
@@ -33,18 +33,29 @@ def main(arguments: list[str]) -> None:
     ranks = discover()
     share_cores(ranks)  # the check of names is the first to import torch
     config, _ = command_line([*accelerate_overrides(), *arguments], "train", Config)
+    with on_ranks(ranks, config, needed=config.engine.name == "deepspeed") as device:
+        train(config, device)
+
+
+@contextlib.contextmanager
+def on_ranks(
+    ranks: Ranks, config: Config | EvalConfig, needed: bool = False
+) -> Iterator["torch.device"]:
+    """This rank's device, inside the process group; see there what is `needed`. What is printed
+    may find no reader."""
     require_ranks(ranks, alone=config.parallel.dp == config.parallel.sp == 1)
     device = choose_device(config.device, ranks)
-    uses_deepspeed = config.engine.name == "deepspeed"
     with (
         contextlib.redirect_stdout(Unheard(sys.stdout)),
-        process_group(ranks, device, config.parallel.timeout_s, needed=uses_deepspeed),
+        process_group(ranks, device, config.parallel.timeout_s, needed),
     ):
-        train(config, device)
+        yield device
 
 
 def train(config: Config, device: "torch.device") -> None:
     """Build task, mesh and model, and fit; inside the process group, where there is one."""
+    import torch
+
     from data_pipeline.tasks.registry import TASKS
     from scaling.models import MODELS
     from scaling.ops.tiles import set_execution
@@ -57,6 +68,7 @@ def train(config: Config, device: "torch.device") -> None:
 
     with options_within(config, "parallel"):
         mesh = Mesh(*mesh_sizes(config.parallel, group_size(None)))
+    torch.manual_seed(config.train.seed)  # the same parameters on every rank
     task, model = task_and_model(config)
     set_execution(model, config.execution)
     identity = Identity(
@@ -75,10 +87,8 @@ def train(config: Config, device: "torch.device") -> None:
         fit(model, task, mesh, config.train, config.optim, config.engine, run, device)
 
 
-def task_and_model(config: Config) -> "tuple[Task, Model]":
-    """Made with the same parameters on every rank; the bundled data's store is built if need be."""
-    import torch
-
+def task_and_model(config: Config | EvalConfig) -> "tuple[Task, Model]":
+    """The bundled data's store is built if need be; the model draws its first parameters."""
     from data_pipeline.prepare import ensure_bundled
     from data_pipeline.tasks.denoising import BUNDLED
     from data_pipeline.tasks.registry import build_task
@@ -89,7 +99,6 @@ def task_and_model(config: Config) -> "tuple[Task, Model]":
         first_rank_says(lambda: ensure_bundled(BUNDLED))
     with options_within(config, "task"):
         task = build_task(config.task["name"], **options_of(config.task))
-    torch.manual_seed(config.train.seed)
     channels = {"vectors": task.vectors, "scalars": task.scalars}
     with options_within(config, "model"):
         return task, build(config.model["name"], **channels, **options_of(config.model))

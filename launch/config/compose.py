@@ -9,7 +9,7 @@ import dataclasses
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +20,7 @@ T = TypeVar("T")
 
 COMMANDS = {
     "train": "Train a model on a task (under any launcher: -m launch.train).",
+    "eval": "Evaluate a run, path its folder; its task, model, train and execution hold.",
     "prepare": "Build a data store from structure files or the bundled ones; verify it; show it.",
     "plan": "Foresee a training run's peak memory, part by part.",
     "sweep": "Measure tokens/s, exchanged bytes and memory over lengths and ranks.",
@@ -27,17 +28,25 @@ COMMANDS = {
 }
 
 
-def command_line(arguments: Sequence[str], command: str, schema: type[T]) -> tuple[T, list[str]]:
+def command_line(
+    arguments: Sequence[str],
+    command: str,
+    schema: type[T],
+    sections_of: Callable[[list[str]], Mapping[str, Any]] = lambda paths: {},
+) -> tuple[T, list[str]]:
     """The configuration of a command, and the overrides that chose it.
 
     Answers --help and --cfg (print, then exit). A command that takes paths has a field `paths`,
     a list whose bounds of length say how many.
+
+    Args:
+        sections_of: what the paths say of sections; see compose.
     """
     paths, overrides, flags = _separate(arguments)
     if flags & {"--help", "-h"}:
         print(usage(command, schema))
         sys.exit(0)
-    config = compose(command, overrides, schema, paths)
+    config = compose(command, overrides, schema, paths, sections_of(paths))
     if "--cfg" in flags:
         print(to_yaml(config), end="")
         sys.exit(0)
@@ -73,7 +82,11 @@ def _separate(arguments: Sequence[str]) -> tuple[list[str], list[str], set[str]]
 
 
 def compose(
-    command: str, overrides: Sequence[str], schema: type[T], paths: Sequence[str] = ()
+    command: str,
+    overrides: Sequence[str],
+    schema: type[T],
+    paths: Sequence[str] = (),
+    sections: Mapping[str, Any] = {},
 ) -> T:
     """`configs/<command>.yaml`, its groups and `overrides`, checked against `schema`.
 
@@ -82,11 +95,12 @@ def compose(
         schema: dataclass (nested ones too); a field annotated as dict takes any keys, one with a
             Choice the options of the constructor that its name picks.
         paths: of a command that takes some, its field `paths`.
+        sections: what stands where neither the YAML nor an override says anything.
 
     Raises:
         ConfigError: unknown group option, unknown key, wrong type; one line with the nearest name.
     """
-    values, written = _compose_values(command, overrides)
+    values, written = _compose_values(command, overrides, sections)
     if _takes_paths(schema):
         values["paths"] = list(paths)
     elif paths:
@@ -102,7 +116,7 @@ def _takes_paths(schema: Any) -> bool:
 
 
 def _compose_values(
-    command: str, overrides: Sequence[str]
+    command: str, overrides: Sequence[str], sections: Mapping[str, Any] = {}
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """The values of every key, and the texts of those that the command line gave."""
     from hydra import compose as hydra_compose
@@ -111,14 +125,15 @@ def _compose_values(
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    folder, groups, written = config_folder(), [], {}
+    folder, groups, written, below = config_folder(), [], {}, dict(sections)
     for override in overrides:
         key, _, text = override.partition("=")
         key = key.lstrip("+")
         if not key or _hydra(f"{key}=0") is None:
             raise ConfigError(f"cannot read {override!r}: write key=value or group=option")
         if any((folder / key.partition("@")[0]).glob("*.yaml")):
-            groups.append(override)
+            # A section that the YAML does not have is added, instead of the whole one below.
+            groups.append("+" + override if below.pop(key, None) else override)
         else:
             written.pop(key, None)  # the last one wins, in its place
             written[key] = text
@@ -126,6 +141,7 @@ def _compose_values(
         with initialize_config_dir(str(folder), job_name=command, version_base="1.3"):
             composed = hydra_compose(command, groups)
         OmegaConf.set_struct(composed, False)
+        composed = OmegaConf.unsafe_merge(_replaced(below, "${", _MARKED), composed)
         for key, text in written.items():
             section, _, name = key.rpartition(".")
             above = OmegaConf.select(composed, section)
@@ -141,6 +157,9 @@ def _compose_values(
                           f"options: {', '.join(options)}") from None  # fmt: skip
     except (HydraException, OmegaConfBaseException) as error:
         reason = " ".join(str(error).split())
+        if group := re.match(r"Could not override '(\w+)'", reason):
+            raise ConfigError(f"{command} takes no {group[1]}=...: python -m launch {command} "
+                              "--help shows its groups and keys") from None  # fmt: skip
         raise ConfigError(f"cannot compose the configuration: {reason}") from None
     return _replaced(values, _MARKED, "${"), written
 

@@ -8,7 +8,12 @@ from annotated_types import Ge, Interval
 from data_pipeline.options import check_options
 from launch.config.check import Choice, FolderName
 from scaling.execution import Execution
-from scaling.train.settings import EngineSettings, OptimSettings, TrainSettings
+from scaling.train.settings import (
+    EngineSettings,
+    EvaluationSettings,
+    OptimSettings,
+    TrainSettings,
+)
 
 Task = Annotated[dict[str, Any], Choice("data_pipeline.tasks.registry:TASKS")]
 Model = Annotated[dict[str, Any], Choice("scaling.models:MODELS", ("vectors", "scalars"))]
@@ -43,6 +48,26 @@ class Config:
     train: TrainSettings = field(default_factory=TrainSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
     engine: EngineSettings = field(default_factory=EngineSettings)
+    execution: Execution = field(default_factory=Execution)
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
+
+
+@dataclass
+class EvalConfig:
+    """One evaluation: `python -m launch eval`. Task, model, execution and train are the run's."""
+
+    paths: list[str]
+    """One, the run's folder."""
+    task: Task = field(default_factory=dict)
+    """The run's; another value is refused."""
+    model: Model = field(default_factory=dict)
+    """The run's; another value is refused."""
+    split: Literal["train", "validation", "test"] = "test"
+    store: str | list[str] | None = None
+    """Evaluate on this store's split, or on that of several, instead of the run's data."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where there is one, else cpu."""
+    train: EvaluationSettings = field(default_factory=EvaluationSettings)
     execution: Execution = field(default_factory=Execution)
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
 

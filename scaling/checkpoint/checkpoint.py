@@ -7,7 +7,7 @@
 
 The first rank writes, into `step-N.tmp`; once it is on disk it is renamed, and only then are older
 ones deleted: a process killed at any moment leaves a complete one, and the highest step is the
-newest. Every rank reads (the run directory must be visible to all, as the data is).
+newest. To go on every rank reads (the run directory must be visible to all, as the data is).
 
 Random state is one for all ranks: whatever is random for a token is a function of the token.
 """
@@ -16,21 +16,25 @@ import base64
 import json
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data_pipeline.disk import sync, write_atomically
 from data_pipeline.errors import LongfoldError, RunError
 from data_pipeline.stream.stream import Stream
 from scaling.engine.base import Engine
-from scaling.parallel.collectives import first_rank_says
+from scaling.parallel.collectives import first_rank_gives, first_rank_says
+
+Shapes = dict[str, tuple[int, ...]]
+"""Name -> shape of a whole tensor."""
 
 FORMAT = 1
 DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
@@ -68,8 +72,10 @@ class Checkpoints:
         if folder is None:
             return 0
         with _naming(folder):
-            state, model, optimizer = _read(folder)
-        _check_names(folder, model, engine)
+            state, (model, optimizer) = _read(folder, "model.pt", "optimizer.pt")
+        mine = engine.shapes | _shapes(_buffers(engine))
+        fix = "use the model options that wrote it, or another name=..."
+        _check_shapes(folder, mine, model, fix)
         engine.load_state(model, optimizer)
         for name, buffer in _buffers(engine).items():
             buffer.copy_(model[name])
@@ -100,6 +106,45 @@ class Checkpoints:
             shutil.rmtree(old)
 
 
+def load_model(folder: Path, module: nn.Module, digest: str | None, fix: str) -> tuple[int, str]:
+    """Fills a module, on every rank, from the newest checkpoint of a run whose model is whole, also
+    while the run goes on. Collective; only the first rank reads.
+
+    Args:
+        digest: of the data that the run must have been trained on; None: whatever it was.
+        fix: the way out where the checkpoint's model has other shapes than the module.
+
+    Returns:
+        Its step, and what is wrong with newer ones, if anything.
+
+    Raises:
+        RunError: there is none, all are damaged, or the newest belongs to another model or data.
+    """
+
+    def read() -> tuple[int, str]:
+        damage = ""
+        for path in reversed(_complete(folder)):
+            try:
+                state, (model,) = _read(path, "model.pt")
+                trained_on = state["stream"]["digest"]
+            except DAMAGE as error:
+                damage = damage or f"{path} is damaged ({_reason(error)})"
+                continue
+            if digest not in (None, trained_on):
+                raise RunError(f"{path} was trained on other data than the task's store holds now: "
+                               "restore it, or choose data by store=...")  # fmt: skip
+            _check_shapes(path, _shapes(module.state_dict()), model, fix)
+            module.load_state_dict(model)
+            return state["step"], damage
+        raise RunError(damage + ", and so is every older one: train the run again" if damage else
+                       f"{folder.parent} has no checkpoint yet: a run that trains saves one every "
+                       "train.save_every steps")  # fmt: skip
+
+    answer = first_rank_says(read)
+    first_rank_gives(module.state_dict().values())
+    return answer
+
+
 def _complete(folder: Path) -> list[Path]:
     """The complete checkpoints, the oldest first."""
     return sorted(path for path in folder.glob("step-" + 8 * "[0-9]") if path.is_dir())
@@ -117,13 +162,16 @@ def _naming(folder: Path) -> Iterator[None]:
     except LongfoldError:  # says more itself
         raise
     except DAMAGE as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         others = [path.name for path in _complete(folder.parent) if path != folder]
         older = f"remove it to go on from {others[-1]}, or " if others else ""
         run = folder.parent.parent
         raise RunError(
-            f"{folder} is damaged ({reason}); {older}remove {run} to start anew"
+            f"{folder} is damaged ({_reason(error)}); {older}remove {run} to start anew"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def _buffers(engine: Engine) -> dict[str, Tensor]:
@@ -151,33 +199,32 @@ def _set_random_state(state: dict[str, str]) -> None:
         torch.cuda.set_rng_state(tensors["cuda"])
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """State, model and optimiser."""
+def _read(folder: Path, *names: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """State, and what some files hold."""
     state = json.loads((folder / "state.json").read_text())
     if state["format"] != FORMAT:
         raise RunError(f"{folder} has format {state['format']}, this program reads {FORMAT}")
     if _name(state["step"]) != folder.name:
         raise ValueError(f"state.json is of step {state['step']}")
-    for name, checksum in state["checksums"].items():
-        if _checksum(folder / name) != checksum:
+    for name in names:
+        if _checksum(folder / name) != state["checksums"][name]:
             raise ValueError(f"the checksum of {name} is wrong")
-    model, optimizer = (
-        torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
-        for name in ("model.pt", "optimizer.pt")
-    )
-    return state, model, optimizer
+    load = partial(torch.load, map_location="cpu", weights_only=True, mmap=True)
+    return state, [load(folder / name) for name in names]
 
 
-def _check_names(folder: Path, saved: dict[str, Tensor], engine: Engine) -> None:
-    """Raises RunError if the checkpoint is of other tensors than the engine's module has."""
-    mine = engine.shapes | {name: tuple(x.shape) for name, x in _buffers(engine).items()}
-    theirs = {name: tuple(x.shape) for name, x in saved.items()}
+def _shapes(tensors: Mapping[str, Tensor]) -> Shapes:
+    return {name: tuple(x.shape) for name, x in tensors.items()}
+
+
+def _check_shapes(folder: Path, mine: Shapes, saved: Mapping[str, Tensor], fix: str) -> None:
+    """Raises RunError, with the way out, if the checkpoint is of other tensors than `mine`."""
+    theirs = _shapes(saved)
     wrong = sorted(n for n in mine.keys() | theirs.keys() if mine.get(n) != theirs.get(n))
     if wrong:
         raise RunError(
             f"{folder} holds another model: {wrong[0]} has the shape {theirs.get(wrong[0])} there "
-            f"and {mine.get(wrong[0])} here ({len(wrong)} tensors differ); use the model options "
-            "that wrote it, or another name=..."
+            f"and {mine.get(wrong[0])} here ({len(wrong)} tensors differ); {fix}"
         )
 
 

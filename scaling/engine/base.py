@@ -14,8 +14,8 @@ reads what any other wrote.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -82,16 +82,6 @@ class Engine(ABC):
                 key: value.to(device if value.ndim else "cpu", copy=True)
                 for key, value in state.items()
             }
-
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """No gradients, evaluation mode."""
-        self.module.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            self.module.train()
 
     def _clip_gradients(self, clipping: float) -> Tensor:
         """Scales gradients to a global norm of at most `clipping` (0: leaves them); the norm

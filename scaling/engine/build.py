@@ -157,6 +157,11 @@ def check_launcher(engine: str, precision: str, environment: Mapping[str, str]) 
             f"accelerate was told to use DeepSpeed, but engine.name = {engine!r}; "
             "say engine=deepspeed, or launch without --use_deepspeed"
         )
+    check_precision(precision, environment)
+
+
+def check_precision(precision: str, environment: Mapping[str, str] = os.environ) -> None:
+    """Raises ConfigError if `accelerate launch` was told another precision."""
     mixed = environment.get("ACCELERATE_MIXED_PRECISION", "no")
     if mixed != "no" and mixed != precision:
         raise ConfigError(

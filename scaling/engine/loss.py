@@ -43,6 +43,6 @@ def check_weight(global_weight: Number) -> None:
     """Raises RunError where nothing has weight, so that the mean does not exist."""
     if not (global_weight > 0 and math.isfinite(global_weight)):
         raise RunError(
-            f"the loss weights of this step sum to {global_weight:g}, so it has no mean loss; "
+            f"the loss weights sum to {global_weight:g}, so there is no mean loss; "
             "look for samples without a single observed token"
         )

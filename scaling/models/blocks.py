@@ -13,7 +13,7 @@ from scaling.ops.masked_rows import MaskedRows
 from scaling.ops.tiles import Tiled
 
 Mask = Bool[Tensor, "b n"]
-Stream = Float[Tensor, "b c ... n"]
+Stream = Float[Tensor, "b _c ... n"]
 """Channels of every token, such as scalars (b, c, n) or vectors (b, c, 3, n)."""
 
 

@@ -71,7 +71,7 @@ class CoordinateModel(Model):
         step, rest = change.split([3 * (1 + self.vectors), self.scalars], 1)
         return step.unflatten(1, (-1, 3)), rest
 
-    def enter(self, *numbers: Features) -> tuple[Features]:
+    def enter(self, *numbers: Float[Tensor, "b _c n"]) -> tuple[Features]:
         """The features of the first block."""
         return (self.embed(torch.cat(numbers, 1)),)
 

@@ -79,7 +79,8 @@ class DotAttention(Block):
 
     def across(self, rows: MaskedRows, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         q, k, v = (split_heads(x, self.heads) for x in (q, k, v))
-        both = dot_attention(q, k, v, rows, self.causal).reshape(v.shape[0], -1, 4, v.shape[-1])
+        both = dot_attention(q, k, v, rows, self.causal).flatten(1, 2)
+        both = both.unflatten(1, (self.channels, 4))
         return both[:, :, 0], both[:, :, 1:]
 
     def mix(self, f: Scalars, x: Vectors, a: Scalars, u: Vectors) -> tuple[Scalars, Vectors]:

@@ -121,10 +121,10 @@ class ImplicitFilter(nn.Module):
         super().__init__()
         self.waves, self.horizon = waves, horizon
         self.first = ChannelLinear(1 + 2 * waves, hidden, bias=True)
-        self.second = ChannelLinear(hidden, hidden, bias=True)
+        self.second = ChannelLinear(hidden, hidden, bias=True, gain=1 / FAST)
         self.last = ChannelLinear(hidden, channels)
         self.frequency = nn.Parameter(torch.full((hidden, 1), FAST))
-        self.bias = nn.Parameter(torch.randn(channels, 1))
+        self.bias = nn.Parameter(torch.zeros(channels, 1))
 
     def forward(self, places: Int[Tensor, " n"], like: Tensor) -> Float[Tensor, "c n"]:
         """At these places, of `like`'s number type; the sum of squares is about 1 at first."""
@@ -136,5 +136,6 @@ class ImplicitFilter(nn.Module):
         y = self.last(torch.sin(self.frequency * self.second(y)))[0]
         steps = torch.linspace(-1, 0, len(y), dtype=t.dtype, device=t.device).unsqueeze(1)
         decay = SHORTEST**steps
-        window = torch.exp(-t * decay) * (2 * decay / self.horizon).sqrt()
+        energy = -torch.expm1(-2 * decay / self.horizon)  # over the sum of squares of all places
+        window = torch.exp(-t * decay) * energy.sqrt()
         return window.to(like.dtype) * y

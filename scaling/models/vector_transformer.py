@@ -97,7 +97,8 @@ class VectorAttention(Block):
         keys = [k] if self.own_values else [k, v]
         u = all_pairs(VectorPairs(), [z * q], keys, rows)  # z times the sum
         u = cross(u, v) if self.own_values else u
-        return a.squeeze(2), z * u if self.mean else u / z
+        power = -0.5 if self.mean else 0.5
+        return a.squeeze(2), rows.length_to(power, qs).unsqueeze(2) * u
 
     def mix(self, f: Scalars, x: Vectors, a: Scalars, u: Vectors) -> tuple[Scalars, Vectors]:
         update = self.xi(embed(f + a, x + u))

@@ -17,9 +17,11 @@ and how ranks spent the step on average; these add up to the mean rank's step_s:
     optimizer_s data_wait_s
     other_s                  the rest: read-out and loss, gradients' exchange, waiting for slower
                              ranks at the loss, the backward of modules too small for tiles
-Validation rows: step, split, loss, tokens, step_s (of the evaluation), equivariance_error, and
-where tokens have targets of their own error_by_position: eighths of the longest sequence with the
-loss of the targets from token `from` up to `to`, and its standard_error over sequences.
+Validation rows: step, split, loss and its standard_error over samples, samples (that count),
+tokens, step_s (of the evaluation), equivariance_error, and where tokens have targets of their own
+error_by_position: eighths of the longest sequence with the loss of the targets from token `from` up
+to `to`, and its standard_error. The rows of evaluations.jsonl, which `eval` adds after training or
+beside it, are of the same kind, of any split, with the store, the precision and the baselines.
 
 The first steps of a process (allocations, thread pools, DDP's buckets) are left out of rates and
 times, unless a row has no others.

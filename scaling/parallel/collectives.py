@@ -5,7 +5,7 @@ all_reduce(sum) with itself, all_gather with reduce_scatter(sum)) and is never s
 of the ranks' losses has the same gradient as one process computing it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from jaxtyping import Shaped
 from torch import Tensor
 
-from data_pipeline.errors import RunError
+from data_pipeline.errors import LongfoldError, RunError
 from scaling.parallel.telemetry import exchanging, timed
 
 Group = dist.ProcessGroup | None
@@ -170,13 +170,19 @@ global_maxima = partial(global_sums, operation=dist.ReduceOp.MAX)
 """Each number's largest value over all ranks, by one exchange. Every rank must call it."""
 
 
+def first_rank_gives(tensors: Iterable[Tensor]) -> None:
+    """Fills tensors, alike on every rank, with the first rank's values. Collective."""
+    for tensor in tensors if dist.is_initialized() else ():
+        dist.broadcast(tensor, src=0)
+
+
 def first_rank_says(function: Callable[[], Any]) -> Any:
     """Calls it on the first rank; every rank gets its result, or its error. Collective."""
     answer: list[Any] = [None, None]
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
             answer[0] = function()
-        except RunError as error:
+        except LongfoldError as error:
             answer[1] = error
         except OSError as error:  # a full disk must not leave the others waiting
             answer[1] = RunError(f"cannot write to the run directory: {error}; make room and rerun")

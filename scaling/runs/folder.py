@@ -6,6 +6,7 @@ environment.json    versions, host, ranks, command line, git commit
 status.json         state (running, finished, failed, interrupted), step, process, error
 metrics.jsonl       rows: see rows.py                   tensorboard/    a view of them
 checkpoints/        see checkpoint/checkpoint.py        profile/        see observe/profile.py
+evaluations.jsonl   rows that `eval` adds, also while the run goes on
 STOP                put there by a person: save, stop, and remove it
 Experiments have points/ (what their processes were told and said) and tables instead of the latter.
 """
@@ -39,6 +40,27 @@ class RunFolder:
         self.stop_file = self.path / "STOP"
         self._rows_file = self.path / "metrics.jsonl"
 
+    def config(self) -> dict[str, Any]:
+        """The whole configuration of the latest start.
+
+        Raises:
+            RunError: the folder holds none, or it cannot be read.
+        """
+        path = self.path / "config.yaml"
+        try:
+            content = yaml.safe_load(path.read_text())
+            if not isinstance(content, dict):
+                raise ValueError("no mapping")
+        except (FileNotFoundError, NotADirectoryError) as error:
+            lack = "has no config.yaml" if self.path.is_dir() else "there is no such folder"
+            raise RunError(f"{self.path} is no run ({lack}): name the folder of one, such as "
+                           "runs/first_light") from error  # fmt: skip
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise RunError(f"{path} cannot be read ({reason}); make it readable, or let the run's "
+                           "own command write it again") from error  # fmt: skip
+        return content
+
     def identity(self) -> dict[str, Any]:
         """The part of the configuration that defines the result; empty before the first start."""
         return self._read("identity.json")
@@ -66,6 +88,23 @@ class RunFolder:
         except ValueError as error:
             raise RunError(f"{path} is damaged ({error}); remove it and start again") from error
         return content
+
+
+def add_evaluation(run: RunFolder, row: Row) -> Path:
+    """Adds a row, with the time, to the file of evaluations that came after training, which no
+    lock guards: the run itself may be going on. The file.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    path = run.path / "evaluations.jsonl"
+    try:
+        with path.open("a") as file:
+            file.write(as_lines([{"time": time()} | row]))  # at once: others may add, too
+    except OSError as error:
+        raise RunError(f"{path} cannot be written ({error.strerror}); make room, or change its "
+                       "permissions") from error  # fmt: skip
+    return path
 
 
 class RunWriter(RunFolder):

@@ -63,7 +63,9 @@ class Identity:
             was = earlier.get(name, {})
             if not name:
                 was = {key: value for key, value in earlier.items() if key not in self._sections}
-            for key in {**options, **was}:
+            named = options.get("name")
+            other = named and "name" in was and not named.admits(was["name"])
+            for key in ["name"] if other else {**options, **was}:
                 place = f"{name}.{key}".removeprefix(".")
                 if key not in options:
                     said.append(f"{place} was {was[key]!r}, is no option")

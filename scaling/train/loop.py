@@ -165,10 +165,7 @@ def build_trainer(
         bucket_steps=train.bucket_steps or 1,
         slot=mesh.slot,
     )
-    dtype = torch.float64 if train.precision == "float64" else torch.float32
-    objective = Objective(
-        model.to(device, dtype), mesh, device, dtype, bf16=train.precision == "bf16"
-    )
+    objective = Objective.for_run(model, mesh, train, device)
     wrapped = build_engine(
         engine.name,
         objective,

@@ -17,6 +17,7 @@ from scaling.models import Model
 from scaling.ops.masked_rows import MaskedRows
 from scaling.parallel.mesh import Mesh
 from scaling.parallel.shard import SequenceShard, redistribute_sample
+from scaling.train.settings import EvaluationSettings
 
 
 class Objective(nn.Module):
@@ -42,6 +43,15 @@ class Objective(nn.Module):
         self.model = model
         self.mesh = mesh
         self.device, self.dtype, self.bf16 = device, dtype, bf16
+
+    @classmethod
+    def for_run(
+        cls, model: Model, mesh: Mesh, settings: EvaluationSettings, device: torch.device
+    ) -> "Objective":
+        """On that device, in the precision of the settings."""
+        dtype = torch.float64 if settings.precision == "float64" else torch.float32
+        bf16 = settings.precision == "bf16"
+        return cls(model.to(device, dtype), mesh, device, dtype, bf16)
 
     def weight(self, sample: Sample) -> float:
         """What this rank's part of a sample weighs in the loss; summed over ranks, each weight

@@ -45,6 +45,28 @@ def progress_line(row: Row, steps: int) -> str:
     )
 
 
+def evaluation_lines(run: Path, row: Row, baselines: Mapping[str, float]) -> list[str]:
+    """What the row of an evaluation after training says to a person."""
+    data = f" of {row['store']}" if row["store"] else ""
+    counts = f"{row['samples']:,} samples, {row['tokens']:,} tokens"
+    beside = "; ".join(f"{name} {value:.4f}" for name, value in baselines.items())
+    return [
+        f"{run} at step {row['step']}, {row['split']}{data}: {counts}",
+        f"  loss                {_with_error(row)}  ({beside})",
+        *(
+            f"{'':<22}{_with_error(part)}  (tokens {part['from']:,} to {part['to'] - 1:,})"
+            for part in row.get("error_by_position", ())
+        ),
+        f"  equivariance error  {_number(row['equivariance_error'], '.1e')}",
+        "  (mean squared error over that of the trivial answer ± standard error over samples)",
+    ]
+
+
+def _with_error(row: Row) -> str:
+    error = row["standard_error"]
+    return f"{row['loss']:.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
 @dataclass
 class Summary:
     """How a run stands, made from its rows; losses in units of the trivial answer."""

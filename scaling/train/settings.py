@@ -15,21 +15,30 @@ Decay = Annotated[float, Interval(ge=0, lt=1)]
 
 
 @dataclass
-class TrainSettings:
+class EvaluationSettings:
+    """What evaluation asks, in training and alone."""
+
+    micro_batch_size: Annotated[Count, NotIdentity()] = 8
+    """Samples that one data-parallel rank holds at once; in training the rest is accumulated."""
+    max_length: Annotated[Count, NotIdentity()] = 1 << 22
+    """Longest allowed sequence, tokens; a longer one is an error, never cut."""
+    precision: Literal["float32", "float64", "bf16"] = "float32"
+    """bf16 is autocast: parameters and transforms stay float32."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclass
+class TrainSettings(EvaluationSettings):
     steps: Annotated[Count, MayGrow()] = 600
     """Optimiser steps."""
     batch_size: Count = 8
     """Samples per optimiser step, over all ranks: the loss curve depends on this alone."""
-    micro_batch_size: Annotated[Count, NotIdentity()] = 8
-    """Samples that one data-parallel rank holds at once; the rest is accumulated."""
-    max_length: Annotated[Count, NotIdentity()] = 1 << 22
-    """Longest allowed sequence, tokens; a longer one is an error, never cut."""
     bucket_steps: Count | None = None
     """Steps whose samples are sorted by length and dealt out anew, so that a batch holds like
     lengths and little padding; null: none."""
     seed: Annotated[int, Interval(ge=0, le=2**63 - 1)] = 0
-    precision: Literal["float32", "float64", "bf16"] = "float32"
-    """bf16 is autocast: parameters and transforms stay float32."""
     log_every: Annotated[Count, NotIdentity()] = 10
     """Steps between rows in metrics.jsonl."""
     evaluate_every: Annotated[Count, NotIdentity()] = 100
@@ -41,9 +50,6 @@ class TrainSettings:
     profile_steps: Annotated[int, Interval(ge=0, le=20), NotIdentity()] = 0
     """Steps that every process traces, after its first two, into <runs>/<name>/profile; 0: none.
     See docs/performance.md. No viewer opens a trace of more than 20."""
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
 
 @dataclass

@@ -250,7 +250,7 @@ def test_a_rank_without_weight_keeps_the_graph_and_no_weight_at_all_is_an_error(
     engine_loss((local_sum * torch.zeros(3)).sum(), 2.0, 4).backward()
     assert local_sum.grad is not None and local_sum.grad.tolist() == [0.0] * 3
     assert engine_loss(torch.tensor(3.0), 2.0, 4).item() == 6.0
-    with pytest.raises(RunError, match="loss weights of this step sum to 0"):
+    with pytest.raises(RunError, match="loss weights sum to 0"):
         engine_loss(local_sum.sum(), 0.0, 4)
 
 

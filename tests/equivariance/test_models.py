@@ -45,14 +45,15 @@ def test_also_sharded_and_packed(name, options):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_tiny_model_moves_its_input(name):
-    """By a tenth of its rms or more, in every field: the identity would pass for equivariant."""
+    """By a tenth of its rms or more, in every field that it changes, and points at least: the
+    identity would pass for equivariant."""
     batch = small_batch([37, 9, 20])
     out = small_model(name)(batch)
     for field in ("points", "vectors", "scalars"):
         before, after = getattr(batch, field), getattr(out, field)
         valid = batch.mask.reshape(3, *[1] * (before.ndim - 2), 37).expand_as(before)
         change = (after - before)[valid].square().mean() / before[valid].square().mean()
-        assert change.sqrt() >= 0.1, field
+        assert change.sqrt() >= 0.1 or (field != "points" and change == 0), field
 
 
 def test_a_model_without_symmetry_fails():

@@ -20,6 +20,7 @@ from data_pipeline.sources.bundled import BundledSource
 from data_pipeline.store.build import build
 from launch import train
 from scaling.observe.metrics import TIME_SHARES
+from scaling.runs.rows import read_rows
 from tests.processes import run
 
 ROOT = Path(__file__).parents[2]
@@ -93,6 +94,25 @@ def test_all_launchers_used_two_ranks(runs: Path):
     for name in commands(0):
         environment = json.loads((runs / name / "environment.json").read_text())
         assert environment["world"] == 2, name
+
+
+@pytest.mark.parametrize(
+    ("launcher", "name", "mesh"),
+    [
+        (TORCHRUN, "python", "parallel=sequence"),
+        ([*ACCELERATE, "configs/accelerate/cpu_deepspeed_zero1.yaml"], "torchrun", "parallel=data"),
+    ],
+)
+def test_two_ranks_evaluate_a_run_of_any(runs: Path, launcher: list[str], name: str, mesh: str):
+    """The run's last validation again, said by the first rank alone."""
+    command = [*launcher, "-m", "launch.eval", str(runs / name), "split=validation", mesh]
+    ended = run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert ended.stdout.count("validation: 4 samples, 128 tokens") == 1
+    (row,) = read_rows(runs / name / "evaluations.jsonl")
+    step, split, loss = curve(runs / name)[-1]
+    assert (row["step"], row["split"]) == (step, split)
+    assert row["loss"] == pytest.approx(loss, rel=1e-5)
 
 
 def test_deepspeed_compiled_nothing(runs: Path):

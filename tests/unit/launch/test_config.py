@@ -202,7 +202,8 @@ def test_a_bad_key_answers_before_torch_is_loaded():
     )
     for arguments, said in [
         (["train", "train.stepz=3"], "error: unknown key train.stepz, did you mean train.steps?\n"),
-        (["trian"], "error: unknown command trian, did you mean train?; commands: train, prepare"),
+        (["trian"], "error: unknown command trian, did you mean train?; commands: train, eval"),
+        (["eval", "runs/none"], "error: runs/none is no run (there is no such folder): name"),
     ]:
         ended = subprocess.run(
             [sys.executable, "-c", watch, *arguments], capture_output=True, text=True, timeout=60
