@@ -145,7 +145,7 @@ class VNTransformer(Model):
         with offloading(self.execution):
             (x,) = self.in_tiles(self.enter, inputs, batch.scalars, rows.places, batch.mask)
             for block in self.blocks:
-                (x,) = block((x,), rows)
+                (x,) = block(x, rows=rows)
             step, change = self.in_tiles(self.leave, x, batch.mask)
         return rows.moved(batch, step, change)
 

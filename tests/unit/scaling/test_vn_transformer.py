@@ -199,7 +199,7 @@ def test_blocks_are_their_formulas(kind, logits: Logits, variant):
     more = (3,) if kind is LatentBlock else ()
     block, rows = kind(C, HEADS, HEAD, 2, logits, variant, *more).double(), masked_rows()
     x = rows.zero_invalid(0.5 * random(2, C, D, 7))
-    (y,) = block((x,), rows)
+    (y,) = block(x, rows=rows)
     in_loops: Any = latent_attention if kind is LatentBlock else self_attention
     for row, places in bodies_of(rows):
         tokens = [x[row, ..., t] for t in places]
