@@ -2,12 +2,14 @@
 
 Every test is marked by its folder: unit, equivariance, distributed, integration. Further marks name
 what a test needs: `gpu`, `slurm` (a running SLURM), `browser` (Chromium), `mmseqs`, `mpirun` (Open
-MPI and MPICH), `root`. `slow` tests run only where they are asked for: make test ARGS="-m slow".
+MPI and MPICH), `root`, `package("name")` (an optional Python package). `slow` tests run only where
+they are asked for: make test ARGS="-m slow".
 """
 
 import os
 import shutil
 from collections import defaultdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         item.add_marker(item.path.relative_to(TESTS).parts[0])
         why = [reason for mark, reason in reasons.items() if item.get_closest_marker(mark)]
+        packages = [mark.args[0] for mark in item.iter_markers("package")]
+        why += [f"{name} is not installed" for name in packages if not find_spec(name)]
         if why:
             _left_out[why[0]].append(item.nodeid)
         else:

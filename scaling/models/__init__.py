@@ -19,12 +19,14 @@ from scaling.models.se3_hyena import SE3Hyena
 from scaling.models.se3_hyena_paper import SE3HyenaPaper
 from scaling.models.transformer import Transformer
 from scaling.models.vector_transformer import VectorTransformer
+from scaling.models.vn_transformer import VNTransformer
 
 MODELS: dict[str, type[Model]] = {
     "se3_hyena": SE3Hyena,
     "se3_hyena_paper": SE3HyenaPaper,
     "vector_transformer": VectorTransformer,
     "equivariant_transformer": EquivariantTransformer,
+    "vn_transformer": VNTransformer,
     "hyena": Hyena,
     "transformer": Transformer,
     "frame_averaged_hyena": FrameAveragedHyena,

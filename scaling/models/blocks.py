@@ -34,8 +34,10 @@ class Block(Tiled, ABC):
         """The new streams, from the old ones and what was carried, of each token."""
 
     def forward(
-        self, streams: tuple[Stream, ...], rows: MaskedRows, *features: Float[Tensor, "b s n"]
+        self, *streams: Stream, rows: MaskedRows, features: tuple[Tensor, ...] = ()
     ) -> tuple[Stream, ...]:
+        """The new streams. ZeRO-3 gathers the block where it is given tensors, not tuples."""
+
         def block(*inputs: Tensor) -> tuple[Tensor, ...]:
             projected = self.in_tiles(self.project, *inputs, rows.mask)
             carried = self.across(rows, *projected)

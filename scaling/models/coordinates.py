@@ -66,7 +66,7 @@ class CoordinateModel(Model):
             numbers.append(sinusoids(rows.places, self.positions, inputs))
         (y,) = self.in_tiles(self.enter, *numbers)
         for operator in self.operators:
-            (y,) = operator((y,), rows)
+            (y,) = operator(y, rows=rows)
         (change,) = self.in_tiles(self.leave, y, rows.mask)
         step, rest = change.split([3 * (1 + self.vectors), self.scalars], 1)
         return step.unflatten(1, (-1, 3)), rest

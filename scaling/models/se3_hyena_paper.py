@@ -88,7 +88,7 @@ class SE3HyenaPaper(Model):
         with offloading(self.execution):
             for operator in self.operators:
                 positions, centre = rows.centre(x[:, :1])
-                f, y = operator((f, torch.cat([positions, x[:, 1:]], 1)), rows)
+                f, y = operator(f, torch.cat([positions, x[:, 1:]], 1), rows=rows)
                 x = rows.zero_invalid(torch.cat([y[:, :1] + centre, y[:, 1:]], 1))
         return batch.replace(points=x[:, 0], vectors=x[:, 1:], scalars=rows.zero_invalid(f))
 

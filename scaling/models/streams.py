@@ -71,7 +71,7 @@ class StreamModel(Model):
             f, x = self.in_tiles(self.enter, inputs, before, scalars, batch.mask)
             features = self.features(batch, rows)
             for operator in self.operators:
-                f, x = operator((f, x), rows, *features)
+                f, x = operator(f, x, rows=rows, features=features)
             step, change = self.in_tiles(self.leave, f, x, batch.mask)
         return rows.moved(batch, step, change)
 

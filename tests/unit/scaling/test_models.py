@@ -56,7 +56,7 @@ def test_the_default_operator_is_its_formulas(chiral, salient):
     torch.nn.init.normal_(operator.w)
     f, x, tokens = case()
     s = torch.randn(2, salient, 7).double()
-    new_f, new_x = operator((f, x), tokens, s)
+    new_f, new_x = operator(f, x, rows=tokens, features=(s,))
     weight = torch.ones_like(f)
     if operator.salience is not None:
         weight = operator.salience @ s
@@ -100,7 +100,7 @@ def test_standardised_scalars_have_mean_0_and_rms_1_and_constant_ones_are_0():
 def test_the_paper_operator_is_its_formulas(residual):
     operator = PaperOperator(4, 4, 5, 3, residual, final=False).double()
     f, x, tokens = case()
-    new_f, new_x = operator((f, x), tokens)
+    new_f, new_x = operator(f, x, rows=tokens)
     no_scalars, no_vectors = torch.zeros_like(f), torch.zeros_like(x)
 
     def as_channels(scalars, vectors):  # scalars and vectors are channels of their own
