@@ -7,6 +7,7 @@ import torch
 
 from data_pipeline.errors import ConfigError, OptionError
 from data_pipeline.options import check_arguments
+from scaling.models.egnn import EGNN
 from scaling.models.protocol import Model as Model
 from scaling.models.protocol import equivariance_error as equivariance_error
 from scaling.models.se3_hyena import SE3Hyena
@@ -15,6 +16,7 @@ from scaling.models.se3_hyena_paper import SE3HyenaPaper
 MODELS: dict[str, type[Model]] = {
     "se3_hyena": SE3Hyena,
     "se3_hyena_paper": SE3HyenaPaper,
+    "egnn": EGNN,
 }
 WIDTHS = range(1, 1 << 16)
 """That `build(parameters=...)` chooses from."""

@@ -165,16 +165,16 @@ def _square(d: tuple[Float[Tensor, "*s"], ...]) -> Float[Tensor, "*s"]:
 
 
 def _halves(points: Points, nodes: int) -> Int[Tensor, " n"]:
-    """The order in which every node's points are sorted along its widest axis. Nodes of several
-    bodies stay as they are: sorted by body."""
-    x = points.x.T.reshape(4, nodes, -1)
-    widest = (x.amax(-1) - x.amin(-1))[:3].argmax(0)
-    along = x[:3].gather(0, widest.reshape(1, -1, 1).expand(1, -1, x.shape[-1]))[0]
-    hidden = points.hidden.reshape(nodes, -1)
-    several = (x[3, :, :1] != x[3, :, -1:]) | hidden[:, -1:]
-    order = along.masked_fill(several, 0).argsort(dim=-1, stable=True)
-    starts = torch.arange(nodes, device=order.device) * x.shape[-1]
-    return (order + starts.unsqueeze(-1)).flatten()
+    """The order in which every node's points are sorted along its widest axis, hidden ones last.
+    Nodes of several bodies stay as they are: sorted by body."""
+    x, hidden = points.x.T.reshape(4, nodes, -1), points.hidden.reshape(nodes, -1)
+    highest = x.masked_fill(hidden, -torch.inf).amax(-1)
+    width = highest - x.masked_fill(hidden, torch.inf).amin(-1)
+    widest = width[:3].argmax(0).reshape(1, -1, 1).expand(1, -1, x.shape[-1])
+    along = x.gather(0, widest)[0].masked_fill(hidden, torch.inf)
+    along = along.masked_fill(width[3].unsqueeze(1) > 0, 0)
+    starts = torch.arange(nodes, device=x.device) * x.shape[-1]
+    return (along.argsort(dim=-1, stable=True) + starts.unsqueeze(1)).flatten()
 
 
 class _Search:

@@ -1,0 +1,357 @@
+"""EGNN: messages between neighbours, by distances, which push along differences of positions.
+
+Satorras, Hoogeboom and Welling, arXiv 2102.09844, with velocities (their section 3.2), in the form
+of their code for n-body systems. With a_ij the attributes of an edge,
+
+    m_ij = phi_e(h_i, h_j, |x_i - x_j|², a_ij)
+    x_i <- x_i + mean_j (x_i - x_j) phi_x(m_ij) + phi_v(h_i) v_i
+    h_i <- h_i + phi_h(h_i, sum_j m_ij)
+
+over i's neighbours j: the k nearest in the input, within a radius if there is one. v is the input's
+velocity in every layer; h begins with the norms of the input's vectors and its scalars, a_ij holds
+|x_i - x_j|² of the input. phi_x ends in weights of a thousandth of the usual size
+(`coordinates_gain`), so that points hardly move at first. 4 layers of width 64 have the published
+code's 134,020 parameters for its n-body input (`points_only`, `charges`).
+
+What is more here: vectors w, each as the points are moved, by phi_x and phi_v of their own,
+
+    w_i <- w_i + mean_j (x_i - x_j) phi_w(m_ij) + sum of phi_vw(h_i) v_i over all velocities
+
+and scalars, by a linear map of the last h. `virtual_nodes`: C of them a body, with positions X that
+begin at its centroid and learned features H, which all tokens see and which see all tokens:
+FastEGNN (Zhang et al., ICML 2024), distributed in DistEGNN (arXiv 2506.19482),
+
+    M_ic = phi_ev(h_i, H_c, |X_c - x_i|, (X_c - x̄)·(X_c' - x̄) for all c')
+    x_i also moves by mean_c (x_i - X_c) phi_xv(M_ic), and phi_h also reads all M_ic
+    X_c <- X_c + mean_i (X_c - x_i) phi_X(M_ic),   H_c <- H_c + phi_H(H_c, mean_i M_ic)
+
+Known slips, and what is done here:
+
+- The paper's Eq. 4 divides by M - 1, all others, whatever the neighbours; its code takes the mean
+  over neighbours for positions and the sum for features. As the code.
+- Its code cuts each *component* of a pair's push at ±100, which turns with the axes. Here the push
+  is shortened to a length of 100. Neither happens in training that goes well.
+- The n-body code has no edge for a charge alone: charges enter as products q_i q_j (`charges`), the
+  only node feature is the speed.
+- FastEGNN's code takes the mean of m_ij also for features; here it is EGNN's sum.
+- DistEGNN drops edges between ranks, so that its answer depends on their number. Here it does not.
+- The package egnn-pytorch counts every token as its own neighbour (a constant m_ii in the sum), adds
+  pushes where the paper takes their mean, and has no velocities.
+"""
+
+from typing import Annotated, Any
+
+import torch
+from annotated_types import Ge, Gt
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from data_pipeline.batch import GeometricBatch
+from data_pipeline.errors import OptionError
+from scaling.algebra.norms import smooth_sqrt
+from scaling.models.protocol import Channels, Model
+from scaling.models.work import Work
+from scaling.ops.masked_rows import MaskedRows, zero_invalid
+from scaling.ops.neighbours import Neighbours, find_neighbours
+from scaling.ops.offload import offloading
+from scaling.ops.tiles import Tiled
+from scaling.parallel.shard import Layout, SequenceShard
+
+LONGEST_PUSH = 100.0
+Scalars = Float[Tensor, "b c n"]
+Vectors = Float[Tensor, "b v 3 n"]
+Moved = Float[Tensor, "b m 3 n"]
+"""Displacements of the points, and of vectors."""
+
+
+class EGNN(Model):
+    """
+    Args:
+        vectors: free vector channels of the input: the velocities.
+        scalars: scalar channels of the input.
+        neighbours: of each token, at most; the nearest of its body.
+        radius: no neighbour is farther; None: however far.
+        layers, hidden: how many, and channels of h and inside.
+        virtual_nodes: of each body; 0: none.
+        coordinates_gain: of the last weights of what pushes points.
+        charges: scalars enter as products of pairs on the edges, instead of as features of tokens.
+        points_only: vectors and scalars stay as they are.
+    """
+
+    layout: Layout = "contiguous"
+    width = "hidden"
+
+    def __init__(
+        self,
+        vectors: Channels,
+        scalars: Channels,
+        neighbours: Annotated[int, Ge(1)] = 16,
+        radius: Annotated[float, Gt(0)] | None = None,
+        layers: Annotated[int, Ge(1)] = 4,
+        hidden: Annotated[int, Ge(1)] = 64,
+        virtual_nodes: Annotated[int, Ge(0)] = 0,
+        coordinates_gain: float = 0.001,
+        charges: bool = False,
+        points_only: bool = False,
+    ) -> None:
+        super().__init__(vectors, scalars)
+        self.neighbours, self.radius, self.charges = neighbours, radius, charges
+        features = vectors + scalars * (not charges)
+        self.moved = 1 if points_only else 1 + vectors
+        self.embed = ChannelLinear(max(features, 1), hidden)
+        self.layers = nn.ModuleList(
+            EGNNLayer(
+                hidden, 1 + scalars * charges, vectors, self.moved, virtual_nodes, coordinates_gain
+            )
+            for _ in range(layers)
+        )
+        features_of_virtual = torch.randn(1, hidden, virtual_nodes, 1)
+        self.virtual = nn.Parameter(features_of_virtual) if virtual_nodes else None
+        self.read_scalars = None if points_only else ChannelLinear(hidden, scalars)
+
+    @classmethod
+    def tiny(cls) -> dict[str, Any]:
+        return {
+            "neighbours": 4,
+            "layers": 2,
+            "hidden": 6,
+            "virtual_nodes": 2,
+            "coordinates_gain": 1.0,
+        }
+
+    def check_longest(self, tokens: int) -> None:
+        if self.neighbours >= tokens:
+            rule = f"no sequence is longer than {tokens} tokens: {tokens - 1} others at most"
+            raise OptionError("neighbours", self.neighbours, rule)
+
+    def move(self, batch: GeometricBatch, shard: SequenceShard | None) -> GeometricBatch:
+        rows = MaskedRows.of(batch, shard)
+        points, v, s = map(rows.zero_invalid, (batch.points, batch.vectors, batch.scalars))
+        neighbours = find_neighbours(points, rows, self.neighbours, self.radius)
+        with offloading(self.execution):
+            (h,) = self.in_tiles(self.enter, v, s, batch.mask)
+            edges = self.edges(points, s, neighbours)
+            w = torch.stack([torch.zeros_like(points)] * self.moved, 1)
+            nodes = VirtualNodes.of(self.virtual, points, rows) if self.virtual is not None else ()
+            for layer in self.layers:
+                h, w, *nodes = layer(h, w, v, *edges, neighbours, rows, *nodes)
+        points, vectors, scalars = points + w[:, 0], v, s
+        if self.read_scalars is not None:
+            vectors, scalars = v + w[:, 1:], s + rows.zero_invalid(self.read_scalars(h))
+        return batch.replace(points=points, vectors=vectors, scalars=scalars)
+
+    def enter(
+        self, v: Vectors, s: Float[Tensor, "b s n"], mask: Bool[Tensor, "b n"]
+    ) -> tuple[Scalars]:
+        """The first features: norms of vectors, and scalars; where there is none, 1."""
+        features = [smooth_sqrt(v.square().sum(2))] + [s] * (not self.charges)
+        features = torch.cat(features, 1)
+        if not features.shape[1]:
+            features = mask.unsqueeze(1).to(features.dtype)
+        return (zero_invalid(self.embed(features), mask),)
+
+    def edges(
+        self, points: Float[Tensor, "b 3 n"], s: Scalars, neighbours: Neighbours
+    ) -> tuple[Float[Tensor, "b 3 k n"], Float[Tensor, "b e k n"]]:
+        """x_i - x_j of the input, and attributes."""
+        others, charges = neighbours.gather(points, s[:, : s.shape[1] * self.charges])
+        apart = points.unsqueeze(2) - others
+        products = s[:, : charges.shape[1]].unsqueeze(2) * charges
+        return apart, torch.cat([products, apart.square().sum(1, keepdim=True)], 1)
+
+    def work_of_row(self, length: int, ranks: int) -> Work:
+        return Work()
+
+
+class EGNNLayer(Tiled):
+    """One layer, on displacements w of the points and vectors from the input."""
+
+    def __init__(
+        self, hidden: int, edges: int, velocities: int, moved: int, virtual_nodes: int, gain: float
+    ) -> None:
+        super().__init__()
+        c = hidden
+        self.phi_e = mlp(2 * c + 1 + edges, c, c, ends_in_silu=True)
+        self.phi_e[0] = EdgeLinear(c, 1 + edges, c)
+        self.phi_x = mlp(c, c, moved, gain)
+        self.phi_v = mlp(c, c, moved * velocities) if velocities else None
+        self.phi_h = mlp((2 + virtual_nodes) * c, c, c)
+        self.virtual = VirtualNodes(c, virtual_nodes, moved, gain) if virtual_nodes else None
+
+    def forward(
+        self,
+        h: Scalars,
+        w: Moved,
+        v: Vectors,
+        apart: Float[Tensor, "b 3 k n"],
+        attributes: Float[Tensor, "b e k n"],
+        neighbours: Neighbours,
+        rows: MaskedRows,
+        *nodes: Tensor,
+    ) -> tuple[Tensor, ...]:
+        def layer(*tensors: Tensor) -> tuple[Tensor, ...]:
+            h, w, v, apart, attributes, *nodes = tensors
+            own, other = self.phi_e[0].halves(h)
+            theirs = neighbours.gather(other, w[:, 0])
+            edges = (*theirs, apart, attributes, neighbours.valid)
+            sums, push = self.in_tiles(self.messages, own, w, *edges)
+            heard: tuple[Tensor, ...] = ()
+            if self.virtual is not None:
+                m, push_of_nodes, *nodes = self.virtual(h, w, rows, *nodes)
+                heard, push = (m,), push + push_of_nodes
+            h, w = self.in_tiles(self.update, h, w, v, push, rows.mask, sums, *heard)
+            return h, w, *nodes
+
+        if self.execution.recompute_operators:
+            return self.recompute(layer, h, w, v, apart, attributes, *nodes)
+        return layer(h, w, v, apart, attributes, *nodes)
+
+    def messages(
+        self,
+        own: Scalars,
+        w: Moved,
+        theirs: Float[Tensor, "b c k n"],
+        moved: Float[Tensor, "b 3 k n"],
+        apart: Float[Tensor, "b 3 k n"],
+        attributes: Float[Tensor, "b e k n"],
+        valid: Bool[Tensor, "b k n"],
+    ) -> tuple[Scalars, Moved]:
+        """Sum of a token's messages, and the mean of its pushes."""
+        apart = apart + w[:, 0].unsqueeze(2) - moved
+        square = apart.square().sum(1, keepdim=True)
+        m = self.phi_e[0].rest(torch.cat([square, attributes], 1)) + own.unsqueeze(2) + theirs
+        m = self.phi_e[1:](m).masked_fill(~valid.unsqueeze(1), 0)
+        push = shortened(self.phi_x(m).unsqueeze(2) * apart.unsqueeze(1))
+        count = valid.sum(1).clamp(min=1)
+        push = push.masked_fill(~valid[:, None, None], 0).sum(3) / count[:, None, None]
+        return m.sum(2), push
+
+    def update(
+        self,
+        h: Scalars,
+        w: Moved,
+        v: Vectors,
+        push: Moved,
+        mask: Bool[Tensor, "b n"],
+        *heard: Float[Tensor, "b _ n"],
+    ) -> tuple[Scalars, Moved]:
+        if self.phi_v is not None:
+            rates = self.phi_v(h).unflatten(1, (w.shape[1], v.shape[1]))
+            push = push + (rates.unsqueeze(3) * v.unsqueeze(1)).sum(2)
+        h = h + self.phi_h(torch.cat([h, *heard], 1))
+        return zero_invalid(h, mask), zero_invalid(w + push, mask)
+
+
+class VirtualNodes(Tiled):
+    """C nodes of each body: what tokens hear of them, and they of tokens."""
+
+    def __init__(self, hidden: int, nodes: int, moved: int, gain: float) -> None:
+        super().__init__()
+        c = hidden
+        self.phi_e = mlp(2 * c + 1 + nodes, c, c, ends_in_silu=True)
+        self.phi_x, self.phi_out = mlp(c, c, moved, gain), mlp(c, c, 1, gain)
+        self.phi_h = mlp(2 * c, c, c)
+
+    @staticmethod
+    def of(
+        features: Tensor, points: Float[Tensor, "b 3 n"], rows: MaskedRows
+    ) -> tuple[Tensor, ...]:
+        """Centred points; positions relative to the centroid, features, and the tokens' mean."""
+        centred, centre = rows.centre(points)
+        at = torch.zeros_like(centre)
+        nodes = features.shape[2]
+        return (
+            centred,
+            torch.stack([at] * nodes, 2),
+            features.expand(len(points), -1, -1, at.shape[-1]),
+            at,
+        )
+
+    def forward(
+        self,
+        h: Scalars,
+        w: Moved,
+        rows: MaskedRows,
+        centred: Float[Tensor, "b 3 n"],
+        at: Float[Tensor, "b 3 z #n"],
+        features: Float[Tensor, "b c z #n"],
+        mean: Float[Tensor, "b 3 #n"],
+    ) -> tuple[Tensor, ...]:
+        """Messages to each token, its push, and the nodes' new state."""
+        x = centred + w[:, 0]
+        m, push, pull = self.in_tiles(self.messages, h, x, at, features, mean)
+        nodes, n = at.shape[2], h.shape[-1]
+        heard = rows.body_mean(torch.cat([x, pull, m], 1))
+        mean, pull, heard = heard.split([3, 3 * nodes, m.shape[1]], 1)
+        at = at + pull.unflatten(1, (3, nodes))
+        both = torch.cat([features, heard.unflatten(1, (-1, nodes))], 1)
+        return m, push, centred, at, features + self.phi_h(both), mean
+
+    def messages(
+        self,
+        h: Scalars,
+        x: Float[Tensor, "b 3 n"],
+        at: Float[Tensor, "b 3 z #n"],
+        features: Float[Tensor, "b c z #n"],
+        mean: Float[Tensor, "b 3 #n"],
+    ) -> tuple[Float[Tensor, "b cz n"], Moved, Float[Tensor, "b pull n"]]:
+        nodes, n = at.shape[2], x.shape[-1]
+        away = at - x.unsqueeze(2)
+        around = at - mean.unsqueeze(2)
+        products = (around.unsqueeze(2) * around.unsqueeze(3)).sum(1)
+        inputs = (
+            h.unsqueeze(2),
+            features,
+            smooth_sqrt(away.square().sum(1, keepdim=True)),
+            products,
+        )
+        wide = [t.expand(-1, -1, nodes, n) for t in inputs]
+        m = self.phi_e(torch.cat(wide, 1))
+        push = -(self.phi_x(m).unsqueeze(2) * away.unsqueeze(1)).mean(3)
+        return m.flatten(1, 2), push, (self.phi_out(m) * away).flatten(1, 2)
+
+
+class ChannelLinear(nn.Linear):
+    """A linear map of channels, tokens last."""
+
+    def forward(self, input: Float[Tensor, "b i ... n"]) -> Float[Tensor, "b o ... n"]:
+        y = self.weight @ input.flatten(2)
+        y = y if self.bias is None else y + self.bias.unsqueeze(1)
+        return y.unflatten(2, input.shape[2:])
+
+
+class EdgeLinear(ChannelLinear):
+    """Of the features at both ends of an edge and its own: those of ends are mapped at the tokens,
+    once for all edges."""
+
+    def __init__(self, ends: int, own: int, channels_out: int) -> None:
+        super().__init__(2 * ends + own, channels_out)
+        self.ends = ends
+
+    def halves(self, h: Scalars) -> tuple[Scalars, Scalars]:
+        """A token's share as i, and as j."""
+        first, second = self.weight[:, : 2 * self.ends].chunk(2, 1)
+        bias = self.bias.unsqueeze(1)
+        return first @ h + bias, second @ h
+
+    def rest(self, edges: Float[Tensor, "b e k n"]) -> Float[Tensor, "b o k n"]:
+        return (self.weight[:, 2 * self.ends :] @ edges.flatten(2)).unflatten(2, edges.shape[2:])
+
+
+def mlp(
+    inputs: int, hidden: int, outputs: int, gain: float | None = None, ends_in_silu: bool = False
+) -> nn.Sequential:
+    """Two layers; with a gain the last has no bias, and weights as Xavier's times the gain."""
+    last = ChannelLinear(hidden, outputs, bias=gain is None)
+    if gain is not None:
+        nn.init.xavier_uniform_(last.weight, gain)
+    return nn.Sequential(
+        ChannelLinear(inputs, hidden), nn.SiLU(), last, *[nn.SiLU()] * ends_in_silu
+    )
+
+
+def shortened(push: Float[Tensor, "b m 3 k n"]) -> Float[Tensor, "b m 3 k n"]:
+    """To a length of LONGEST_PUSH at most."""
+    square = push.square().sum(2, keepdim=True)
+    too_long = square > LONGEST_PUSH**2
+    return push * torch.where(too_long, LONGEST_PUSH * square.where(too_long, 1).rsqrt(), 1)
