@@ -35,8 +35,10 @@ Known slips, and what is done here:
   only node feature is the speed.
 - FastEGNN's code takes the mean of m_ij also for features; here it is EGNN's sum.
 - DistEGNN drops edges between ranks, so that its answer depends on their number. Here it does not.
-- The package egnn-pytorch counts every token as its own neighbour (a constant m_ii in the sum), adds
-  pushes where the paper takes their mean, and has no velocities.
+- In both codes nothing reads the last layer's H and X (nor, with `points_only`, its h); here the
+  last layer does not compute X and H.
+- The package egnn-pytorch 0.2.8 counts every token as its own neighbour (m_ii is in the sum), adds
+  up pushes where the paper takes their mean, and has no velocities.
 """
 
 from typing import Annotated, Any
@@ -101,13 +103,23 @@ class EGNN(Model):
         self.embed = ChannelLinear(max(features, 1), hidden)
         self.layers = nn.ModuleList(
             EGNNLayer(
-                hidden, 1 + scalars * charges, vectors, self.moved, virtual_nodes, coordinates_gain
+                hidden,
+                1 + scalars * charges,
+                vectors,
+                self.moved,
+                VirtualNodes(
+                    hidden, virtual_nodes, self.moved, coordinates_gain, layer < layers - 1
+                )
+                if virtual_nodes
+                else None,
+                coordinates_gain,
             )
-            for _ in range(layers)
+            for layer in range(layers)
         )
         features_of_virtual = torch.randn(1, hidden, virtual_nodes, 1)
         self.virtual = nn.Parameter(features_of_virtual) if virtual_nodes else None
-        self.read_scalars = None if points_only else ChannelLinear(hidden, scalars)
+        answers = scalars * (not points_only)
+        self.read_scalars = ChannelLinear(hidden, answers) if answers else None
 
     @classmethod
     def tiny(cls) -> dict[str, Any]:
@@ -135,10 +147,11 @@ class EGNN(Model):
             nodes = VirtualNodes.of(self.virtual, points, rows) if self.virtual is not None else ()
             for layer in self.layers:
                 h, w, *nodes = layer(h, w, v, *edges, neighbours, rows, *nodes)
-        points, vectors, scalars = points + w[:, 0], v, s
+        if self.moved > 1:
+            v = v + w[:, 1:]
         if self.read_scalars is not None:
-            vectors, scalars = v + w[:, 1:], s + rows.zero_invalid(self.read_scalars(h))
-        return batch.replace(points=points, vectors=vectors, scalars=scalars)
+            s = s + rows.zero_invalid(self.read_scalars(h))
+        return batch.replace(points=points + w[:, 0], vectors=v, scalars=s)
 
     def enter(
         self, v: Vectors, s: Float[Tensor, "b s n"], mask: Bool[Tensor, "b n"]
@@ -167,16 +180,22 @@ class EGNNLayer(Tiled):
     """One layer, on displacements w of the points and vectors from the input."""
 
     def __init__(
-        self, hidden: int, edges: int, velocities: int, moved: int, virtual_nodes: int, gain: float
+        self,
+        hidden: int,
+        edges: int,
+        velocities: int,
+        moved: int,
+        virtual: "VirtualNodes | None",
+        gain: float,
     ) -> None:
         super().__init__()
         c = hidden
-        self.phi_e = mlp(2 * c + 1 + edges, c, c, ends_in_silu=True)
-        self.phi_e[0] = EdgeLinear(c, 1 + edges, c)
+        self.first = EdgeLinear(c, 1 + edges, c)
+        self.phi_e = nn.Sequential(nn.SiLU(), ChannelLinear(c, c), nn.SiLU())
         self.phi_x = mlp(c, c, moved, gain)
         self.phi_v = mlp(c, c, moved * velocities) if velocities else None
-        self.phi_h = mlp((2 + virtual_nodes) * c, c, c)
-        self.virtual = VirtualNodes(c, virtual_nodes, moved, gain) if virtual_nodes else None
+        self.phi_h = mlp((2 + (virtual.nodes if virtual else 0)) * c, c, c)
+        self.virtual = virtual
 
     def forward(
         self,
@@ -191,7 +210,7 @@ class EGNNLayer(Tiled):
     ) -> tuple[Tensor, ...]:
         def layer(*tensors: Tensor) -> tuple[Tensor, ...]:
             h, w, v, apart, attributes, *nodes = tensors
-            own, other = self.phi_e[0].halves(h)
+            own, other = self.first.halves(h)
             theirs = neighbours.gather(other, w[:, 0])
             edges = (*theirs, apart, attributes, neighbours.valid)
             sums, push = self.in_tiles(self.messages, own, w, *edges)
@@ -219,8 +238,8 @@ class EGNNLayer(Tiled):
         """Sum of a token's messages, and the mean of its pushes."""
         apart = apart + w[:, 0].unsqueeze(2) - moved
         square = apart.square().sum(1, keepdim=True)
-        m = self.phi_e[0].rest(torch.cat([square, attributes], 1)) + own.unsqueeze(2) + theirs
-        m = self.phi_e[1:](m).masked_fill(~valid.unsqueeze(1), 0)
+        m = self.first.rest(torch.cat([square, attributes], 1)) + own.unsqueeze(2) + theirs
+        m = self.phi_e(m).masked_fill(~valid.unsqueeze(1), 0)
         push = shortened(self.phi_x(m).unsqueeze(2) * apart.unsqueeze(1))
         count = valid.sum(1).clamp(min=1)
         push = push.masked_fill(~valid[:, None, None], 0).sum(3) / count[:, None, None]
@@ -243,14 +262,15 @@ class EGNNLayer(Tiled):
 
 
 class VirtualNodes(Tiled):
-    """C nodes of each body: what tokens hear of them, and they of tokens."""
+    """Nodes of each body: what tokens hear of them, and, if they are updated, they of tokens."""
 
-    def __init__(self, hidden: int, nodes: int, moved: int, gain: float) -> None:
+    def __init__(self, hidden: int, nodes: int, moved: int, gain: float, updated: bool) -> None:
         super().__init__()
-        c = hidden
+        c, self.nodes, self.updated = hidden, nodes, updated
         self.phi_e = mlp(2 * c + 1 + nodes, c, c, ends_in_silu=True)
-        self.phi_x, self.phi_out = mlp(c, c, moved, gain), mlp(c, c, 1, gain)
-        self.phi_h = mlp(2 * c, c, c)
+        self.phi_x = mlp(c, c, moved, gain)
+        if updated:
+            self.phi_out, self.phi_h = mlp(c, c, 1, gain), mlp(2 * c, c, c)
 
     @staticmethod
     def of(
@@ -258,14 +278,9 @@ class VirtualNodes(Tiled):
     ) -> tuple[Tensor, ...]:
         """Centred points; positions relative to the centroid, features, and the tokens' mean."""
         centred, centre = rows.centre(points)
-        at = torch.zeros_like(centre)
-        nodes = features.shape[2]
-        return (
-            centred,
-            torch.stack([at] * nodes, 2),
-            features.expand(len(points), -1, -1, at.shape[-1]),
-            at,
-        )
+        mean = torch.zeros_like(centre)
+        at = torch.stack([mean] * features.shape[2], 2)
+        return centred, at, features.expand(len(points), -1, -1, mean.shape[-1]), mean
 
     def forward(
         self,
@@ -278,14 +293,14 @@ class VirtualNodes(Tiled):
         mean: Float[Tensor, "b 3 #n"],
     ) -> tuple[Tensor, ...]:
         """Messages to each token, its push, and the nodes' new state."""
-        x = centred + w[:, 0]
-        m, push, pull = self.in_tiles(self.messages, h, x, at, features, mean)
-        nodes, n = at.shape[2], h.shape[-1]
-        heard = rows.body_mean(torch.cat([x, pull, m], 1))
+        x, nodes = centred + w[:, 0], self.nodes
+        m, push, *pull = self.in_tiles(self.messages, h, x, at, features, mean)
+        if not self.updated:
+            return m, push, centred, at, features, mean
+        heard = rows.body_mean(torch.cat([x, *pull, m], 1))
         mean, pull, heard = heard.split([3, 3 * nodes, m.shape[1]], 1)
-        at = at + pull.unflatten(1, (3, nodes))
-        both = torch.cat([features, heard.unflatten(1, (-1, nodes))], 1)
-        return m, push, centred, at, features + self.phi_h(both), mean
+        features = features + self.phi_h(torch.cat([features, heard.unflatten(1, (-1, nodes))], 1))
+        return m, push, centred, at + pull.unflatten(1, (3, nodes)), features, mean
 
     def messages(
         self,
@@ -294,8 +309,8 @@ class VirtualNodes(Tiled):
         at: Float[Tensor, "b 3 z #n"],
         features: Float[Tensor, "b c z #n"],
         mean: Float[Tensor, "b 3 #n"],
-    ) -> tuple[Float[Tensor, "b cz n"], Moved, Float[Tensor, "b pull n"]]:
-        nodes, n = at.shape[2], x.shape[-1]
+    ) -> tuple[Tensor, ...]:
+        """To each token, its push, and if nodes are updated what it pulls them by."""
         away = at - x.unsqueeze(2)
         around = at - mean.unsqueeze(2)
         products = (around.unsqueeze(2) * around.unsqueeze(3)).sum(1)
@@ -305,10 +320,11 @@ class VirtualNodes(Tiled):
             smooth_sqrt(away.square().sum(1, keepdim=True)),
             products,
         )
-        wide = [t.expand(-1, -1, nodes, n) for t in inputs]
+        wide = [t.expand(-1, -1, self.nodes, x.shape[-1]) for t in inputs]
         m = self.phi_e(torch.cat(wide, 1))
         push = -(self.phi_x(m).unsqueeze(2) * away.unsqueeze(1)).mean(3)
-        return m.flatten(1, 2), push, (self.phi_out(m) * away).flatten(1, 2)
+        pull = [(self.phi_out(m) * away).flatten(1, 2)] if self.updated else []
+        return m.flatten(1, 2), push, *pull
 
 
 class ChannelLinear(nn.Linear):
