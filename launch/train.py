@@ -92,7 +92,9 @@ def task_and_model(config: Config) -> "tuple[Task, Model]":
     torch.manual_seed(config.train.seed)
     channels = {"vectors": task.vectors, "scalars": task.scalars}
     with options_within(config, "model"):
-        return task, build(config.model["name"], **channels, **options_of(config.model))
+        model = build(config.model["name"], **channels, **options_of(config.model))
+        model.check_longest(int(task.lengths("train").max()))
+    return task, model
 
 
 def accelerate_overrides(environ: Mapping[str, str] = os.environ) -> list[str]:

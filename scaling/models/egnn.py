@@ -17,13 +17,8 @@ What is more here: vectors w, each as the points are moved, by phi_x and phi_v o
 
     w_i <- w_i + mean_j (x_i - x_j) phi_w(m_ij) + sum of phi_vw(h_i) v_i over all velocities
 
-and scalars, by a linear map of the last h. `virtual_nodes`: C of them a body, with positions X that
-begin at its centroid and learned features H, which all tokens see and which see all tokens:
-FastEGNN (Zhang et al., ICML 2024), distributed in DistEGNN (arXiv 2506.19482),
-
-    M_ic = phi_ev(h_i, H_c, |X_c - x_i|, (X_c - x̄)·(X_c' - x̄) for all c')
-    x_i also moves by mean_c (x_i - X_c) phi_xv(M_ic), and phi_h also reads all M_ic
-    X_c <- X_c + mean_i (X_c - x_i) phi_X(M_ic),   H_c <- H_c + phi_H(H_c, mean_i M_ic)
+and scalars, by a linear map of the last h. With `virtual_nodes` it is FastEGNN: phi_h also reads
+what a token hears of its body's virtual nodes, and these push it, too (virtual_nodes.py beside).
 
 Known slips, and what is done here:
 
@@ -35,8 +30,7 @@ Known slips, and what is done here:
   only node feature is the speed.
 - FastEGNN's code takes the mean of m_ij also for features; here it is EGNN's sum.
 - DistEGNN drops edges between ranks, so that its answer depends on their number. Here it does not.
-- In both codes nothing reads the last layer's H and X (nor, with `points_only`, its h); here the
-  last layer does not compute X and H.
+- In FastEGNN's code nothing reads the last update of the virtual nodes; here there is none.
 - The package egnn-pytorch 0.2.8 counts every token as its own neighbour (m_ii is in the sum), adds
   up pushes where the paper takes their mean, and has no velocities.
 """
@@ -52,6 +46,14 @@ from data_pipeline.batch import GeometricBatch
 from data_pipeline.errors import OptionError
 from scaling.algebra.norms import smooth_sqrt
 from scaling.models.protocol import Channels, Model
+from scaling.models.virtual_nodes import (
+    ChannelLinear,
+    Moved,
+    Scalars,
+    Vectors,
+    VirtualNodes,
+    mlp,
+)
 from scaling.models.work import Work
 from scaling.ops.masked_rows import MaskedRows, zero_invalid
 from scaling.ops.neighbours import Neighbours, find_neighbours
@@ -60,10 +62,6 @@ from scaling.ops.tiles import Tiled
 from scaling.parallel.shard import Layout, SequenceShard
 
 LONGEST_PUSH = 100.0
-Scalars = Float[Tensor, "b c n"]
-Vectors = Float[Tensor, "b v 3 n"]
-Moved = Float[Tensor, "b m 3 n"]
-"""Displacements of the points, and of vectors."""
 
 
 class EGNN(Model):
@@ -144,7 +142,9 @@ class EGNN(Model):
             (h,) = self.in_tiles(self.enter, v, s, batch.mask)
             edges = self.edges(points, s, neighbours)
             w = torch.stack([torch.zeros_like(points)] * self.moved, 1)
-            nodes = VirtualNodes.of(self.virtual, points, rows) if self.virtual is not None else ()
+            nodes = (
+                VirtualNodes.start(self.virtual, points, rows) if self.virtual is not None else ()
+            )
             for layer in self.layers:
                 h, w, *nodes = layer(h, w, v, *edges, neighbours, rows, *nodes)
         if self.moved > 1:
@@ -214,12 +214,11 @@ class EGNNLayer(Tiled):
             theirs = neighbours.gather(other, w[:, 0])
             edges = (*theirs, apart, attributes, neighbours.valid)
             sums, push = self.in_tiles(self.messages, own, w, *edges)
-            heard: tuple[Tensor, ...] = ()
-            if self.virtual is not None:
-                m, push_of_nodes, *nodes = self.virtual(h, w, rows, *nodes)
-                heard, push = (m,), push + push_of_nodes
-            h, w = self.in_tiles(self.update, h, w, v, push, rows.mask, sums, *heard)
-            return h, w, *nodes
+            if self.virtual is None:
+                return self.in_tiles(self.update, h, w, v, push, rows.mask, sums)
+            heard, further, *pull = self.in_tiles(self.virtual.to_tokens, h, w, *nodes)
+            h, w = self.in_tiles(self.update, h, w, v, push + further, rows.mask, sums, heard)
+            return h, w, *self.virtual.next_state(w, nodes, rows, heard, *pull)
 
         if self.execution.recompute_operators:
             return self.recompute(layer, h, w, v, apart, attributes, *nodes)
@@ -234,7 +233,7 @@ class EGNNLayer(Tiled):
         apart: Float[Tensor, "b 3 k n"],
         attributes: Float[Tensor, "b e k n"],
         valid: Bool[Tensor, "b k n"],
-    ) -> tuple[Scalars, Moved]:
+    ) -> tuple[Float[Tensor, "b o n"], Moved]:
         """Sum of a token's messages, and the mean of its pushes."""
         apart = apart + w[:, 0].unsqueeze(2) - moved
         square = apart.square().sum(1, keepdim=True)
@@ -261,81 +260,6 @@ class EGNNLayer(Tiled):
         return zero_invalid(h, mask), zero_invalid(w + push, mask)
 
 
-class VirtualNodes(Tiled):
-    """Nodes of each body: what tokens hear of them, and, if they are updated, they of tokens."""
-
-    def __init__(self, hidden: int, nodes: int, moved: int, gain: float, updated: bool) -> None:
-        super().__init__()
-        c, self.nodes, self.updated = hidden, nodes, updated
-        self.phi_e = mlp(2 * c + 1 + nodes, c, c, ends_in_silu=True)
-        self.phi_x = mlp(c, c, moved, gain)
-        if updated:
-            self.phi_out, self.phi_h = mlp(c, c, 1, gain), mlp(2 * c, c, c)
-
-    @staticmethod
-    def of(
-        features: Tensor, points: Float[Tensor, "b 3 n"], rows: MaskedRows
-    ) -> tuple[Tensor, ...]:
-        """Centred points; positions relative to the centroid, features, and the tokens' mean."""
-        centred, centre = rows.centre(points)
-        mean = torch.zeros_like(centre)
-        at = torch.stack([mean] * features.shape[2], 2)
-        return centred, at, features.expand(len(points), -1, -1, mean.shape[-1]), mean
-
-    def forward(
-        self,
-        h: Scalars,
-        w: Moved,
-        rows: MaskedRows,
-        centred: Float[Tensor, "b 3 n"],
-        at: Float[Tensor, "b 3 z #n"],
-        features: Float[Tensor, "b c z #n"],
-        mean: Float[Tensor, "b 3 #n"],
-    ) -> tuple[Tensor, ...]:
-        """Messages to each token, its push, and the nodes' new state."""
-        x, nodes = centred + w[:, 0], self.nodes
-        m, push, *pull = self.in_tiles(self.messages, h, x, at, features, mean)
-        if not self.updated:
-            return m, push, centred, at, features, mean
-        heard = rows.body_mean(torch.cat([x, *pull, m], 1))
-        mean, pull, heard = heard.split([3, 3 * nodes, m.shape[1]], 1)
-        features = features + self.phi_h(torch.cat([features, heard.unflatten(1, (-1, nodes))], 1))
-        return m, push, centred, at + pull.unflatten(1, (3, nodes)), features, mean
-
-    def messages(
-        self,
-        h: Scalars,
-        x: Float[Tensor, "b 3 n"],
-        at: Float[Tensor, "b 3 z #n"],
-        features: Float[Tensor, "b c z #n"],
-        mean: Float[Tensor, "b 3 #n"],
-    ) -> tuple[Tensor, ...]:
-        """To each token, its push, and if nodes are updated what it pulls them by."""
-        away = at - x.unsqueeze(2)
-        around = at - mean.unsqueeze(2)
-        products = (around.unsqueeze(2) * around.unsqueeze(3)).sum(1)
-        inputs = (
-            h.unsqueeze(2),
-            features,
-            smooth_sqrt(away.square().sum(1, keepdim=True)),
-            products,
-        )
-        wide = [t.expand(-1, -1, self.nodes, x.shape[-1]) for t in inputs]
-        m = self.phi_e(torch.cat(wide, 1))
-        push = -(self.phi_x(m).unsqueeze(2) * away.unsqueeze(1)).mean(3)
-        pull = [(self.phi_out(m) * away).flatten(1, 2)] if self.updated else []
-        return m.flatten(1, 2), push, *pull
-
-
-class ChannelLinear(nn.Linear):
-    """A linear map of channels, tokens last."""
-
-    def forward(self, input: Float[Tensor, "b i ... n"]) -> Float[Tensor, "b o ... n"]:
-        y = self.weight @ input.flatten(2)
-        y = y if self.bias is None else y + self.bias.unsqueeze(1)
-        return y.unflatten(2, input.shape[2:])
-
-
 class EdgeLinear(ChannelLinear):
     """Of the features at both ends of an edge and its own: those of ends are mapped at the tokens,
     once for all edges."""
@@ -344,7 +268,7 @@ class EdgeLinear(ChannelLinear):
         super().__init__(2 * ends + own, channels_out)
         self.ends = ends
 
-    def halves(self, h: Scalars) -> tuple[Scalars, Scalars]:
+    def halves(self, h: Scalars) -> tuple[Float[Tensor, "b o n"], Float[Tensor, "b o n"]]:
         """A token's share as i, and as j."""
         first, second = self.weight[:, : 2 * self.ends].chunk(2, 1)
         bias = self.bias.unsqueeze(1)
@@ -352,18 +276,6 @@ class EdgeLinear(ChannelLinear):
 
     def rest(self, edges: Float[Tensor, "b e k n"]) -> Float[Tensor, "b o k n"]:
         return (self.weight[:, 2 * self.ends :] @ edges.flatten(2)).unflatten(2, edges.shape[2:])
-
-
-def mlp(
-    inputs: int, hidden: int, outputs: int, gain: float | None = None, ends_in_silu: bool = False
-) -> nn.Sequential:
-    """Two layers; with a gain the last has no bias, and weights as Xavier's times the gain."""
-    last = ChannelLinear(hidden, outputs, bias=gain is None)
-    if gain is not None:
-        nn.init.xavier_uniform_(last.weight, gain)
-    return nn.Sequential(
-        ChannelLinear(inputs, hidden), nn.SiLU(), last, *[nn.SiLU()] * ends_in_silu
-    )
 
 
 def shortened(push: Float[Tensor, "b m 3 k n"]) -> Float[Tensor, "b m 3 k n"]:

@@ -54,6 +54,10 @@ class Model(Tiled, ABC):
     def move(self, batch: GeometricBatch, shard: SequenceShard | None) -> GeometricBatch:
         """The model, on a shard of its own layout."""
 
+    def check_longest(self, tokens: int) -> None:
+        """Raises OptionError if sequences of that many tokens at most are too short for an option;
+        a batch of short ones among longer is none."""
+
     @abstractmethod
     def work_of_row(self, length: int, ranks: int) -> Work:
         """See `work`."""

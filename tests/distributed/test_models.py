@@ -79,7 +79,7 @@ def compare_with_one_process(group, case, expected):
 
 
 AGAIN = Execution(tile_bytes=1, recompute_operators=True, workspace_bytes=1, offload="file")
-FEWEST = dict.fromkeys(MODELS, {"operators": 1}) | {"egnn": {"layers": 1}}
+FEWEST = {name: {"operators": 1} for name in MODELS} | {"egnn": {"layers": 1}}
 PACKED = {"bodies": ((6, 1, 9), (5,), (4, 5))}
 CASES = [
     # unequal rows with a missing token and NaN in the padding; rows shorter than the group
