@@ -70,7 +70,7 @@ def train(config: Config, device: "torch.device") -> None:
     folder = Path(config.runs) / config.name
     with (
         claimed_together(folder, identity, dataclasses.asdict(config)) as run,
-        options_within(config, "train", "optim", "engine", "parallel"),
+        options_within(config, "train", "optim", "engine", "parallel", "model"),
     ):
         fit(model, task, mesh, config.train, config.optim, config.engine, run, device)
 
