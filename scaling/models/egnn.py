@@ -99,21 +99,16 @@ class EGNN(Model):
         features = vectors + scalars * (not charges)
         self.moved = 1 if points_only else 1 + vectors
         self.embed = ChannelLinear(max(features, 1), hidden)
-        self.layers = nn.ModuleList(
-            EGNNLayer(
-                hidden,
-                1 + scalars * charges,
-                vectors,
-                self.moved,
-                VirtualNodes(
-                    hidden, virtual_nodes, self.moved, coordinates_gain, layer < layers - 1
-                )
-                if virtual_nodes
-                else None,
-                coordinates_gain,
+        self.layers = nn.ModuleList()
+        for layer in range(layers):
+            nodes = None
+            if virtual_nodes:
+                sizes = (hidden, virtual_nodes, self.moved, coordinates_gain)
+                nodes = VirtualNodes(*sizes, updated=layer < layers - 1)
+            edges = 1 + scalars * charges
+            self.layers.append(
+                EGNNLayer(hidden, edges, vectors, self.moved, nodes, coordinates_gain)
             )
-            for layer in range(layers)
-        )
         features_of_virtual = torch.randn(1, hidden, virtual_nodes, 1)
         self.virtual = nn.Parameter(features_of_virtual) if virtual_nodes else None
         answers = scalars * (not points_only)
@@ -142,9 +137,9 @@ class EGNN(Model):
             (h,) = self.in_tiles(self.enter, v, s, batch.mask)
             edges = self.edges(points, s, neighbours)
             w = torch.stack([torch.zeros_like(points)] * self.moved, 1)
-            nodes = (
-                VirtualNodes.start(self.virtual, points, rows) if self.virtual is not None else ()
-            )
+            nodes = ()
+            if self.virtual is not None:
+                nodes = VirtualNodes.start(self.virtual, points, rows)
             for layer in self.layers:
                 h, w, *nodes = layer(h, w, v, *edges, neighbours, rows, *nodes)
         if self.moved > 1:
@@ -185,7 +180,7 @@ class EGNNLayer(Tiled):
         edges: int,
         velocities: int,
         moved: int,
-        virtual: "VirtualNodes | None",
+        virtual: VirtualNodes | None,
         gain: float,
     ) -> None:
         super().__init__()

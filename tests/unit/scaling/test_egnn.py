@@ -149,9 +149,10 @@ def test_a_layer_has_the_numbers_of_egnn_pytorch():
     no_edges, no_v = points.new_zeros(2, 0, n - 1, n), points.new_zeros(2, 0, 3, n)
     tokens = h.mT.contiguous()
     own, other = layer.first.halves(tokens)
-    theirs_too = neighbours.gather(other, points * 0)
+    (other_j,) = neighbours.gather(other)
     still = points.new_zeros(2, 1, 3, n)
-    sums, push = layer.messages(own, still, *theirs_too, apart, no_edges, neighbours.valid)
+    where = torch.zeros_like(apart), apart
+    sums, push = layer.messages(own, still, other_j, *where, no_edges, neighbours.valid)
     itself = layer.phi_e(own + other)  # m_ii, at distance 0
     found_h, _ = layer.update(tokens, still, no_v, push, rows.mask, sums + itself)
     assert torch.allclose(found_h.mT, wanted_h, rtol=1e-5, atol=1e-5)
