@@ -9,6 +9,9 @@ With a shard, which is contiguous, the points of every rank go around the ring o
 token (40 in float64), and each rank looks for its own tokens' neighbours in the block in hand: it
 holds two of others at most. Then each rank says which tokens of others it needs; what these hold
 comes by one exchange a layer, and its gradient goes back by one.
+
+About 5 k distances a token are computed (12 for k = 1), on many ranks as many where ranks hold
+different regions, as of a chain, and up to four times as many on 8 ranks where they do not.
 """
 
 import math

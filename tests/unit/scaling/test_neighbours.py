@@ -152,10 +152,25 @@ def check(ours: list[Tensor], wanted: list[Tensor]) -> None:
 @pytest.mark.parametrize("k", [1, 4, 16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_few_distances_are_computed(shape, k):
-    n = 1 << 13
+    """Also where cells are not full, and tokens are missing."""
+    for n, missing in ((1 << 12, 0), ((1 << 12) - 1, 0), (1 << 12, 50)):
+        mask = torch.ones(1, n, dtype=torch.bool)
+        mask[0, torch.randperm(n)[:missing]] = False
+        found = find_neighbours(shape(n).float().unsqueeze(0), MaskedRows(mask), k)
+        assert n <= found.distances <= 50 * n * k
+
+
+@pytest.mark.parametrize("shape", [uniform, chain])
+def test_few_distances_are_computed_by_all_ranks_together(shape):
+    n, k = 1 << 11, 4
     points = shape(n).float().unsqueeze(0)
-    rows = MaskedRows(torch.ones(1, n, dtype=torch.bool))
-    assert n <= find_neighbours(points, rows, k).distances <= 50 * n * k
+
+    def computed(group):
+        shard = SequenceShard(n, group, "contiguous")
+        rows = MaskedRows(torch.ones(1, shard.n_local, dtype=torch.bool), shard)
+        return find_neighbours(shard.scatter(points), rows, k).distances
+
+    assert n <= sum(run_threaded(computed, 4)) <= 50 * n * k
 
 
 def test_what_travels():
