@@ -53,6 +53,7 @@ from scaling.models.virtual_nodes import (
     Vectors,
     VirtualNodes,
     mlp,
+    state_at_centroid,
 )
 from scaling.models.work import Work
 from scaling.ops.masked_rows import MaskedRows, zero_invalid
@@ -96,6 +97,7 @@ class EGNN(Model):
     ) -> None:
         super().__init__(vectors, scalars)
         self.neighbours, self.radius, self.charges = neighbours, radius, charges
+        self.virtual_nodes = virtual_nodes
         features = vectors + scalars * (not charges)
         self.moved = 1 if points_only else 1 + vectors
         self.embed = ChannelLinear(max(features, 1), hidden)
@@ -104,13 +106,11 @@ class EGNN(Model):
             nodes = None
             if virtual_nodes:
                 sizes = (hidden, virtual_nodes, self.moved, coordinates_gain)
-                nodes = VirtualNodes(*sizes, updated=layer < layers - 1)
+                nodes = VirtualNodes(*sizes, first=layer == 0, updated=layer < layers - 1)
             edges = 1 + scalars * charges
             self.layers.append(
                 EGNNLayer(hidden, edges, vectors, self.moved, nodes, coordinates_gain)
             )
-        features_of_virtual = torch.randn(1, hidden, virtual_nodes, 1)
-        self.virtual = nn.Parameter(features_of_virtual) if virtual_nodes else None
         answers = scalars * (not points_only)
         self.read_scalars = ChannelLinear(hidden, answers) if answers else None
 
@@ -138,8 +138,8 @@ class EGNN(Model):
             edges = self.edges(points, s, neighbours)
             w = torch.stack([torch.zeros_like(points)] * self.moved, 1)
             nodes = ()
-            if self.virtual is not None:
-                nodes = VirtualNodes.start(self.virtual, points, rows)
+            if self.virtual_nodes:
+                nodes = state_at_centroid(points, rows, self.virtual_nodes, h.shape[1])
             for layer in self.layers:
                 h, w, *nodes = layer(h, w, v, *edges, neighbours, rows, *nodes)
         if self.moved > 1:
@@ -211,6 +211,7 @@ class EGNNLayer(Tiled):
             sums, push = self.in_tiles(self.messages, own, w, *edges)
             if self.virtual is None:
                 return self.in_tiles(self.update, h, w, v, push, rows.mask, sums)
+            nodes = self.virtual.entered(nodes)
             heard, further, *pull = self.in_tiles(self.virtual.to_tokens, h, w, *nodes)
             h, w = self.in_tiles(self.update, h, w, v, push + further, rows.mask, sums, heard)
             return h, w, *self.virtual.next_state(w, nodes, rows, heard, *pull)

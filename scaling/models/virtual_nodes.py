@@ -27,25 +27,28 @@ Moved = Float[Tensor, "b m 3 n"]
 
 class VirtualNodes(nn.Module):
     """One layer's. Their state: centred points of the input; positions and features of the nodes of
-    each token's body; and where the mean of its points is now. `updated`: it changes."""
+    each token's body; and where the mean of its points is now.
 
-    def __init__(self, hidden: int, nodes: int, moved: int, gain: float, updated: bool) -> None:
+    Args:
+        first: features begin here, with learned ones.
+        updated: positions and features change.
+    """
+
+    def __init__(
+        self, hidden: int, nodes: int, moved: int, gain: float, first: bool, updated: bool
+    ) -> None:
         super().__init__()
+        self.learned = nn.Parameter(torch.randn(1, hidden, nodes, 1)) if first else None
         c, self.nodes, self.updated = hidden, nodes, updated
         self.phi_e = mlp(2 * c + 1 + nodes, c, c, ends_in_silu=True)
         self.phi_x = mlp(c, c, moved, gain)
         if updated:
             self.phi_out, self.phi_h = mlp(c, c, 1, gain), mlp(2 * c, c, c)
 
-    @staticmethod
-    def start(
-        features: Float[Tensor, "1 c z 1"], points: Float[Tensor, "b 3 n"], rows: MaskedRows
-    ) -> tuple[Tensor, ...]:
-        """The state before the first layer."""
-        centred, centre = rows.centre(points)
-        mean = torch.zeros_like(centre)
-        at = torch.stack([mean] * features.shape[2], 2)
-        return centred, at, features.expand(len(points), -1, -1, mean.shape[-1]), mean
+    def entered(self, state: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The state that this layer begins with."""
+        centred, at, features, mean = state
+        return state if self.learned is None else (centred, at, features + self.learned, mean)
 
     def to_tokens(
         self,
@@ -83,6 +86,16 @@ class VirtualNodes(nn.Module):
         at = at + pull.unflatten(1, (3, self.nodes))
         both = torch.cat([features, heard.unflatten(1, (-1, self.nodes))], 1)
         return centred, at, features + self.phi_h(both), mean
+
+
+def state_at_centroid(
+    points: Float[Tensor, "b 3 n"], rows: MaskedRows, nodes: int, hidden: int
+) -> tuple[Tensor, ...]:
+    """Before the first layer, without features."""
+    centred, centre = rows.centre(points)
+    mean = torch.zeros_like(centre)
+    at = torch.stack([mean] * nodes, 2)
+    return centred, at, mean.new_zeros(len(points), hidden, nodes, mean.shape[-1]), mean
 
 
 class ChannelLinear(nn.Linear):

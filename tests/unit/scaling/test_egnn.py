@@ -8,6 +8,7 @@ from data_pipeline.batch import GeometricBatch
 from data_pipeline.errors import ConfigError
 from scaling.models import build
 from scaling.models.egnn import EGNN, EGNNLayer, shortened
+from scaling.models.virtual_nodes import VirtualNodes
 from scaling.ops.masked_rows import MaskedRows
 from scaling.ops.neighbours import find_neighbours
 
@@ -71,8 +72,9 @@ def test_virtual_nodes_are_their_equations():
     h = on_tokens(model.embed, torch.cat([v.norm(dim=1, keepdim=True), s], 1))
     distance = torch.cdist(x, x).fill_diagonal_(torch.inf)
     nearest = distance.argsort(1)[:, :3].tolist()
-    assert model.virtual is not None
-    nodes, features = x.mean(0).expand(2, 3), model.virtual[0, :, :, 0].T
+    first = model.layers[0].virtual
+    assert isinstance(first, VirtualNodes) and first.learned is not None
+    nodes, features = x.mean(0).expand(2, 3), first.learned[0, :, :, 0].T
     for layer in model.layers:
         assert isinstance(layer, EGNNLayer) and layer.virtual and layer.phi_v is not None
         around = nodes - x.mean(0)
