@@ -82,7 +82,7 @@ def train(config: Config, device: "torch.device") -> None:
     folder = Path(config.runs) / config.name
     with (
         claimed_together(folder, identity, dataclasses.asdict(config)) as run,
-        options_within(config, "train", "optim", "engine", "parallel"),
+        options_within(config, "train", "optim", "engine", "parallel", "model"),
     ):
         fit(model, task, mesh, config.train, config.optim, config.engine, run, device)
 
@@ -101,7 +101,9 @@ def task_and_model(config: Config | EvalConfig) -> "tuple[Task, Model]":
         task = build_task(config.task["name"], **options_of(config.task))
     channels = {"vectors": task.vectors, "scalars": task.scalars}
     with options_within(config, "model"):
-        return task, build(config.model["name"], **channels, **options_of(config.model))
+        model = build(config.model["name"], **channels, **options_of(config.model))
+        model.check_longest(int(task.lengths("train").max()))
+    return task, model
 
 
 def accelerate_overrides(environ: Mapping[str, str] = os.environ) -> list[str]:

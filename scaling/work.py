@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 
+from jaxtyping import Shaped
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -69,6 +70,11 @@ class WorkCounter:
     def shift(self, x: Tensor) -> None:
         """All tokens' numbers but the last one's, each from one rank to the next."""
         sent = (self.ranks > 1) * (x.nbytes - x[..., :1].nbytes)
+        self.add(exchange_bytes=(1 + x.requires_grad) * sent)
+
+    def halo(self, x: Shaped[Tensor, "n f"], tokens: int) -> None:
+        """What so many tokens hold, of every rank for the one before and the one behind."""
+        sent = 2 * (self.ranks - 1) * tokens * x[:1].nbytes
         self.add(exchange_bytes=(1 + x.requires_grad) * sent)
 
     def pairs(self, run: Callable[[], Tensor], keys: int, validity: int) -> Tensor:

@@ -177,7 +177,8 @@ def options_within(config: Any, *sections: str) -> Iterator[None]:
         yield
     except OptionError as error:
         root = error.key.partition(".")[0]
-        has = (name for name in sections if hasattr(getattr(config, name), root))
+        chosen = {name: getattr(config, name) for name in sections}
+        has = (n for n, x in chosen.items() if root in (x if isinstance(x, Mapping) else vars(x)))
         raise error.within(error.section or next(has, sections[0])) from None
 
 

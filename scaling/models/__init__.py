@@ -9,6 +9,7 @@ import torch
 from data_pipeline.errors import ConfigError, OptionError
 from data_pipeline.options import check_arguments
 from scaling.models.clifford_mlp import CliffordMLPModel
+from scaling.models.egnn import EGNN
 from scaling.models.equivariant_transformer import EquivariantTransformer
 from scaling.models.frame_averaged_hyena import FrameAveragedHyena
 from scaling.models.hyena import Hyena
@@ -32,6 +33,7 @@ MODELS: dict[str, type[Model]] = {
     "frame_averaged_hyena": FrameAveragedHyena,
     "clifford_mlp": CliffordMLPModel,
     "linear_motion": LinearMotion,
+    "egnn": EGNN,
 }
 MOST_WIDTHS = 1 << 16
 """That `build(parameters=...)` chooses from."""

@@ -49,6 +49,25 @@ class TokenMLP(nn.Module):
         return self.down(nn.functional.gelu(self.up(x)))
 
 
+class Linear(nn.Linear):
+    """torch's own, with its initial weights, on channels (b, c, ..., n)."""
+
+    def forward(self, input: Float[Tensor, "b i ... n"]) -> Float[Tensor, "b o ... n"]:
+        y = self.weight @ input.flatten(2)
+        y = y if self.bias is None else y + self.bias.unsqueeze(1)
+        return y.unflatten(2, input.shape[2:])
+
+
+def mlp(
+    inputs: int, hidden: int, outputs: int, gain: float | None = None, ends_in_silu: bool = False
+) -> nn.Sequential:
+    """Two layers; with a gain the last has no bias, and weights as Xavier's times the gain."""
+    last = Linear(hidden, outputs, bias=gain is None)
+    if gain is not None:
+        nn.init.xavier_uniform_(last.weight, gain)
+    return nn.Sequential(Linear(inputs, hidden), nn.SiLU(), last, *[nn.SiLU()] * ends_in_silu)
+
+
 def sinusoids(
     places: Int[Tensor, "b n"], features: int, like: Tensor
 ) -> Float[Tensor, "b features n"]:

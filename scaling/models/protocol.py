@@ -57,6 +57,10 @@ class Model(Tiled, ABC):
     def move(self, batch: GeometricBatch, shard: SequenceShard | None) -> GeometricBatch:
         """The model, on a shard of its own layout."""
 
+    def check_longest(self, tokens: int) -> None:
+        """Raises OptionError if sequences of that many tokens at most are too short for an option;
+        a batch of short ones among longer is none."""
+
     def work(self, length: int, ranks: int = 1) -> Work:
         """What a training step must compute, move and exchange for a full row of that many tokens
         on that many ranks, layer by layer; float32."""

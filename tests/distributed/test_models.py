@@ -78,8 +78,8 @@ def compare_with_one_process(group, case, expected):
     return max(relative_errors(ours, [torch.from_numpy(e) for e in expected]))
 
 
-THREE = ("se3_hyena", "equivariant_transformer")
-"""In real processes, too: a convolution and one of pairs."""
+THREE = ("se3_hyena", "equivariant_transformer", "egnn")
+"""In real processes, too: one of convolutions, one of pairs, one of neighbours."""
 AGAIN = Execution(tile_bytes=1, recompute_operators=True, workspace_bytes=1, offload="file")
 PACKED = {"bodies": ((6, 1, 9), (5,), (4, 5))}
 CASES = [
