@@ -2,9 +2,11 @@
 
 Every operator says, where it is defined, what it must compute, move and exchange: nothing that is
 computed again, and no element-wise operation beside the products. `Model.work` hears it all from a
-forward pass on the meta device. With n the length of a transform:
+step on the meta device, on which matrix products are counted as they run. With n the length of a
+transform:
 
-    matrix products      2 i o a token and component for i channels to o; backward twice as many
+    matrix products      2 i o a token and component for i channels to o; backward twice as many,
+                         or as many where the inputs are data
     geometric products   2 a term, d·e terms for d and e components; backward twice as many
     pairs                matrix products between tokens; backward twice as many
     transforms           2.5 n log2 n each (real); every stream once forward and once backward
@@ -44,7 +46,7 @@ class Work:
 
 
 class WorkCounter:
-    """Of the forward pass that runs inside `counting`, for one row shared by `ranks` ranks."""
+    """Of the step that runs inside `counting`, for one row shared by `ranks` ranks."""
 
     def __init__(self, ranks: int) -> None:
         self.ranks = ranks
@@ -88,8 +90,9 @@ class WorkCounter:
         return result
 
     def per_token(self, matrix_products: int, length: int) -> Work:
-        """All that was counted; matrix products that have been run, forward, come from outside."""
-        self.add(matrix_flops=3.0 * (matrix_products - self._between_tokens))
+        """All that was counted; matrix products that have been run come from outside. Pairs have
+        been computed once more for their gradients."""
+        self.add(matrix_flops=matrix_products - 4 * self._between_tokens)
         return Work(**{name: value / length for name, value in asdict(self._row).items()})
 
 
@@ -100,7 +103,7 @@ work_counter = _counter.get
 
 @contextmanager
 def counting(length: int, ranks: int) -> Iterator[list[Work]]:
-    """The work of the model's forward pass inside, on one row of that length; there on leaving."""
+    """The work of a model's step inside, on one row of that length; there on leaving."""
     result: list[Work] = []
     counter = WorkCounter(ranks)
     token = _counter.set(counter)

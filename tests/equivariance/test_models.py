@@ -25,7 +25,7 @@ def holds(model: Model, dtype: torch.dtype, batch: GeometricBatch, shard=None) -
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("lengths", [[64, 64], [37, 9, 20]])
+@pytest.mark.parametrize("lengths", [[100, 50], [37, 9, 20]])
 @pytest.mark.parametrize("name, options", OPTIONS)
 def test_a_model_has_the_symmetry_that_it_says(name, options, lengths, dtype):
     holds(small_model(name, dtype, **options), dtype, small_batch(lengths, dtype))
