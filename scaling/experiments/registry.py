@@ -6,6 +6,7 @@ from scaling.experiments.cases.convert import Convert
 from scaling.experiments.cases.data import Data
 from scaling.experiments.cases.long_conv import LongConv
 from scaling.experiments.cases.machine import Machine
+from scaling.experiments.cases.models import Models
 from scaling.experiments.cases.scaling import Scaling
 from scaling.experiments.cases.sweep import Sweep
 from scaling.experiments.cases.train_step import TrainStep
@@ -18,6 +19,7 @@ BENCHES: dict[str, type[Experiment]] = {
     "data": Data,
     "long_conv": LongConv,
     "machine": Machine,
+    "models": Models,
     "scaling": Scaling,
     "train_step": TrainStep,
 }

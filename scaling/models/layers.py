@@ -68,6 +68,26 @@ def mlp(
     return nn.Sequential(Linear(inputs, hidden), nn.SiLU(), last, *[nn.SiLU()] * ends_in_silu)
 
 
+class LocalWeights(nn.Module):
+    """Weighs a token's own vectors y into channels, by its scalars and the vectors' products:
+
+    x_c = sum_m w_cm y_m,   w = MLP [scalars, sign(G) log(1 + |G|) for all G = y_m·y_m']
+    """
+
+    def __init__(self, vectors: int, scalars: int, channels: int, hidden: int) -> None:
+        super().__init__()
+        products = vectors * (vectors + 1) // 2
+        self.mlp = mlp(scalars + products, hidden, channels * vectors)
+
+    def forward(
+        self, y: Float[Tensor, "b m 3 n"], scalars: Float[Tensor, "b s n"]
+    ) -> Float[Tensor, "b c 3 n"]:
+        first, second = torch.triu_indices(y.shape[1], y.shape[1], device=y.device)
+        products = (y[:, first] * y[:, second]).sum(2)
+        w = self.mlp(torch.cat([scalars, products.sign() * torch.log1p(products.abs())], 1))
+        return (w.unflatten(1, (-1, y.shape[1])).unsqueeze(3) * y.unsqueeze(1)).sum(2)
+
+
 def sinusoids(
     places: Int[Tensor, "b n"], features: int, like: Tensor
 ) -> Float[Tensor, "b features n"]:

@@ -71,8 +71,8 @@ class Model(Tiled, ABC):
         batch = GeometricBatch(*fields, lengths=(length,))
         weights = {
             name: torch.empty_like(x, dtype=torch.float32, device="meta", requires_grad=True)
-            for name, x in [*self.named_parameters(), *self.named_buffers()]
-        }
+            for name, x in self.named_parameters()
+        } | {name: x.to("meta") for name, x in self.named_buffers()}
         usual = self.execution
         set_execution(self, Execution())
         try:

@@ -38,6 +38,7 @@ from scaling.algebra.clifford import CliffordMLP, embed, grade_0, grade_1
 from scaling.algebra.vectors import cross
 from scaling.long_conv.operators import Padding, geometric_long_conv
 from scaling.models.blocks import Block, Mask
+from scaling.models.layers import LocalWeights
 from scaling.models.protocol import Channels
 from scaling.models.streams import OfBody, Scalars, StreamModel, Vectors
 from scaling.ops.masked_rows import MaskedRows, zero_invalid
@@ -51,6 +52,9 @@ class SE3Hyena(StreamModel):
         channels: channels between operators, each one scalar and one vector.
         hidden: multivector channels inside the Clifford MLPs.
         operators: long-convolution blocks.
+        layers: of the Clifford MLPs.
+        local: width of an MLP that weighs a token's own vectors (its and the one before's) into the
+            vector channels by their products; 0: none.
         padding: "circular" over each row's own length, or "causal".
         chiral: let axial vectors join the polar ones.
         readout: scale of the initial read-out; small where the answer is near the input.
@@ -74,17 +78,21 @@ class SE3Hyena(StreamModel):
         chiral: bool = False,
         readout: float = 1.0,
         salience: bool = False,
+        layers: Annotated[int, Ge(1)] = 2,
+        local: Annotated[int, Ge(0)] = 0,
     ) -> None:
         if salience and not scalars:
             raise OptionError("salience", True, "needs scalars, and the task gives none")
         listens = scalars * salience
         blocks = (
-            HyenaOperator(channels, hidden, gate_hidden, padding, chiral, listens)
+            HyenaOperator(channels, hidden, gate_hidden, padding, chiral, listens, layers)
             for _ in range(operators)
         )
         super().__init__(vectors, scalars, channels, blocks, readout)
         self.symmetry = "SE(3)" if chiral else "E(3)"
         self.salience = salience
+        inputs = 1 + vectors
+        self.local = LocalWeights(2 * inputs, scalars, channels, local) if local else None
 
     @classmethod
     def tiny(cls) -> dict[str, Any]:
@@ -92,6 +100,15 @@ class SE3Hyena(StreamModel):
 
     def features(self, batch: GeometricBatch, rows: MaskedRows) -> tuple[Tensor, ...]:
         return (rows.standardise(batch.scalars) if self.salience else batch.scalars[:, :0],)
+
+    def enter(
+        self, inputs: Vectors, previous: Vectors, scalars: Float[Tensor, "b s n"], mask: Mask
+    ) -> tuple[Tensor, Tensor]:
+        f, x = super().enter(inputs, previous, scalars, mask)
+        if self.local is None:
+            return f, x
+        own = torch.cat([inputs, previous], 1)
+        return f, x + zero_invalid(self.local(own, zero_invalid(scalars, mask)), mask)
 
 
 class HyenaOperator(Block):
@@ -105,13 +122,14 @@ class HyenaOperator(Block):
         padding: Padding,
         chiral: bool,
         scalars: int,
+        layers: int = 2,
     ) -> None:
         super().__init__()
         self.padding: Padding = padding
         self.chiral = chiral
-        self.phi = CliffordMLP(channels, hidden, 3 * channels, grades=2)
-        self.gamma = CliffordMLP(channels, gate_hidden, 2 * channels, grades=1)
-        self.xi = CliffordMLP(channels, hidden, channels, grades=2)
+        self.phi = CliffordMLP(channels, hidden, 3 * channels, layers, grades=2)
+        self.gamma = CliffordMLP(channels, gate_hidden, 2 * channels, layers, grades=1)
+        self.xi = CliffordMLP(channels, hidden, channels, layers, grades=2)
         self.w = nn.Parameter(torch.ones(5 + chiral, channels, 1))
         # Every channel begins with one scalar, in turn.
         listens = torch.eye(scalars)[torch.arange(channels) % scalars] if scalars else None

@@ -51,7 +51,7 @@ def training_step(
         change(built)
     engine = build_engine(
         "ddp",
-        _MeanSquare(built, natural, SequenceShard(length)),
+        _MeanSquare(built, natural, SequenceShard(length, layout=built.layout)),
         lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
         gradient_clipping=1.0,
         micro_batch_size=options.rows,
@@ -69,13 +69,14 @@ def training_step(
 class _MeanSquare(nn.Module):
     """This rank's sum of squares over all outputs, so that every parameter has a gradient."""
 
-    def __init__(self, model: nn.Module, natural: SequenceShard, cyclic: SequenceShard) -> None:
+    def __init__(self, model: nn.Module, natural: SequenceShard, shard: SequenceShard) -> None:
         super().__init__()
-        self.model, self.natural, self.cyclic = model, natural, cyclic
+        self.model, self.natural, self.shard = model, natural, shard
 
     def forward(self, batch: GeometricBatch) -> Tensor:
-        # As in training: the batch arrives in natural order and goes to cyclic at the door.
-        out = self.model(redistribute_batch(batch, self.natural, self.cyclic), self.cyclic)
+        # As in training: the batch arrives in natural order and comes into the model's at the door.
+        batch = redistribute_batch(batch, self.natural, self.shard)
+        out = self.model(batch, self.shard)
         return out.points.square().sum() + out.vectors.square().sum() + out.scalars.square().sum()
 
 
