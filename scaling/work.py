@@ -74,6 +74,11 @@ class WorkCounter:
         sent = (self.ranks > 1) * (x.nbytes - x[..., :1].nbytes)
         self.add(exchange_bytes=(1 + x.requires_grad) * sent)
 
+    def redistributed(self, x: Tensor) -> None:
+        """From one layout to the other: all but a rank's own share."""
+        sent = x.nbytes * (self.ranks - 1) // self.ranks
+        self.add(exchange_bytes=(1 + x.requires_grad) * sent)
+
     def halo(self, x: Shaped[Tensor, "n f"], tokens: int) -> None:
         """What so many tokens hold, of every rank for the one before and the one behind."""
         sent = 2 * (self.ranks - 1) * tokens * x[:1].nbytes

@@ -9,6 +9,8 @@ from scaling.models import MODELS, Model, build
 from scaling.parallel.shard import Layout
 
 VECTORS, SCALARS = 2, 4
+NEAR = {"egnn", "geometric_hyena"}
+"""Models of neighbours: what travels depends on the points."""
 
 
 class PlainModel(Model):

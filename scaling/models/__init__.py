@@ -12,6 +12,7 @@ from scaling.models.clifford_mlp import CliffordMLPModel
 from scaling.models.egnn import EGNN
 from scaling.models.equivariant_transformer import EquivariantTransformer
 from scaling.models.frame_averaged_hyena import FrameAveragedHyena
+from scaling.models.geometric_hyena import GeometricHyena
 from scaling.models.hyena import Hyena
 from scaling.models.linear_motion import LinearMotion
 from scaling.models.protocol import Model as Model
@@ -25,6 +26,7 @@ from scaling.models.vn_transformer import VNTransformer
 MODELS: dict[str, type[Model]] = {
     "se3_hyena": SE3Hyena,
     "se3_hyena_paper": SE3HyenaPaper,
+    "geometric_hyena": GeometricHyena,
     "vector_transformer": VectorTransformer,
     "equivariant_transformer": EquivariantTransformer,
     "vn_transformer": VNTransformer,

@@ -35,10 +35,12 @@ from torch import Tensor, nn
 from data_pipeline.batch import GeometricBatch
 from data_pipeline.errors import OptionError
 from scaling.algebra.clifford import CliffordMLP, embed, grade_0, grade_1
+from scaling.algebra.norms import smooth_sqrt
 from scaling.algebra.vectors import cross
 from scaling.long_conv.operators import Padding, geometric_long_conv
 from scaling.models.blocks import Block, Mask
 from scaling.models.layers import LocalWeights
+from scaling.models.messages import ContextTokens, LocalMessages, Messages
 from scaling.models.protocol import Channels
 from scaling.models.streams import OfBody, Scalars, StreamModel, Vectors
 from scaling.ops.masked_rows import MaskedRows, zero_invalid
@@ -55,6 +57,10 @@ class SE3Hyena(StreamModel):
         layers: of the Clifford MLPs.
         local: width of an MLP that weighs a token's own vectors (its and the one before's) into the
             vector channels by their products; 0: none.
+        normalise: keys and values have norm 1.
+        messages: a local branch before the first operator, between all "pairs" or "neighbours".
+        neighbours: of each token, at most.
+        context: tokens of each body that attend to all of it, and all to them; 0: none.
         padding: "circular" over each row's own length, or "causal".
         chiral: let axial vectors join the polar ones.
         readout: scale of the initial read-out; small where the answer is near the input.
@@ -80,12 +86,18 @@ class SE3Hyena(StreamModel):
         salience: bool = False,
         layers: Annotated[int, Ge(1)] = 2,
         local: Annotated[int, Ge(0)] = 0,
+        normalise: bool = False,
+        messages: Messages = "none",
+        neighbours: Annotated[int, Ge(1)] = 16,
+        context: Annotated[int, Ge(0)] = 0,
     ) -> None:
         if salience and not scalars:
             raise OptionError("salience", True, "needs scalars, and the task gives none")
         listens = scalars * salience
         blocks = (
-            HyenaOperator(channels, hidden, gate_hidden, padding, chiral, listens, layers)
+            HyenaOperator(
+                channels, hidden, gate_hidden, padding, chiral, listens, layers, normalise
+            )
             for _ in range(operators)
         )
         super().__init__(vectors, scalars, channels, blocks, readout)
@@ -93,6 +105,11 @@ class SE3Hyena(StreamModel):
         self.salience = salience
         inputs = 1 + vectors
         self.local = LocalWeights(2 * inputs, scalars, channels, local) if local else None
+        self.messages = self.context = None
+        if messages != "none":
+            self.messages = LocalMessages(channels, messages, neighbours)
+        if context:
+            self.context = ContextTokens(channels, context)
 
     @classmethod
     def tiny(cls) -> dict[str, Any]:
@@ -110,6 +127,17 @@ class SE3Hyena(StreamModel):
         own = torch.cat([inputs, previous], 1)
         return f, x + zero_invalid(self.local(own, zero_invalid(scalars, mask)), mask)
 
+    def check_longest(self, tokens: int) -> None:
+        if self.messages is not None:
+            self.messages.check_longest(tokens)
+
+    def prepare(
+        self, f: Scalars, x: Vectors, batch: GeometricBatch, rows: MaskedRows
+    ) -> tuple[Scalars, Vectors]:
+        if self.messages is not None:
+            f, x = self.messages(f, x, batch, rows)
+        return f if self.context is None else self.context(f, rows), x
+
 
 class HyenaOperator(Block):
     """One block: project, convolve, mix."""
@@ -123,10 +151,11 @@ class HyenaOperator(Block):
         chiral: bool,
         scalars: int,
         layers: int = 2,
+        normalise: bool = False,
     ) -> None:
         super().__init__()
         self.padding: Padding = padding
-        self.chiral = chiral
+        self.chiral, self.normalise = chiral, normalise
         self.phi = CliffordMLP(channels, hidden, 3 * channels, layers, grades=2)
         self.gamma = CliffordMLP(channels, gate_hidden, 2 * channels, layers, grades=1)
         self.xi = CliffordMLP(channels, hidden, channels, layers, grades=2)
@@ -141,6 +170,9 @@ class HyenaOperator(Block):
         projected = self.phi(embed(f, x))
         qs, ks, vs = zero_invalid(grade_0(projected), mask).chunk(3, 1)
         q, k, v = zero_invalid(grade_1(projected), mask).chunk(3, 1)
+        if self.normalise:
+            ks, k = unit(ks, k)
+            vs, v = unit(vs, v)
         if self.salience is not None:
             weight = self.salience @ s
             qs, q = weight * qs, weight.unsqueeze(2) * q
@@ -184,3 +216,9 @@ class HyenaOperator(Block):
             y = y + w[5].unsqueeze(1) * axial
         update = self.xi(embed(g, y))
         return f + grade_0(update), x + grade_1(update)
+
+
+def unit(scalars: Scalars, vectors: Vectors) -> tuple[Scalars, Vectors]:
+    """Each channel's four numbers with norm 1."""
+    norm = smooth_sqrt(scalars.square() + vectors.square().sum(2)) + 1e-6
+    return scalars / norm, vectors / norm.unsqueeze(2)

@@ -60,6 +60,12 @@ class StreamModel(Model):
         """Of the input's tokens, for every block's `project`."""
         return ()
 
+    def prepare(
+        self, f: Scalars, x: Vectors, batch: GeometricBatch, rows: MaskedRows
+    ) -> tuple[Scalars, Vectors]:
+        """The streams of the first block."""
+        return f, x
+
     def move(self, batch: GeometricBatch, shard: SequenceShard | None) -> GeometricBatch:
         rows = MaskedRows.of(batch, shard)
         inputs = rows.centred_inputs(batch)
@@ -69,6 +75,7 @@ class StreamModel(Model):
         with offloading(self.execution):
             before = rows.previous(inputs)
             f, x = self.in_tiles(self.enter, inputs, before, scalars, batch.mask)
+            f, x = self.prepare(f, x, batch, rows)
             features = self.features(batch, rows)
             for operator in self.operators:
                 f, x = operator(f, x, rows=rows, features=features)
@@ -78,7 +85,7 @@ class StreamModel(Model):
     def enter(
         self, inputs: Vectors, previous: Vectors, scalars: Float[Tensor, "b s n"], mask: Mask
     ) -> tuple[Tensor, Tensor]:
-        """The streams of the first block."""
+        """Of each token, the streams."""
         norms = torch.log1p(smooth_sqrt(inputs.square().sum(2)))
         x = self.embed_vectors(torch.cat([inputs, previous], 1))
         return self.embed_scalars(torch.cat([zero_invalid(scalars, mask), norms], 1)), x

@@ -46,7 +46,7 @@ class Models(StepOptions, Experiment):
 
     def measure(self, point: Point, device: torch.device) -> Iterator[Row]:
         name, only_memory = point.part, point.side == "memory"
-        options = {"name": name} | self.models[name]
+        options: dict[str, Any] = {"name": name} | self.models[name]
         if MODELS[name].width:
             options["parameters"] = self.parameters
         built = build(**options, vectors=self.vectors, scalars=self.scalars)
