@@ -4,6 +4,7 @@ from scaling.experiments.cases.attention import Attention
 from scaling.experiments.cases.clifford import Clifford
 from scaling.experiments.cases.convert import Convert
 from scaling.experiments.cases.data import Data
+from scaling.experiments.cases.equivariance import Equivariance
 from scaling.experiments.cases.long_conv import LongConv
 from scaling.experiments.cases.machine import Machine
 from scaling.experiments.cases.models import Models
@@ -17,6 +18,7 @@ BENCHES: dict[str, type[Experiment]] = {
     "clifford": Clifford,
     "convert": Convert,
     "data": Data,
+    "equivariance": Equivariance,
     "long_conv": LongConv,
     "machine": Machine,
     "models": Models,
