@@ -102,8 +102,8 @@ class HyenaBlock(Block):
         return (zero_invalid(self.project_all(self.norm(y)), mask),)
 
     def across(self, rows: MaskedRows, linear: Tensor) -> tuple[Tensor, ...]:
-        before = rows.previous(linear)
-        taps = torch.stack([linear, before, rows.previous(before)])
+        before = rows.shifted(linear)  # which is 0 where not valid
+        taps = torch.stack([linear, before, rows.shifted(before)])
         v, x1, x2 = (self.short.unsqueeze(1) * taps).sum(0).chunk(3, 1)
         h1, h2 = self.filters(rows.index, v).chunk(2, 0)
 

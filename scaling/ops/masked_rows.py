@@ -106,9 +106,13 @@ class MaskedRows:
 
     def previous(self, x: Float[Tensor, "b ... n"]) -> Float[Tensor, "b ... n"]:
         """Each token's predecessor's valid value; 0 where there is none in its body."""
+        return self.shifted(self.zero_invalid(x))
+
+    def shifted(self, x: Float[Tensor, "b ... n"]) -> Float[Tensor, "b ... n"]:
+        """Each token's predecessor's value, valid or not; 0 where there is none in its body."""
         if counter := work_counter():
             counter.shift(x)
-        before = sharded_previous(self.zero_invalid(x), self.shard)
+        before = sharded_previous(x, self.shard)
         if self.bodies is None:
             return before
         return before.masked_fill(_as_tokens(self.places == 0, before), 0)

@@ -160,9 +160,8 @@ def test_messages_are_their_formulas(kind):
 def test_principal_axes_are_eigenvectors():
     y = torch.randn(5, 3, 9).double()
     c = (y @ y.mT).unsqueeze(-1)
-    c = torch.cat(
-        [c, torch.diag(torch.tensor([1.0, 2.0, 2.0]).double()).expand(5, 3, 3)[..., None]], -1
-    )
+    round_ones = torch.diag(torch.tensor([1.0, 2.0, 2.0]).double()).expand(5, 3, 3)
+    c = torch.cat([c, round_ones.unsqueeze(-1)], -1)
     axes = principal_axes(c).movedim(-1, 1)
     lengths, _ = torch.linalg.eigh(c.movedim(-1, 1))
     assert torch.allclose(axes.mT @ axes, torch.eye(3).double().expand_as(axes), atol=1e-12)
@@ -178,7 +177,7 @@ def test_frames_jump_where_two_axes_are_equally_long():
     scalars = torch.arange(16).reshape(1, 4, 4).double()
 
     def answer(change: float) -> torch.Tensor:
-        stretch = torch.tensor([1 + change, 1 - change, 1]).double().view(1, 3, 1)
+        stretch = torch.tensor([1 + change, 1 - change, 1], dtype=torch.float64).view(1, 3, 1)
         vectors = torch.zeros(1, 2, 3, 4).double()
         return model(GeometricBatch(stretch * corners, vectors, scalars)).points
 
