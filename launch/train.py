@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from launch.config.check import options_of, options_within
 from launch.config.compose import command_line
@@ -59,7 +59,7 @@ def train(config: Config, device: "torch.device") -> None:
     from data_pipeline.tasks.registry import TASKS
     from scaling.models import MODELS
     from scaling.ops.tiles import set_execution
-    from scaling.parallel.collectives import group_size
+    from scaling.parallel.collectives import group_rank, group_size
     from scaling.parallel.mesh import Mesh
     from scaling.runs.identity import Identity
     from scaling.train.loop import fit
@@ -71,6 +71,8 @@ def train(config: Config, device: "torch.device") -> None:
     torch.manual_seed(config.train.seed)  # the same parameters on every rank
     task, model = task_and_model(config)
     set_execution(model, config.execution)
+    if group_rank(None) == 0:
+        print(size_of(model, config.model), flush=True)
     identity = Identity(
         {
             "task": (TASKS[config.task["name"]], config.task),
@@ -104,6 +106,21 @@ def task_and_model(config: Config | EvalConfig) -> "tuple[Task, Model]":
         model = build(config.model["name"], **channels, **options_of(config.model))
         model.check_longest(int(task.lengths("train").max()))
     return task, model
+
+
+def size_of(model: "Model", options: Mapping[str, Any]) -> str:
+    """Its number of parameters, and the widths beside it where `parameters` is missed by 3 %."""
+    from scaling.models import reachable_widths
+
+    count, wanted = sum(p.numel() for p in model.parameters()), options.get("parameters")
+    said = f"{options['name']}: {count:,} parameters"
+    if wanted and abs(count - wanted) > 0.03 * wanted:
+        others = options_of(options) | {"vectors": model.vectors, "scalars": model.scalars}
+        del others["parameters"]
+        width, nearest = reachable_widths(options["name"], wanted, others)
+        near = " and ".join(f"{width}={value} has {n:,}" for value, n in nearest.items())
+        said += f"; {wanted:,} are out of reach: {near}"
+    return said
 
 
 def accelerate_overrides(environ: Mapping[str, str] = os.environ) -> list[str]:

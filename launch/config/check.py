@@ -69,7 +69,10 @@ def check_choices(config: Any, written: Mapping[str, str]) -> None:
         for mark in typing.get_args(parameter.annotation):
             if isinstance(mark, Choice):
                 choice, registry = getattr(config, section), resolve_name(mark.registry)
-                choice |= check_choice(section, choice, registry, mark.filled, written)
+                checked = check_choice(section, choice, registry, mark.filled, written)
+                name = choice["name"]
+                choice.clear()
+                choice.update({"name": name} | checked)
 
 
 def check_choice(
@@ -81,6 +84,8 @@ def check_choice(
 ) -> dict[str, Any]:
     """The options in a section, checked against the constructor that its name picks.
 
+    `parameters` of a model takes the place of the option that is its width.
+
     Args:
         registry: name -> class or function; its signature says which options exist.
         filled: parameters that the program fills itself.
@@ -89,8 +94,16 @@ def check_choice(
     if name not in registry:
         hint = suggest(name, registry)
         raise ConfigError(f"unknown {section}.name={name}{hint}; options: {', '.join(registry)}")
-    options, chosen = options_of(choice), f" for {section}={name}"
-    return _arguments(registry[name], options, written, f"{section}.", filled, chosen, registry)
+    options, chosen, made = options_of(choice), f" for {section}={name}", registry[name]
+    parameters = options.pop("parameters", None) if hasattr(made, "width") else None
+    arguments = _arguments(made, options, written, f"{section}.", filled, chosen, registry)
+    if parameters is None:
+        return arguments
+    width = getattr(made, "width", None)
+    if f"{section}.{width}" in written:
+        rule = f"chooses {width}; give one of the two"
+        raise OptionError("parameters", parameters, rule, section)
+    return {key: x for key, x in arguments.items() if key != width} | {"parameters": parameters}
 
 
 def suggest(word: str, names: Iterable[str]) -> str:

@@ -322,3 +322,11 @@ def test_an_option_that_a_lower_floor_refuses_gets_its_section():
 
 def test_options_leave_the_name_out():
     assert options_of({"name": "x", "a": 1}) == {"a": 1}
+
+
+def test_parameters_take_the_place_of_a_models_width():
+    model = composed("model.parameters=5000").model
+    assert model["parameters"] == 5000 and "hidden" not in model
+    assert composed("model=transformer", "model.parameters=5000").model["heads"] == 4
+    with pytest.raises(ConfigError, match=r"model\.parameters=5000: chooses hidden"):
+        composed("model.parameters=5000", "model.hidden=8")
