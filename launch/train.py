@@ -104,7 +104,8 @@ def task_and_model(config: Config | EvalConfig) -> "tuple[Task, Model]":
     channels = {"vectors": task.vectors, "scalars": task.scalars}
     with options_within(config, "model"):
         model = build(config.model["name"], **channels, **options_of(config.model))
-        model.check_longest(int(task.lengths("train").max()))
+        if len(lengths := task.lengths("train")):
+            model.check_longest(int(lengths.max()))
     return task, model
 
 

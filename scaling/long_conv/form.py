@@ -40,23 +40,33 @@ class TrilinearForm:
         return [(role, number) for role in roles for number in range(len(self.sizes[role]))]
 
     def count_work(
-        self, counter: WorkCounter, channels: int, length: int, circular: bool, itemsize: int
+        self,
+        counter: WorkCounter,
+        copies: dict[Role, int],
+        length: int,
+        circular: bool,
+        itemsize: int,
     ) -> None:
-        """Of one row; numbers of a token take `itemsize` bytes."""
+        """Of full rows.
+
+        Args:
+            copies: rows times channels of each role.
+            itemsize: bytes of a number of a token.
+        """
         n, _ = transform_length(length, counter.ranks, [length] if circular else None)
-        streams = {role: self.components(role) for role in ROLES}
-        both = sum(streams.values())
-        complex_flops = sum(8 * len(self.terms) - 2 * streams[role] for role in ROLES)
+        streams = {role: self.components(role) * copies[role] for role in ROLES}
+        both, products = sum(streams.values()), len(self.terms) * copies["u"]
+        complex_flops = sum(8 * products - 2 * streams[role] for role in ROLES)
         # Transforms read and write every stream, twice; products read and write it: forward q, k
         # and u; backward u's gradient, q and k, and the gradients of these.
         moved = 4 * both + both + both + streams["q"] + streams["k"]
         # Of a rank's n / ranks numbers of a stream all bins travel but for its own share.
         travelling = 2 * itemsize * (counter.ranks - 1) * (n // counter.ranks // 2 + 1)
         counter.add(
-            transform_flops=2 * both * 2.5 * log2(n) * n * channels,
-            frequency_flops=complex_flops / 2 * n * channels,
-            transforms_bytes=itemsize * n * channels * moved,
-            exchange_bytes=2 * both * channels * travelling,
+            transform_flops=2 * both * 2.5 * log2(n) * n,
+            frequency_flops=complex_flops / 2 * n,
+            transforms_bytes=itemsize * n * moved,
+            exchange_bytes=2 * both * travelling,
         )
 
     def contract(

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from scaling.long_conv.convolution import Convolution
-from scaling.long_conv.form import trilinear_form
+from scaling.long_conv.form import Role, trilinear_form
 from scaling.long_conv.operands import (
     Bodies,
     Lengths,
@@ -167,14 +167,16 @@ def geometric_long_conv(
     form = trilinear_form(
         (q[0] is not None, k[0] is not None), (q[1] is not None, k[1] is not None), names
     )
+    many: dict[Role, int] = {"q": rows, "k": 1 if static else rows, "u": rows}
     if counter := work_counter():
+        copies = {role: count * channels for role, count in many.items()}
         itemsize = dtype.to_real().itemsize
-        form.count_work(counter, rows * channels, total, padding == "circular", itemsize)
+        form.count_work(counter, copies, total, padding == "circular", itemsize)
     convolution = Convolution(
         form,
         row_groups(bodies if channels else [], padding == "circular", static, shard),
         Transform(shard, dtype, some.device, "long_conv"),
-        {"q": rows, "k": 1 if static else rows, "u": rows},
+        many,
         torch.is_grad_enabled(),
         workspace_bytes,
     )

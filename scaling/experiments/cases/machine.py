@@ -36,9 +36,10 @@ LEAST_STEPS = 3
 PARTS: dict[str, str | None] = {
     "projection": "projection",
     "transforms": "transforms",
+    "pairs": "pairs",
     "other": None,
 }
-"""Of a step on one rank."""
+"""Of a step on one rank; a model lacks some."""
 ONE, ALL = "1 thread", "all cores"
 ELEMENT_WISE = "a + b c in cache"
 TRANSFORM = "real transform"
@@ -46,6 +47,7 @@ BOUNDS = (  # part, work, peak
     ("projection", "matrix_flops", "matrix products"),
     ("projection", "product_flops", "a + b c"),
     ("projection", "projection_bytes", "memory"),
+    ("pairs", "pair_flops", "matrix products"),
     ("transforms", "transform_flops", "transforms"),
     ("transforms", "frequency_flops", "a + b c"),
     ("transforms", "transforms_bytes", "memory"),
@@ -145,10 +147,11 @@ class Machine(StepOptions, Experiment):
                 step()
             splits.append(measured.innermost())
         for title, part in PARTS.items():
-            yield row(f"{name}: {title}", fmean(split.get(part, 0.0) for split in splits))
+            if seconds := fmean(split.get(part, 0.0) for split in splits):
+                yield row(f"{name}: {title}", seconds)
         work = build(**model, vectors=self.vectors, scalars=self.scalars).work(length)
         for key, value in asdict(work).items():
-            if key != "exchange_bytes":  # one rank sends nothing
+            if value:  # one rank sends nothing
                 unit = "GB" if key.endswith("bytes") else "GFLOP"
                 yield row(f"{name}: {key}", value * length / 1e9, unit)
 
@@ -158,12 +161,15 @@ class Machine(StepOptions, Experiment):
         more = []
         for name in self.models:
             for n in sorted(self.lengths):
-                times = {part: found[f"{name}: {part}", n] for part in PARTS}
+                keys = {part: (f"{name}: {part}", n) for part in PARTS}
+                times = {part: found[key] for part, key in keys.items() if key in found}
                 for part, seconds in times.items():
                     share = seconds / sum(times.values())
                     more.append(row(f"{name}: {part} / step", seconds, "s", share, sp=1, length=n))
                 peaks = _peaks_of_one_thread(rows, n)
                 for part, work, peak in BOUNDS:
+                    if part not in times:
+                        continue
                     least = found[f"{name}: {work}", n] / peaks[peak]
                     case = f"{name}: {work} at the peak of {peak} / {part}"
                     more.append(row(case, least, "s", least / times[part], sp=1, length=n))

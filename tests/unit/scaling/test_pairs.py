@@ -15,6 +15,9 @@ from scaling.parallel.shard import SequenceShard
 from scaling.parallel.telemetry import measuring
 from tests.threaded_ranks import run_threaded
 
+WIDE = 67
+"""Numbers of a value, by which its blocks are known among all tensors of the process."""
+
 
 class Attention(PairTerms):
     """exp(q·k) v, and a scale that all pairs share."""
@@ -129,7 +132,7 @@ def test_what_travels_and_what_a_rank_holds(distributed, world):
     than two blocks of others there, nor more than two of their gradients."""
     n = 48
     for sent, exchanges, foreign in distributed(traffic, world, n):
-        block = n // world * 4 * (3 + 5 + 1)  # keys, values and validity, float32
+        block = n // world * 4 * (3 + WIDE + 1)  # keys, values and validity, float32
         steps = 2 * (world - 1) + (world if world > 1 else 0)
         gradients = (world if world > 1 else 0) * n // world * 4  # which need no validity
         assert (sent, exchanges) == (steps * block - gradients, steps)
@@ -138,7 +141,7 @@ def test_what_travels_and_what_a_rank_holds(distributed, world):
 
 def traffic(group: Any, n: int) -> tuple[int, int, int]:
     shard = SequenceShard(n, group)
-    q, k, v = (torch.randn(1, 1, c, shard.n_local, requires_grad=True) for c in (3, 3, 5))
+    q, k, v = (torch.randn(1, 1, c, shard.n_local, requires_grad=True) for c in (3, 3, WIDE))
     rows = MaskedRows(torch.ones(1, shard.n_local, dtype=torch.bool), shard)
     most = 0
 
@@ -146,7 +149,9 @@ def traffic(group: Any, n: int) -> tuple[int, int, int]:
         def weighted(self, w, q, k, shared):
             nonlocal most
             rows = [x for x in gc.get_objects() if type(x) is Tensor and x.ndim == 2]
-            blocks = {x.untyped_storage().data_ptr() for x in rows if x.shape[1] in (8, 9)}
+            blocks = {
+                x.untyped_storage().data_ptr() for x in rows if x.shape[1] in (3 + WIDE, 4 + WIDE)
+            }
             most = max(most, len(blocks) - 1)  # one is its own
             return super().weighted(w, q, k, shared)
 
