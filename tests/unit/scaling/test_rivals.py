@@ -1,6 +1,7 @@
 """Rivals are their formulas, written out in loops; and what is known to be wrong with them."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -83,16 +84,25 @@ def test_a_transformer_block_is_torchs_own(causal):
         6, 2, 24, dropout=0, activation="gelu", batch_first=True, norm_first=True
     ).double()
     y, _, rows = streams(6)
+    attention, norm, mlp = theirs.self_attn, block.norm, block.mlp
+    assert attention.in_proj_weight is not None and attention.in_proj_bias is not None
+    same: dict[torch.Tensor, Any] = {
+        attention.in_proj_weight: block.project_all.weight,
+        attention.out_proj.weight: block.out.weight,
+        attention.in_proj_bias: torch.zeros(18),
+        attention.out_proj.bias: torch.zeros(6),
+        theirs.linear1.weight: mlp.get_parameter("1.up.weight"),
+        theirs.linear1.bias: mlp.get_parameter("1.up.bias")[:, 0],
+        theirs.linear2.weight: mlp.get_parameter("1.down.weight"),
+        theirs.linear2.bias: mlp.get_parameter("1.down.bias")[:, 0],
+        theirs.norm1.weight: norm.weight[:, 0],
+        theirs.norm1.bias: norm.bias[:, 0],
+        theirs.norm2.weight: mlp.get_parameter("0.weight")[:, 0],
+        theirs.norm2.bias: mlp.get_parameter("0.bias")[:, 0],
+    }
     with torch.no_grad():
-        mlp_norm, mlp = block.mlp
-        attention = theirs.self_attn
-        attention.in_proj_weight.copy_(block.project_all.weight)
-        attention.out_proj.weight.copy_(block.out.weight)
-        attention.in_proj_bias.zero_(), attention.out_proj.bias.zero_()
-        for linear, own in ((theirs.linear1, mlp.up), (theirs.linear2, mlp.down)):
-            linear.weight.copy_(own.weight), linear.bias.copy_(own.bias[:, 0])
-        for norm, own in ((theirs.norm1, block.norm), (theirs.norm2, mlp_norm)):
-            norm.weight.copy_(own.weight[:, 0]), norm.bias.copy_(own.bias[:, 0])
+        for parameter, value in same.items():
+            parameter.copy_(value)
     (found,) = block(y, rows=rows, features=())
     later = torch.ones(N, N, dtype=torch.bool).triu(1) if causal else None
     expected = theirs(y.mT, src_mask=later, src_key_padding_mask=~VALID).mT
