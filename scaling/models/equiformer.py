@@ -93,7 +93,7 @@ class Equiformer(Model):
         channels: Annotated[int, Ge(1)] = 64,
         layers: Annotated[int, Ge(1)] = 4,
         heads: Annotated[int, Ge(1)] = 4,
-        head_channels: Annotated[int, Ge(1)] | None = 16,
+        head_channels: Annotated[int, Ge(1)] | None = 8,
         basis: Annotated[int, Ge(2)] = 16,
         reach: Annotated[float, Gt(0)] = 10.0,
         radial_hidden: Annotated[int, Ge(1)] = 16,
@@ -277,9 +277,7 @@ class EquiformerLayer(Tiled):
         new = add(new, self.down(gate(self.up(self.second_norm(new)))))
         return (zero_invalid(flat(new), mask),)
 
-    def attention(
-        self, z: Features, direction: Direction, edges: Edges, valid: Valid
-    ) -> Features:
+    def attention(self, z: Features, direction: Direction, edges: Edges, valid: Valid) -> Features:
         """Sums of the values of a token's neighbours."""
         matrices = self.coupling.matrices(direction)
         weights = self.radial(edges.flatten(2)).unflatten(2, edges.shape[2:])
@@ -291,9 +289,7 @@ class EquiformerLayer(Tiled):
         attention = logits.softmax(2).masked_fill(nobody, 0)[:, :, None, None]
         message = gate(self.message(u))
         values = self.value(self.coupling.product(message, matrices, self.path_weights))
-        return [
-            (v.unflatten(1, (self.heads, -1)) * attention).sum(4).flatten(1, 2) for v in values
-        ]
+        return [(v.unflatten(1, (self.heads, -1)) * attention).sum(4).flatten(1, 2) for v in values]
 
 
 class Coupling:
@@ -326,8 +322,10 @@ class Coupling:
 
     def channels(self, widths: list[int]) -> list[int]:
         """That a product makes, by degree."""
-        degrees = range(self.lmax + 1)
-        return [sum(widths[l1] for l1, _, l3 in self.paths if l3 == l) for l in degrees]
+        made = [0] * (self.lmax + 1)
+        for l1, _, l3 in self.paths:
+            made[l3] += widths[l1]
+        return made
 
     def harmonics(self, direction: Direction) -> list[list[Float[Tensor, "b k n"]]]:
         """Components of each degree, of a direction's; e3nn's "component" normalisation."""
@@ -341,7 +339,7 @@ class Coupling:
             found.append(second)
         return found
 
-    def matrices(self, direction: Direction) -> list[Float[Tensor, "b m _ k n"]]:
+    def matrices(self, direction: Direction) -> list[Float[Tensor, "b _ _ k n"]]:
         """For each l1 the maps of its components to those of all its paths."""
         y = self.harmonics(direction)
         none = torch.zeros_like(y[0][0])
@@ -359,7 +357,7 @@ class Coupling:
     def product(
         self,
         x: Features,
-        matrices: list[Float[Tensor, "b m _ k n"]],
+        matrices: list[Float[Tensor, "b _ _ k n"]],
         weights: Float[Tensor, "#b w #k #n"],
     ) -> Features:
         """x (x) Y on every edge; for each degree the paths that end there, one after the other."""
@@ -459,8 +457,8 @@ def halved(channels: int, lmax: int) -> list[int]:
 
 def split(x: Float[Tensor, "b f ... n"], widths: list[int]) -> Features:
     sizes = [c * (2 * degree + 1) for degree, c in enumerate(widths)]
-    parts = zip(x.split(sizes, 1), widths, strict=True)
-    return [part.unflatten(1, (c, 2 * l + 1)) for l, (part, c) in enumerate(parts)]
+    parts = zip(x.split(sizes, 1), widths, sizes, strict=True)
+    return [part.unflatten(1, (c, size // c)) for part, c, size in parts]
 
 
 def flat(x: Features) -> Flat:
