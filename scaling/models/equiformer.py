@@ -23,10 +23,15 @@ With parity, paths of even l1 + l2 + l3 alone: features are 0e, 1o and 2e, and m
 mirror images. Without it they are all that there are, as in the published QM9 model, whose block
 has the 488,000 parameters that a layer of configs/model/equiformer_qm9.yaml has.
 
-What is otherwise than in the authors' code, and where: the head reads vectors and scalars, and the
-last layer is as the others (there: 512 scalars for one number of a molecule, which make up the rest
-of its 3.53 million parameters); Gaussians are fixed (there: means and widths are learned); SiLU and
-sigmoid are as they are (there: scaled to a second moment of 1); there is no dropout.
+What is otherwise than in the authors' code:
+
+- The head reads vectors and scalars, and the last layer is as the others. There it makes 512
+  scalars for one number of a molecule; with these the published 3.53 million parameters are met.
+- Their first features are products with channels of degrees 1 and 2 that are 0: 73,280 of those
+  parameters never learn. They are not here.
+- Gaussians have fixed means and widths, SiLU and sigmoid are not scaled to a second moment of 1,
+  and there is no dropout.
+- Sines of the places between tokens are ours; molecules have no sequence.
 """
 
 from typing import Annotated, Any, Literal

@@ -211,19 +211,25 @@ def test_the_first_features_and_the_read_outs_are_their_equations():
 @needs_e3nn
 def test_a_layer_has_the_parameters_of_a_published_block():
     """128x0e+64x1e+32x2e, 4 heads of 32x0e+16x1e+8x2e, MLPs of edges 128-64-64: the authors' code
-    has these linear maps, norms and paths' weights. Its last block and head, 512 scalars instead of
-    x, and what it embeds, make the rest of 3.53 million."""
+    has these linear maps, norms and paths' weights. With what their last block, head and first
+    features have more, these are the 3.53 million of the paper."""
     options = {"lmax": 2, "channels": 128, "layers": 6, "head_channels": None, "basis": 128}
     options |= {"radial_hidden": 64, "separations": 0, "parity": False}
     model = build("equiformer", 0, 5, **options)
     assert isinstance(model, Equiformer)
     for layer in model.layers:
         assert sum(p.numel() for p in layer.parameters()) == 488_000
-    ours = sum(p.numel() for p in model.parameters())
-    as_published = ours + 512 * 384 + 512 + (128 + 1) * 512  # last FFN to 512, and its skip
-    as_published -= 384 * 128 + 128 + 192 * 64 + 96 * 32  # instead of to x
-    as_published += (512 + 1) * 512 + 512 + 1  # the head
-    assert as_published == pytest.approx(3.53e6, rel=0.01)
+    count = sum(p.numel() for p in model.parameters())
+    count -= sum(
+        p.numel() for m in (model.read_vectors, model.read_scalars) for p in m.parameters()
+    )
+    head = (512 + 1) * 512 + 512 + 1 + 2 * 512 - (2 * 128 + 64 + 32)  # and its norm
+    last = 512 * (384 + 1) + 512 * (128 + 1) - (128 * (384 + 1) + 64 * 192 + 32 * 96)
+    paths = (960 - 384) * (64 + 1)  # of the first features, from degrees 1 and 2
+    unused = paths + 96 * 128 + 256 * 64 + 224 * 32
+    assert unused == 73_280
+    first = 2 * 128 + 2 * 128 + 2  # a linear map of the number 1; learned Gaussians
+    assert round((count + head + last + unused + first) / 1e6, 2) == 3.53
 
 
 @needs_e3nn
