@@ -11,7 +11,8 @@ from torch import Tensor
 from data_pipeline.batch import GeometricBatch
 from data_pipeline.errors import ConfigError
 from scaling.models import build, equivariance_error
-from scaling.models.equiformer import Coupling, Equiformer, EquiformerLayer, halved
+from scaling.models.equiformer import Equiformer, EquiformerLayer
+from scaling.models.irreps import Coupling, halved
 from scaling.ops.masked_rows import MaskedRows
 from scaling.ops.neighbours import find_neighbours
 from tests.small_models import small_batch, small_model
@@ -198,11 +199,11 @@ def test_the_first_features_and_the_read_outs_are_their_equations():
         x = linear(model.degree.linear, sums)
         v, s = batch.vectors[0, :, :, i], batch.scalars[0, :, i]
         features = torch.cat([s, (1 + v.norm(dim=1)).log()])
-        x[0] = x[0] + model.embed_scalars.weight @ features[:, None] + model.embed_scalars.bias
+        x[0] = x[0] + model.embed_scalars(features[None, :, None])[0]
         x[1] = x[1] + model.embed_vectors.weight @ v
-        x = norm(model.norm, x)
+        x = norm(model.norm, x[:2])
         step = model.read_vectors.weight @ x[1]
-        change = (model.read_scalars.weight @ x[0] + model.read_scalars.bias)[:, 0]
+        change = model.read_scalars(x[0][None])[0, :, 0]
         assert torch.allclose(out.points[0, :, i], points[i] + step[0], atol=1e-7)
         assert torch.allclose(out.vectors[0, :, :, i], v + step[1:], atol=1e-7)
         assert torch.allclose(out.scalars[0, :, i], s + change, atol=1e-7)
@@ -223,7 +224,7 @@ def test_a_layer_has_the_parameters_of_a_published_block():
     count -= sum(
         p.numel() for m in (model.read_vectors, model.read_scalars) for p in m.parameters()
     )
-    head = (512 + 1) * 512 + 512 + 1 + 2 * 512 - (2 * 128 + 64 + 32)  # and its norm
+    head = (512 + 1) * 512 + 512 + 1 + 2 * 512 - (2 * 128 + 64)  # and its norm
     last = 512 * (384 + 1) + 512 * (128 + 1) - (128 * (384 + 1) + 64 * 192 + 32 * 96)
     paths = (960 - 384) * (64 + 1)  # of the first features, from degrees 1 and 2
     unused = paths + 96 * 128 + 256 * 64 + 224 * 32
