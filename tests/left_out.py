@@ -48,7 +48,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         item.add_marker(item.path.relative_to(TESTS).parts[0])
         why = [reason for mark, reason in reasons.items() if item.get_closest_marker(mark)]
         packages = [mark.args[0] for mark in item.iter_markers("package")]
-        model = item.callspec.params.get("name") if hasattr(item, "callspec") else None  # pyright: ignore
+        callspec = getattr(item, "callspec", None)
+        model = callspec.params.get("name") if callspec else None
         packages += [MODEL_PACKAGES[model]] if model in MODEL_PACKAGES else []
         why += [f"{name} is not installed" for name in packages if not find_spec(name)]
         if why:
