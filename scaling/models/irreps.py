@@ -142,16 +142,25 @@ class IrrepsNorm(nn.Module):
 
     def __init__(self, widths: list[int]) -> None:
         super().__init__()
-        self.scalars = ChannelNorm(widths[0])
-        self.scales = nn.ParameterList(torch.ones(c, 1, 1) for c in widths[1:])
+        scalars, *others = widths
+        self.scalars = ChannelNorm(scalars)
+        self.others = nn.ModuleList(DegreeNorm(c) for c in others)
 
     def forward(self, x: Features) -> Features:
         scalars, *others = x
-        normed = [
-            scale * part * (part.square().mean((1, 2), keepdim=True) + EPSILON).rsqrt()
-            for scale, part in zip(self.scales, others, strict=True)
-        ]
+        normed = [norm(part) for norm, part in zip(self.others, others, strict=True)]
         return [self.scalars(scalars.squeeze(2)).unsqueeze(2), *normed]
+
+
+class DegreeNorm(nn.Module):
+    """Each token's components over their rms, times a weight of every channel."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels, 1, 1))
+
+    def forward(self, x: Float[Tensor, "b c m n"]) -> Float[Tensor, "b c m n"]:
+        return self.weight * x * (x.square().mean((1, 2), keepdim=True) + EPSILON).rsqrt()
 
 
 def gate(x: Features) -> Features:

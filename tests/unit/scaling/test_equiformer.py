@@ -152,8 +152,8 @@ def linear(module: torch.nn.Module, x: list[Tensor]) -> list[Tensor]:
 def norm(module: torch.nn.Module, x: list[Tensor]) -> list[Tensor]:
     first = channel_norm(module.scalars, x[0][:, 0])
     rest = [
-        scale[:, 0] * part / (part.square().mean() + 1e-5).sqrt()
-        for scale, part in zip(module.scales, x[1:], strict=True)  # pyright: ignore
+        each.weight[:, 0] * part / (part.square().mean() + 1e-5).sqrt()
+        for each, part in zip(module.others, x[1:], strict=True)  # pyright: ignore
     ]
     return [first[:, None], *rest]
 
