@@ -183,14 +183,17 @@ def halved(channels: int, lmax: int) -> list[int]:
 
 
 def split(x: Float[Tensor, "b f ... n"], widths: list[int]) -> Features:
+    """The parts of each degree."""
     sizes = [c * (2 * degree + 1) for degree, c in enumerate(widths)]
     parts = zip(x.split(sizes, 1), widths, sizes, strict=True)
     return [part.unflatten(1, (c, size // c)) for part, c, size in parts]
 
 
 def flat(x: Features) -> Flat:
+    """The inverse of `split`."""
     return torch.cat([part.flatten(1, 2) for part in x], 1)
 
 
 def add(x: Features, y: Features) -> Features:
+    """Degree by degree."""
     return [a + b for a, b in zip(x, y, strict=True)]
