@@ -2,8 +2,9 @@
 
 Every test is marked by its folder: unit, equivariance, distributed, integration. Further marks name
 what a test needs: `gpu`, `slurm` (a running SLURM), `browser` (Chromium), `mmseqs`, `mpirun` (Open
-MPI and MPICH), `root`, `package("name")` (an optional Python package). `slow` tests run only where
-they are asked for: make test ARGS="-m slow".
+MPI and MPICH), `root`, `package("name")` (an optional Python package; a test with the parameter
+`name=` of a model that needs one has it unmarked). `slow` tests run only where they are asked for:
+make test ARGS="-m slow".
 """
 
 import os
@@ -18,6 +19,7 @@ import torch
 
 TESTS = Path(__file__).parent
 MPIRUNS = ("mpirun.openmpi", "mpirun.mpich")
+MODEL_PACKAGES = {"equiformer": "e3nn"}
 SLOW = "slow: make test ARGS='-m slow' runs it"
 _left_out: defaultdict[str, list[str]] = defaultdict(list)
 
@@ -46,6 +48,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         item.add_marker(item.path.relative_to(TESTS).parts[0])
         why = [reason for mark, reason in reasons.items() if item.get_closest_marker(mark)]
         packages = [mark.args[0] for mark in item.iter_markers("package")]
+        callspec = getattr(item, "callspec", None)
+        model = callspec.params.get("name") if callspec else None
+        packages += [MODEL_PACKAGES[model]] if model in MODEL_PACKAGES else []
         why += [f"{name} is not installed" for name in packages if not find_spec(name)]
         if why:
             _left_out[why[0]].append(item.nodeid)

@@ -9,7 +9,7 @@ from scaling.models import MODELS, Model, build
 from scaling.parallel.shard import Layout
 
 VECTORS, SCALARS = 2, 4
-NEAR = {"egnn", "geometric_hyena"}
+NEAR = {"egnn", "equiformer", "geometric_hyena"}
 """Models of neighbours: what travels depends on the points."""
 
 

@@ -10,6 +10,7 @@ from data_pipeline.errors import ConfigError, OptionError
 from data_pipeline.options import check_arguments
 from scaling.models.clifford_mlp import CliffordMLPModel
 from scaling.models.egnn import EGNN
+from scaling.models.equiformer import Equiformer
 from scaling.models.equivariant_transformer import EquivariantTransformer
 from scaling.models.frame_averaged_hyena import FrameAveragedHyena
 from scaling.models.geometric_hyena import GeometricHyena
@@ -36,6 +37,7 @@ MODELS: dict[str, type[Model]] = {
     "clifford_mlp": CliffordMLPModel,
     "linear_motion": LinearMotion,
     "egnn": EGNN,
+    "equiformer": Equiformer,
 }
 MOST_WIDTHS = 1 << 16
 """That `build(parameters=...)` chooses from."""
