@@ -27,10 +27,13 @@ ENGINES = [
     ("ddp", 0, torch.float64, 1e-10),
     *[("deepspeed", z, torch.float32, 1e-5) for z in (0, 1, 2, 3)],
 ]
-NAMES = ("se3_hyena",)
-"""One of each way to mix tokens."""
+SMALL = {
+    "se3_hyena": {"operators": 1, "hidden": 3, "gate_hidden": 2},
+    "equivariant_transformer": {"blocks": 1},
+    "egnn": {"layers": 2},
+}
+"""Options of one of each way to mix tokens. ZeRO 0 to 2 treat all modules alike: one shows them."""
 MESHES = {2: (1, 2), 4: (2, 2)}
-SMALL = {"operators": 1, "hidden": 3, "gate_hidden": 2}
 
 
 def whole_sample(dtype: torch.dtype) -> Sample:
@@ -43,7 +46,7 @@ def whole_sample(dtype: torch.dtype) -> Sample:
 
 def one_process(name: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """The plain loop that everybody knows."""
-    model, sample = small_model(name, dtype, **SMALL), whole_sample(dtype)
+    model, sample = small_model(name, dtype, **SMALL[name]), whole_sample(dtype)
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     for _ in range(STEPS):
         squares = (model(sample.inputs).points - sample.target).square().sum(1) / 3
@@ -64,7 +67,7 @@ def on_a_mesh(mesh: Mesh, name: str, engine_name: Any, stage: int, dtype: torch.
 
     inputs = sample.inputs.map(cut).replace(lengths=lengths)
     part = Sample(inputs, cut(sample.target), cut(sample.weight))
-    objective = Objective(small_model(name, dtype, **SMALL), mesh)
+    objective = Objective(small_model(name, dtype, **SMALL[name]), mesh)
     engine = build_engine(
         engine_name,
         objective,
@@ -91,18 +94,20 @@ def error(_group, name: str, engine_name: str, stage: int, dtype: torch.dtype) -
     return relative(values, one_process(name, dtype)) if dist.get_rank() == 0 else 0.0
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("world", MESHES)
 def test_training_equals_one_process(deepspeed_worlds, world, name):
     """float64 under DDP, float32 under ZeRO 0 to 3."""
     for engine_name, stage, dtype, tolerance in ENGINES:
+        if name != "se3_hyena" and engine_name == "deepspeed" and stage < 3:
+            continue
         errors = deepspeed_worlds[world](error, world, name, engine_name, stage, dtype)
         assert max(errors) <= tolerance, (engine_name, stage)
 
 
 def test_training_moves_the_parameters():
     """Else the comparison could not fail."""
-    for name in NAMES:
-        start = dict(small_model(name, torch.float64, **SMALL).named_parameters())
+    for name in SMALL:
+        start = dict(small_model(name, torch.float64, **SMALL[name]).named_parameters())
         start = {key: value.detach() for key, value in start.items()}
         assert relative(one_process(name, torch.float64), start) > 1e-2
