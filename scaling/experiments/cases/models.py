@@ -20,7 +20,7 @@ SHOWN = {"step": ("step_s", "s"), "exchanged": ("comm_bytes", "B"), "memory": ("
 class Models(StepOptions, Experiment):
     """
     Args:
-        models: options of each model that is measured, by name.
+        names: of the models, each with its usual options.
         parameters: of each model that has a width, about.
         lengths: N, tokens of the one sequence of a step.
         sp: ranks that share it.
@@ -29,7 +29,7 @@ class Models(StepOptions, Experiment):
         steps: timed steps; their median counts.
     """
 
-    models: dict[str, dict[str, Any]]
+    names: list[str]
     parameters: Count = 50_000
     lengths: Selection
     sp: Selection
@@ -39,14 +39,14 @@ class Models(StepOptions, Experiment):
 
     def points(self) -> Iterator[Point]:
         """All lengths of a model in one set of ranks; memory in its own."""
-        for name in self.models:
+        for name in self.names:
             for ranks in sorted(self.sp):
                 for side in ("", "memory"):
                     yield Point(name, side, ranks=ranks)
 
     def measure(self, point: Point, device: torch.device) -> Iterator[Row]:
         name, only_memory = point.part, point.side == "memory"
-        options: dict[str, Any] = {"name": name} | self.models[name]
+        options: dict[str, Any] = {"name": name}
         if MODELS[name].width:
             options["parameters"] = self.parameters
         built = build(**options, vectors=self.vectors, scalars=self.scalars)
@@ -68,7 +68,7 @@ class Models(StepOptions, Experiment):
 
     def conclude(self, rows: list[Row]) -> tuple[list[Row], str]:
         """Steps and memory as ratios to the first model's, too, and where each stopped."""
-        first = next(iter(self.models))
+        first = self.names[0]
         value = {(r["case"], r["length"], r["sp"]): r["value"] for r in rows}
         ratios, remarks = [], []
         for each in rows:
