@@ -1,7 +1,7 @@
 # make train     install into .venv, build the data store, train (ARGS="key=value ..." overrides)
 # make test      every test that this machine can run, and by name those it cannot
 #                (ARGS="tests/unit -k name" passes on to pytest; ARGS="-m slow" runs the slow ones)
-# make test-fast the tests of formulas and files alone, a minute or so
+# make test-fast the tests of formulas and files alone, some minutes
 # make lint      what is checked before a commit, over all files
 # make sweep     measure tokens/s, bytes and memory over lengths and ranks
 # make bench     measure beside rivals (ARGS="bench=..." which; see --help)
