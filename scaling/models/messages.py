@@ -111,8 +111,6 @@ class LocalMessages(Tiled):
 class MessagePairs(PairTerms):
     """Messages and pushes of all pairs, added up."""
 
-    softmax = False
-
     def weighted(
         self,
         w: Float[Tensor, "b h i j"],

@@ -18,7 +18,7 @@ from torch import Tensor
 from data_pipeline.errors import ShapeError
 from scaling.algebra.vectors import cross
 from scaling.ops.masked_rows import MaskedRows
-from scaling.ops.pairs import BLOCK, PairTerms, all_pairs
+from scaling.ops.pairs import BLOCK, SoftmaxTerms, all_pairs
 from scaling.parallel.shard import SequenceShard
 
 Vectors = Float[Tensor, "*b 3 n"]
@@ -76,7 +76,7 @@ def split_heads(x: Float[Tensor, "b c ... n"], heads: int) -> Float[Tensor, "b h
     return x.unflatten(1, (heads, -1)).flatten(2, -2)
 
 
-class DotPairs(PairTerms):
+class DotPairs(SoftmaxTerms):
     """Logits q·k."""
 
     def logits(
@@ -95,7 +95,7 @@ class DotPairs(PairTerms):
         return k[1] @ w.mT
 
 
-class VectorPairs(PairTerms):
+class VectorPairs(SoftmaxTerms):
     """Logits |q × k|; by matrix products: (q × k) × v = (q·v) k - (k·v) q."""
 
     def logits(

@@ -31,17 +31,11 @@ BLOCK = 256
 
 
 class PairTerms(ABC):
-    """What one pair contributes. Queries and keys are tuples of (b, h, ..., n), h heads that do not
-    see each other; what they share with all pairs, such as weights, is `shared`."""
+    """What one pair contributes to a sum over all.
 
-    softmax = True
-    """False: every pair has weight 1."""
-
-    def logits(
-        self, q: Sequence[Tensor], k: Sequence[Tensor], shared: Sequence[Tensor]
-    ) -> Float[Tensor, "b h i j"]:
-        """Their softmax over j weighs the pairs."""
-        raise NotImplementedError
+    Queries and keys are tuples of (b, h, ..., n), h heads that do not see each other; what they
+    share with all pairs, such as weights, is `shared`.
+    """
 
     @abstractmethod
     def weighted(
@@ -51,7 +45,17 @@ class PairTerms(ABC):
         k: Sequence[Tensor],
         shared: Sequence[Tensor],
     ) -> Float[Tensor, "b h d i"]:
-        """sum_j w_ij m(q_i, k_j)."""
+        """sum_j w_ij m(q_i, k_j); w is 1, or 0 where i does not see j."""
+
+
+class SoftmaxTerms(PairTerms):
+    """Pairs that are weighed by the softmax of logits over j."""
+
+    @abstractmethod
+    def logits(
+        self, q: Sequence[Tensor], k: Sequence[Tensor], shared: Sequence[Tensor]
+    ) -> Float[Tensor, "b h i j"]:
+        """Of each pair."""
 
 
 def all_pairs(
@@ -208,7 +212,7 @@ class _AllPairs(torch.autograd.Function):
         (u, normaliser, *numbers), g = ctx.saved_tensors, grads[0]
         terms, pairing, counts = ctx.arguments
         q, k, shared = _cut(numbers, counts)
-        mean = (g * u).sum(2) if terms.softmax else torch.zeros_like(normaliser)
+        mean = (g * u).sum(2) if isinstance(terms, SoftmaxTerms) else torch.zeros_like(normaliser)
         dq, dshared = [[torch.zeros_like(x) for x in some] for some in (q, shared)]
         home = GradientsHome(pairing.shard, "pairs")
         with timed("pairs"):
@@ -252,7 +256,7 @@ def _gradients(
 def _logits(
     terms: PairTerms, q: list[Tensor], k: list[Tensor], shared: list[Tensor], hidden: Tensor
 ) -> Float[Tensor, "b h i j"] | None:
-    if not terms.softmax:
+    if not isinstance(terms, SoftmaxTerms):
         return None
     return terms.logits(q, k, shared).masked_fill(hidden, -torch.inf)
 
@@ -275,7 +279,7 @@ class _RunningSum:
         self._terms, self._q, self._shared = terms, q, shared
         x = q[0]
         self._most = x.new_full((*x.shape[:2], x.shape[-1]), torch.finfo(x.dtype).min)
-        if not terms.softmax:
+        if not isinstance(terms, SoftmaxTerms):
             self._most.zero_()
         self._total, self._values = torch.zeros_like(self._most), None
 
@@ -292,7 +296,7 @@ class _RunningSum:
     def result(self) -> tuple[Float[Tensor, "b h d i"], Float[Tensor, "b h i"]]:
         """u, and log sum_j exp(logit), which is infinite where there are no keys."""
         assert self._values is not None  # a token's own block is always looked at
-        if not self._terms.softmax:
+        if not isinstance(self._terms, SoftmaxTerms):
             return self._values, self._total
         none = self._total == 0
         u = self._values / self._total.masked_fill(none, 1).unsqueeze(2)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data_pipeline.errors import OptionError, ShapeError
 from scaling.ops.masked_rows import MaskedRows
-from scaling.ops.pairs import PairTerms, all_pairs
+from scaling.ops.pairs import PairTerms, SoftmaxTerms, all_pairs
 from scaling.parallel.shard import SequenceShard
 from scaling.parallel.telemetry import measuring
 from tests.threaded_ranks import run_threaded
@@ -19,7 +19,7 @@ WIDE = 67
 """Numbers of a value, by which its blocks are known among all tensors of the process."""
 
 
-class Attention(PairTerms):
+class Attention(SoftmaxTerms):
     """exp(q·k) v, and a scale that all pairs share."""
 
     def logits(self, q, k, shared):
@@ -31,8 +31,6 @@ class Attention(PairTerms):
 
 class Messages(PairTerms):
     """tanh(a (q - k)), added up."""
-
-    softmax = False
 
     def weighted(self, w, q, k, shared):
         apart = q[0].unsqueeze(-1) - k[0].unsqueeze(-2)
