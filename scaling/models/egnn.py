@@ -43,7 +43,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from data_pipeline.batch import GeometricBatch
-from data_pipeline.errors import OptionError
 from scaling.algebra.norms import smooth_sqrt
 from scaling.models.layers import Linear, mlp
 from scaling.models.protocol import Channels, Model
@@ -115,11 +114,6 @@ class EGNN(Model):
             "virtual_nodes": 2,
             "coordinates_gain": 1.0,
         }
-
-    def check_longest(self, tokens: int) -> None:
-        if self.neighbours >= tokens:
-            rule = f"no sequence is longer than {tokens} tokens: {tokens - 1} others at most"
-            raise OptionError("neighbours", self.neighbours, rule)
 
     def move(self, batch: GeometricBatch, shard: SequenceShard | None) -> GeometricBatch:
         rows = MaskedRows.of(batch, shard)

@@ -137,11 +137,6 @@ class Equiformer(Model):
         sizes = {"neighbours": 4, "channels": 8, "layers": 2, "heads": 2, "head_channels": None}
         return sizes | {"lmax": 2, "basis": 6, "radial_hidden": 6, "separations": 4}
 
-    def check_longest(self, tokens: int) -> None:
-        if self.neighbours >= tokens:
-            rule = f"no sequence is longer than {tokens} tokens: {tokens - 1} others at most"
-            raise OptionError("neighbours", self.neighbours, rule)
-
     def move(self, batch: GeometricBatch, shard: SequenceShard | None) -> GeometricBatch:
         rows = MaskedRows.of(batch, shard)
         points, v, s = map(rows.zero_invalid, (batch.points, batch.vectors, batch.scalars))

@@ -18,7 +18,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from data_pipeline.batch import GeometricBatch
-from data_pipeline.errors import OptionError
 from scaling.algebra.norms import smooth_sqrt
 from scaling.models.layers import ChannelLinear
 from scaling.ops.latents import BodyLatents
@@ -53,11 +52,6 @@ class LocalMessages(Tiled):
         self.distance = nn.Parameter(torch.randn(channels))
         self.read_scalars = ChannelLinear(channels, channels)
         self.push = ChannelLinear(channels, channels)
-
-    def check_longest(self, tokens: int) -> None:
-        if self.kind == "neighbours" and self.neighbours >= tokens:
-            rule = f"no sequence is longer than {tokens} tokens: {tokens - 1} others at most"
-            raise OptionError("neighbours", self.neighbours, rule)
 
     def forward(self, f: Scalars, x: Vectors, batch: GeometricBatch, rows: MaskedRows) -> Streams:
         points, _ = rows.centre(rows.zero_invalid(batch.points))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data_pipeline.batch import GeometricBatch
 from data_pipeline.counter_rng import hash64, normals, rotations
-from data_pipeline.errors import ConfigError, ShapeError
+from data_pipeline.errors import ConfigError, OptionError, ShapeError
 from scaling.execution import Execution
 from scaling.ops.tiles import Tiled, set_execution
 from scaling.parallel.collectives import global_sums
@@ -42,6 +42,8 @@ class Model(Tiled, ABC):
     """The option that `build(parameters=...)` chooses."""
     width_divisor: ClassVar[str | None] = None
     """The option that must divide it."""
+    neighbours: int = 0
+    """That it looks for, of each token; 0: none."""
     gathers_whole = False
 
     def __init__(self, vectors: int, scalars: int) -> None:
@@ -58,8 +60,11 @@ class Model(Tiled, ABC):
         """The model, on a shard of its own layout."""
 
     def check_longest(self, tokens: int) -> None:
-        """Raises OptionError if sequences of that many tokens at most are too short for an option;
-        a batch of short ones among longer is none."""
+        """Raises OptionError if sequences of that many tokens at most have too few neighbours; a
+        batch of short ones among longer is none."""
+        if self.neighbours and self.neighbours >= tokens:
+            rule = f"no sequence is longer than {tokens} tokens: {tokens - 1} others at most"
+            raise OptionError("neighbours", self.neighbours, rule)
 
     def work(self, length: int, ranks: int = 1) -> Work:
         """What a training step must compute, move and exchange for a full row of that many tokens

@@ -106,6 +106,7 @@ class SE3Hyena(StreamModel):
         inputs = 1 + vectors
         self.local = LocalWeights(2 * inputs, scalars, channels, local) if local else None
         self.messages = self.context = None
+        self.neighbours = neighbours * (messages == "neighbours")
         if messages != "none":
             self.messages = LocalMessages(channels, messages, neighbours)
         if context:
@@ -126,10 +127,6 @@ class SE3Hyena(StreamModel):
             return f, x
         own = torch.cat([inputs, previous], 1)
         return f, x + zero_invalid(self.local(own, zero_invalid(scalars, mask)), mask)
-
-    def check_longest(self, tokens: int) -> None:
-        if self.messages is not None:
-            self.messages.check_longest(tokens)
 
     def prepare(
         self, f: Scalars, x: Vectors, batch: GeometricBatch, rows: MaskedRows

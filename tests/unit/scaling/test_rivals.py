@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from data_pipeline.batch import GeometricBatch
+from data_pipeline.errors import OptionError
 from scaling.algebra.clifford import embed, grade_0, grade_1
 from scaling.algebra.vectors import principal_axes
 from scaling.models import build
@@ -201,3 +202,10 @@ def test_straight_motion_is_straight():
     out = model(GeometricBatch(points, velocities))
     assert torch.equal(out.points, points + 0.5 * velocities[:, 0])
     assert torch.equal(out.vectors, velocities)
+
+
+def test_too_few_others_are_refused_where_neighbours_are_asked_for():
+    with pytest.raises(OptionError, match="neighbours=5: no sequence is longer than 5 tokens"):
+        build("geometric_hyena", 1, 1, neighbours=5).check_longest(5)
+    build("geometric_hyena", 1, 1, neighbours=5).check_longest(6)
+    build("geometric_hyena", 1, 1, neighbours=5, messages="pairs").check_longest(2)
