@@ -27,6 +27,17 @@ def check_options(options: Any) -> None:
             raise OptionError(field.name, value, rule_of(error)) from None
 
 
+def parameters_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """What a function or a class takes, its annotations resolved; `**options` of a class are those
+    of its base that it does not name itself."""
+    own = dict(inspect.signature(function, eval_str=True).parameters)
+    rest = [name for name, p in own.items() if p.kind is inspect.Parameter.VAR_KEYWORD]
+    if not rest or not isinstance(function, type):
+        return own
+    del own[rest[0]]
+    return parameters_of(function.__mro__[1]) | own
+
+
 def check_arguments(what: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
     """Raises unless a function takes these keyword arguments, by its signature's annotations.
 
@@ -34,7 +45,7 @@ def check_arguments(what: str, function: Callable[..., Any], options: Mapping[st
         ConfigError: an argument that it does not have; names those that it has.
         OptionError: a value that its annotation forbids.
     """
-    parameters = inspect.signature(function, eval_str=True).parameters
+    parameters = parameters_of(function)
     for key, value in options.items():
         if key not in parameters:
             raise ConfigError(f"{what} has no option {key}; it has {', '.join(parameters)}")

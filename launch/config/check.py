@@ -19,7 +19,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, TypeAdapter, ValidationError
 
 from data_pipeline.errors import ConfigError, OptionError
-from data_pipeline.options import rule_of
+from data_pipeline.options import parameters_of, rule_of
 
 T = TypeVar("T")
 
@@ -65,7 +65,7 @@ def build(
 
 def check_choices(config: Any, written: Mapping[str, str]) -> None:
     """Every section of a configuration that is a Choice, against its registry."""
-    for section, parameter in _parameters(type(config)).items():
+    for section, parameter in parameters_of(type(config)).items():
         for mark in typing.get_args(parameter.annotation):
             if isinstance(mark, Choice):
                 choice, registry = getattr(config, section), resolve_name(mark.registry)
@@ -122,11 +122,11 @@ def _arguments(
     registry: Mapping[str, Callable] = {},
 ) -> dict[str, Any]:
     """The values, checked against what the function takes; errors say who else takes them."""
-    parameters = {k: p for k, p in _parameters(function).items() if k not in filled}
+    parameters = {k: p for k, p in parameters_of(function).items() if k not in filled}
     for key in values:
         if key not in parameters:
             hint = _nearest_key(key, parameters, prefix)
-            if others := [name for name, made in registry.items() if key in _parameters(made)]:
+            if others := [name for name, made in registry.items() if key in parameters_of(made)]:
                 hint += f"; it is of {prefix[:-1]}={' or '.join(others)}"
             raise ConfigError(f"unknown key {prefix}{key}{chosen}{hint}")
     arguments = {}
@@ -148,7 +148,7 @@ def _nearest_key(key: str, parameters: Mapping[str, inspect.Parameter], prefix: 
         inner: f"{prefix}{outer}.{inner}"
         for outer, parameter in parameters.items()
         if is_dataclass(parameter.annotation) and isinstance(parameter.annotation, type)
-        for inner in _parameters(parameter.annotation)
+        for inner in parameters_of(parameter.annotation)
     } | {name: prefix + name for name in parameters}
     near = difflib.get_close_matches(key, places, n=1, cutoff=0.6)
     return f", did you mean {places[near[0]]}?" if near else f"; it has: {', '.join(parameters)}"
@@ -172,11 +172,6 @@ def _checked(annotation: Any, value: Any, written: Mapping[str, str], place: str
             rule += f"; one run takes one value (a list: {place}=[a,b])"
     section, _, key = place.rpartition(".")
     raise OptionError(key, repr(value), rule, section)
-
-
-def _parameters(function: Callable) -> Mapping[str, inspect.Parameter]:
-    """What a function, or a dataclass, takes, its annotations resolved."""
-    return inspect.signature(function, eval_str=True).parameters
 
 
 @contextmanager

@@ -1,13 +1,12 @@
 """One file a model; models hold no process group."""
 
 from bisect import bisect_left
-from inspect import signature
 from typing import Any
 
 import torch
 
 from data_pipeline.errors import ConfigError, OptionError
-from data_pipeline.options import check_arguments
+from data_pipeline.options import check_arguments, parameters_of
 from scaling.models.clifford_mlp import CliffordMLPModel
 from scaling.models.egnn import EGNN
 from scaling.models.equiformer import Equiformer
@@ -86,7 +85,7 @@ def reachable_widths(
         raise OptionError("parameters", parameters, "must be a whole number from 1")
     step = 1
     if divisor := kind.width_divisor:
-        step = options.get(divisor, signature(kind).parameters[divisor].default)
+        step = options.get(divisor, parameters_of(kind)[divisor].default)
 
     def count(value: int) -> int:
         with torch.device("meta"):

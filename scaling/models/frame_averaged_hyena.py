@@ -12,15 +12,13 @@ to gradients.
 
 from itertools import product
 from math import prod
-from typing import Annotated
+from typing import Any
 
 import torch
-from annotated_types import Ge, Gt
 from jaxtyping import Float
 from torch import Tensor
 
 from scaling.algebra.vectors import principal_axes
-from scaling.long_conv.operators import Padding
 from scaling.models.coordinates import Features, Vectors
 from scaling.models.hyena import Hyena
 from scaling.models.protocol import Channels
@@ -33,35 +31,13 @@ class FrameAveragedHyena(Hyena):
         vectors: free vector channels of the input, besides the points.
         scalars: scalar channels of the input.
         reflections: average over mirrored frames too; E(3) instead of SE(3), at twice the cost.
-        The others are `Hyena`'s.
+        options: those of `Hyena`, as there.
     """
 
     def __init__(
-        self,
-        vectors: Channels,
-        scalars: Channels,
-        channels: Annotated[int, Ge(1)] = 32,
-        blocks: Annotated[int, Ge(1)] = 2,
-        filter_hidden: Annotated[int, Ge(1)] = 32,
-        filter_waves: Annotated[int, Ge(0)] = 8,
-        horizon: Annotated[float, Gt(0)] = 1024.0,
-        padding: Padding = "causal",
-        readout: float = 1.0,
-        positions: Annotated[int, Ge(0)] = 0,
-        reflections: bool = False,
+        self, vectors: Channels, scalars: Channels, reflections: bool = False, **options: Any
     ) -> None:
-        super().__init__(
-            vectors,
-            scalars,
-            channels,
-            blocks,
-            filter_hidden,
-            filter_waves,
-            horizon,
-            padding,
-            readout,
-            positions,
-        )
+        super().__init__(vectors, scalars, **options)
         self.symmetry = "E(3)" if reflections else "SE(3)"
         every = list(product((1.0, -1.0), repeat=3))
         self.signs = every if reflections else [signs for signs in every if prod(signs) > 0]

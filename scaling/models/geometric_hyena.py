@@ -15,46 +15,30 @@ from typing import Annotated, Any
 
 from annotated_types import Ge
 
-from scaling.long_conv.operators import Padding
 from scaling.models.messages import Messages
 from scaling.models.protocol import Channels
 from scaling.models.se3_hyena import SE3Hyena
 
 
 class GeometricHyena(SE3Hyena):
-    """Args: those of `SE3Hyena`; other defaults."""
+    """
+    Args:
+        options: the others of `SE3Hyena`, as there.
+    """
 
     def __init__(
         self,
         vectors: Channels,
         scalars: Channels,
-        channels: Annotated[int, Ge(1)] = 16,
-        hidden: Annotated[int, Ge(1)] = 16,
-        operators: Annotated[int, Ge(1)] = 2,
-        gate_hidden: Annotated[int, Ge(1)] = 8,
-        padding: Padding = "circular",
         chiral: bool = True,
-        readout: float = 1.0,
         normalise: bool = True,
         messages: Messages = "neighbours",
-        neighbours: Annotated[int, Ge(1)] = 16,
         context: Annotated[int, Ge(0)] = 4,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            vectors,
-            scalars,
-            channels,
-            hidden,
-            operators,
-            gate_hidden,
-            padding,
-            chiral,
-            readout,
-            normalise=normalise,
-            messages=messages,
-            neighbours=neighbours,
-            context=context,
-        )
+        switches: dict[str, Any] = {"normalise": normalise, "messages": messages}
+        switches |= {"chiral": chiral, "context": context}
+        super().__init__(vectors, scalars, **switches, **options)
 
     @classmethod
     def tiny(cls) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from data_pipeline.options import parameters_of
+
 
 @dataclass(frozen=True)
 class NotIdentity:
@@ -75,7 +77,7 @@ class Identity:
 
 
 def _options(taker: Callable, options: Mapping[str, Any]) -> dict[str, Option]:
-    parameters = inspect.signature(taker, eval_str=True).parameters
+    parameters = parameters_of(taker)
     found = {}
     for key in dict.fromkeys([*options, *parameters]):
         default, marks = None, ()
