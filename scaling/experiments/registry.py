@@ -8,6 +8,7 @@ from scaling.experiments.cases.equivariance import Equivariance
 from scaling.experiments.cases.long_conv import LongConv
 from scaling.experiments.cases.machine import Machine
 from scaling.experiments.cases.models import Models
+from scaling.experiments.cases.neighbours import NeighbourSearch
 from scaling.experiments.cases.scaling import Scaling
 from scaling.experiments.cases.sweep import Sweep
 from scaling.experiments.cases.train_step import TrainStep
@@ -22,6 +23,7 @@ BENCHES: dict[str, type[Experiment]] = {
     "long_conv": LongConv,
     "machine": Machine,
     "models": Models,
+    "neighbours": NeighbourSearch,
     "scaling": Scaling,
     "train_step": TrainStep,
 }

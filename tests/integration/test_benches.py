@@ -262,3 +262,45 @@ def test_attention_says_from_which_length_on_it_is_slower(ratios, said):
     concluded, remarks = Attention([1]).conclude(rows)
     assert f"- Plain attention: {said}; N = 2,000 would take 5 GiB.\n" in remarks
     assert concluded == rows[:-1]
+
+
+TWO_MODELS = (
+    "bench.names=[clifford_mlp,transformer]",
+    "bench.lengths=[16,64]",
+    "bench.sp=[1]",
+    "bench.steps=1",
+    "bench.parameters=5000",
+)
+
+
+def test_models_are_measured_beside_the_first(small):
+    rows, summary = small("models", *TWO_MODELS)
+    for name in ("clifford_mlp", "transformer"):
+        assert rows[f"{name}: step", 16] > 0 and rows[f"{name}: memory", 64] > 0
+        assert f"{name}: step / clifford_mlp's" in summary
+
+
+def test_models_stop_where_a_step_would_take_too_long(small):
+    rows, summary = small("models", *TWO_MODELS, "bench.limit_s=1e-9")
+    assert {length for case, length in rows if "would take" not in case} == {16}
+    assert "- transformer: would take" in summary and "N = 64" in summary
+
+
+def test_equivariance_is_measured_in_every_precision(small):
+    rows, _ = small(
+        "equivariance",
+        "bench.names=[clifford_mlp,transformer]",
+        "bench.lengths=[20]",
+        "bench.sp=[1]",
+    )
+    assert rows["clifford_mlp: turned, float64", 20] < 1e-12
+    assert 1e-12 < rows["clifford_mlp: mirrored, float32", 20] < 1e-5
+    assert 1e-5 < rows["clifford_mlp: turned, bf16", 20] < 0.1
+    assert rows["transformer: turned, float64", 20] > 0.1
+
+
+def test_the_search_for_neighbours_is_set_against_its_goals(small):
+    rows, summary = small("neighbours", "bench.lengths=[64,256]", "bench.neighbours=4")
+    for kind in ("chain", "uniform"):
+        assert 4 * 64 < rows[f"{kind}: distances / (N k)", 64] < 50 * 4 * 64
+        assert f"| {kind}: longest / shortest |" in summary and "<= 12" in summary
