@@ -28,6 +28,9 @@ class CliffordMLPModel(StreamModel):
         blocks: Clifford MLPs.
         readout: scale of the initial read-out; small where the answer is near the input.
         positions: sines and cosines of a token's place that join its scalars.
+        layers: of the Clifford MLPs.
+        local: width of an MLP that weighs a token's own vectors (its and the one before's) into the
+            vector channels by their products; 0: none.
     """
 
     width = "hidden"
@@ -41,9 +44,11 @@ class CliffordMLPModel(StreamModel):
         blocks: Annotated[int, Ge(1)] = 2,
         readout: float = 1.0,
         positions: Annotated[int, Ge(0)] = 0,
+        layers: Annotated[int, Ge(1)] = 2,
+        local: Annotated[int, Ge(0)] = 0,
     ) -> None:
-        made = (CliffordBlock(channels, hidden) for _ in range(blocks))
-        super().__init__(vectors, scalars, channels, made, readout, positions)
+        made = (CliffordBlock(channels, hidden, layers) for _ in range(blocks))
+        super().__init__(vectors, scalars, channels, made, readout, positions, local)
 
     @classmethod
     def tiny(cls) -> dict[str, Any]:
@@ -53,9 +58,9 @@ class CliffordMLPModel(StreamModel):
 class CliffordBlock(Block):
     """One block; nothing is carried."""
 
-    def __init__(self, channels: int, hidden: int) -> None:
+    def __init__(self, channels: int, hidden: int, layers: int) -> None:
         super().__init__()
-        self.xi = CliffordMLP(channels, hidden, channels, grades=2)
+        self.xi = CliffordMLP(channels, hidden, channels, layers, grades=2)
 
     def project(self, f: Scalars, x: Vectors, mask: Mask) -> tuple[Tensor, ...]:
         update = self.xi(embed(f, x))

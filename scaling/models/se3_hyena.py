@@ -39,7 +39,6 @@ from scaling.algebra.norms import smooth_sqrt
 from scaling.algebra.vectors import cross
 from scaling.long_conv.operators import Padding, geometric_long_conv
 from scaling.models.blocks import Block, Mask
-from scaling.models.layers import LocalWeights
 from scaling.models.messages import ContextTokens, LocalMessages, Messages
 from scaling.models.protocol import Channels
 from scaling.models.streams import OfBody, Scalars, StreamModel, Vectors
@@ -100,11 +99,9 @@ class SE3Hyena(StreamModel):
             )
             for _ in range(operators)
         )
-        super().__init__(vectors, scalars, channels, blocks, readout)
+        super().__init__(vectors, scalars, channels, blocks, readout, local=local)
         self.symmetry = "SE(3)" if chiral else "E(3)"
         self.salience = salience
-        inputs = 1 + vectors
-        self.local = LocalWeights(2 * inputs, scalars, channels, local) if local else None
         self.messages = self.context = None
         self.neighbours = neighbours * (messages == "neighbours")
         if messages != "none":
@@ -118,15 +115,6 @@ class SE3Hyena(StreamModel):
 
     def features(self, batch: GeometricBatch, rows: MaskedRows) -> tuple[Tensor, ...]:
         return (rows.standardise(batch.scalars) if self.salience else batch.scalars[:, :0],)
-
-    def enter(
-        self, inputs: Vectors, previous: Vectors, scalars: Float[Tensor, "b s n"], mask: Mask
-    ) -> tuple[Tensor, Tensor]:
-        f, x = super().enter(inputs, previous, scalars, mask)
-        if self.local is None:
-            return f, x
-        own = torch.cat([inputs, previous], 1)
-        return f, x + zero_invalid(self.local(own, zero_invalid(scalars, mask)), mask)
 
     def prepare(
         self, f: Scalars, x: Vectors, batch: GeometricBatch, rows: MaskedRows

@@ -1,6 +1,7 @@
 """What equivariant models share: streams of scalars and vectors, changed block by block.
 
-    x = E_x [y, y of the token before],   y the centred points and the vectors
+    x = E_x [y, y of the token before] (+ its own vectors, weighed by their products),
+        y the centred points and the vectors
     f = E_f [scalars, log(1 + |y|), place] + b
     f, x <- block(f, x),   block after block; what mixes tokens
     points, vectors += R_x x,   scalars += R_f f + b
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from data_pipeline.batch import GeometricBatch
 from scaling.algebra.norms import smooth_sqrt
 from scaling.models.blocks import Block, Mask
-from scaling.models.layers import ChannelLinear, sinusoids
+from scaling.models.layers import ChannelLinear, LocalWeights, sinusoids
 from scaling.models.protocol import Model
 from scaling.ops.masked_rows import MaskedRows, zero_invalid
 from scaling.ops.offload import offloading
@@ -36,6 +37,8 @@ class StreamModel(Model):
         blocks: made after the maps into the streams.
         readout: scale of the initial read-out; small where the answer is near the input.
         positions: sines and cosines of a token's place in its body that join its scalars.
+        local: width of an MLP that weighs a token's own vectors (its and the one before's) into the
+            vector channels by their products; 0: none.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class StreamModel(Model):
         blocks: Iterable[Block],
         readout: float = 1.0,
         positions: int = 0,
+        local: int = 0,
     ) -> None:
         super().__init__(vectors, scalars)
         self.positions = positions
@@ -55,6 +59,7 @@ class StreamModel(Model):
         self.operators = nn.ModuleList(blocks)
         self.read_vectors = ChannelLinear(channels, inputs, gain=readout)
         self.read_scalars = ChannelLinear(channels, scalars, bias=True, gain=readout)
+        self.local = LocalWeights(2 * inputs, scalars, channels, local) if local else None
 
     def features(self, batch: GeometricBatch, rows: MaskedRows) -> tuple[Tensor, ...]:
         """Of the input's tokens, for every block's `project`."""
@@ -87,8 +92,9 @@ class StreamModel(Model):
     ) -> tuple[Tensor, Tensor]:
         """Of each token, the streams."""
         norms = torch.log1p(smooth_sqrt(inputs.square().sum(2)))
-        x = self.embed_vectors(torch.cat([inputs, previous], 1))
-        return self.embed_scalars(torch.cat([zero_invalid(scalars, mask), norms], 1)), x
+        own, scalars = torch.cat([inputs, previous], 1), zero_invalid(scalars, mask)
+        f, x = self.embed_scalars(torch.cat([scalars, norms], 1)), self.embed_vectors(own)
+        return f, x if self.local is None else x + zero_invalid(self.local(own, scalars), mask)
 
     def leave(self, f: Scalars, x: Vectors, mask: Mask) -> tuple[Tensor, Tensor]:
         """What the last block's streams add to the input."""
