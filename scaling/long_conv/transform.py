@@ -15,6 +15,7 @@ Of L tokens of a rank the L // 2 + 1 complex bins of rfft_L travel.
 
 from collections.abc import Generator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from math import prod
 
@@ -52,7 +53,7 @@ class Frequencies:
         """T."""
         return self.local * self.ranks
 
-    @property
+    @cached_property
     def slices(self) -> list[range]:
         """The bins of every rank."""
         bins = self.local // 2 + 1

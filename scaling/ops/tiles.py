@@ -162,7 +162,7 @@ def kept_per_token(part: Part, tensors: Sequence[Tensor]) -> float:
         found: dict[int, Tensor] = {}
 
         def pack(x: Tensor) -> Tensor:
-            return found.setdefault(x.untyped_storage().data_ptr(), x)
+            return found.setdefault(x.untyped_storage()._cdata, x)
 
         some = [x[..., :tokens].clone() for x in tensors]
         with torch.enable_grad(), saved_tensors_hooks(pack, lambda x: x):

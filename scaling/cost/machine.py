@@ -1,0 +1,213 @@
+"""What a rank's processor and the network between ranks can do: measured here, or by data sheets.
+
+Presets are peaks that the vendors publish and shares of them that codes usually reach. None of them
+has been measured here.
+
+    A100    NVIDIA A100 80GB SXM data sheet: TF32 156 (not used here: products are float32), FP32
+            19.5, BF16 312 TFLOP/s, 2,039 GB/s; NVLink 600 GB/s both ways together
+    H100    NVIDIA H100 SXM data sheet: FP32 67, BF16 989 TFLOP/s, 3.35 TB/s; NVLink 900 GB/s
+    H200    NVIDIA H200 SXM data sheet: as H100, 4.8 TB/s, 141 GB
+    NVLink  half of the two-way figure: H100's; InfiniBand: one NDR port a GPU, 400 Gbit/s
+    shares  matrix products 0.7 and memory 0.8 of the peak; 6 us for the host to start an operator
+            and its Python; 15 and 25 us for a collective to begin: usual orders of magnitude
+"""
+
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import log2
+from statistics import geometric_mean
+from typing import Any
+
+from data_pipeline.errors import ConfigError
+from scaling.cost.trace import Operator, StepTrace
+from scaling.runs.folder import RunFolder
+from scaling.runs.rows import Row
+
+
+@dataclass(frozen=True)
+class Network:
+    """Between the ranks of a collective."""
+
+    name: str
+    latency_s: float
+    """Of a collective of two ranks."""
+    bytes_per_s: float
+    """Sent by a rank."""
+    measured: bool = False
+
+    def seconds(self, calls: float, sent: float, ranks: int) -> float:
+        """Of collectives; the latency grows with the logarithm of the ranks."""
+        if ranks == 1:
+            return 0.0
+        return calls * self.latency_s * log2(ranks) + sent / self.bytes_per_s
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Of one rank."""
+
+    name: str
+    device: str
+    """cpu or cuda."""
+    products: Mapping[int, float]
+    """Matrix products in float32 by their smallest side, flop/s."""
+    transforms: Mapping[int, float]
+    """Real Fourier transforms by length, flop/s."""
+    memory: float
+    """byte/s."""
+    cache: float
+    """Of operators whose tensors fit the cache, byte/s."""
+    call_s: float
+    """To start an operator."""
+    cache_bytes: int = 0
+    products_bf16: Mapping[int, float] | None = None
+    factors: Mapping[str, float] = field(default_factory=dict)
+    """Measured time of each part over what the rates say; 1 where nothing was measured."""
+    measured: bool = False
+    network: Network | None = None
+
+    def seconds(self, operator: Operator, bf16: bool = False) -> float:
+        """Of one call: arithmetic or memory bounds it."""
+        rates = (self.products_bf16 if bf16 else None) or self.products
+        arithmetic = moved = 0.0
+        if operator.matrix_flops:
+            arithmetic = operator.matrix_flops / between(rates, operator.side)
+        if operator.transform_flops:
+            arithmetic = operator.transform_flops / between(self.transforms, operator.length)
+        if operator.bytes:
+            cached = operator.bytes <= self.cache_bytes
+            moved = operator.bytes / (self.cache if cached else self.memory)
+        return max(arithmetic, moved) + self.call_s
+
+    def seconds_by_part(self, trace: StepTrace, bf16: bool = False) -> dict[str, float]:
+        """Of all that a step computes."""
+        seconds: dict[str, float] = defaultdict(float)
+        for (part, operator), calls in trace.operators.items():
+            seconds[part] += calls * self.seconds(operator, bf16) * self.factors.get(part, 1.0)
+        return dict(seconds)
+
+
+def between(rates: Mapping[int, float], size: int) -> float:
+    """The rate at a size: a power law between the sizes that are known, the nearest beyond."""
+    sizes = sorted(rates)
+    place = bisect_left(sizes, size)
+    if place in (0, len(sizes)):
+        return rates[sizes[min(place, len(sizes) - 1)]]
+    low, high = sizes[place - 1], sizes[place]
+    share = log2(size / low) / log2(high / low)
+    return rates[low] ** (1 - share) * rates[high] ** share
+
+
+def _gpu(name: str, fp32: float, bf16: float, memory: float) -> Machine:
+    """Peaks in TFLOP/s and TB/s."""
+    any_side = {64: 0.7e12 * fp32}
+    return Machine(name, "cuda", any_side, any_side, 0.8e12 * memory, 0.8e12 * memory, 6e-6,
+                   products_bf16={64: 0.7e12 * bf16})  # fmt: skip
+
+
+MACHINES = {
+    "a100": _gpu("A100 80GB SXM", 19.5, 312, 2.039),
+    "h100": _gpu("H100 SXM", 67, 989, 3.35),
+    "h200": _gpu("H200 SXM", 67, 989, 4.8),
+}
+NETWORKS = {
+    "nvlink": Network("NVLink", 15e-6, 0.8 * 450e9),
+    "infiniband": Network("InfiniBand NDR", 25e-6, 0.8 * 50e9),
+    "ethernet": Network("Ethernet, 100 Gbit/s", 50e-6, 0.8 * 12.5e9),
+}
+NODE = 8
+"""GPUs that NVLink joins."""
+THIS = "benches/machine"
+CACHE_BYTES = 8 << 20
+"""Tensors of an operator that stay in a CPU core's caches, about."""
+
+
+def machine_named(name: str) -> Machine:
+    """A preset, `this` (what `bench=machine` measured here), or what a folder of that bench says.
+
+    Raises:
+        ConfigError: no such preset or folder.
+    """
+    if name in MACHINES:
+        return MACHINES[name]
+    folder = RunFolder(THIS if name == "this" else name)
+    if not folder.rows():
+        if name == "this" or folder.path.is_dir():
+            raise ConfigError(f"machine={name}: {folder.path} holds no measurements of a machine: "
+                              "python -m launch bench bench=machine")  # fmt: skip
+        raise ConfigError(f"machine={name}: no preset and no folder; presets: this, "
+                          f"{', '.join(MACHINES)}, or the folder of a bench=machine")  # fmt: skip
+    return measured_machine(folder.rows(), folder.config()["bench"], str(folder.path))
+
+
+def network_named(name: str) -> Network:
+    if name not in NETWORKS:
+        raise ConfigError(f"network={name}: no preset; presets: {', '.join(NETWORKS)}")
+    return NETWORKS[name]
+
+
+def measured_machine(rows: Sequence[Row], options: Mapping[str, Any], name: str) -> Machine:
+    """From the rows of a bench=machine: peaks of one thread, an exchange of two ranks, and by how
+    much each part of its steps took longer than its operators at these peaks.
+
+    Args:
+        options: of the bench.
+    """
+    value = {(each["case"], each["length"]): each["value"] for each in rows if "case" in each}
+    one = {(case.removeprefix("1 thread: "), n): x for (case, n), x in value.items()
+           if case.startswith("1 thread: ")}  # fmt: skip
+    try:
+        machine = Machine(
+            name,
+            "cpu",
+            _products(one, "float32"),
+            {n: 1e9 * x for (case, n), x in one.items() if case == "real transform"},
+            1e9 * max(one["copy", 0], one["triad", 0]),
+            8e9 * one["a + b c in cache", 0],  # 16 bytes are moved for 2 flops
+            1e-6 * one.get(("an operator of one number", 0), 5.0),
+            CACHE_BYTES,
+            _products(one, "bfloat16"),
+            measured=True,
+            network=Network("this machine's", 1e-6 * value["all-to-all: latency", 0],
+                            1e9 * value["all-to-all: sent by a rank", 0], True),
+        )  # fmt: skip
+    except (KeyError, ValueError):
+        raise ConfigError(f"{name} lacks some of a machine's peaks; measure it to the end: "
+                          "python -m launch bench bench=machine") from None  # fmt: skip
+    return replace(machine, factors=_factors(machine, value, options))
+
+
+def _products(one: Mapping[tuple[str, int], float], dtype: str) -> dict[int, float]:
+    """The fastest of each smallest side, flop/s."""
+    rates: dict[int, float] = {}
+    for (case, _), x in one.items():
+        if case.endswith(dtype):
+            side = int(case.partition(" x ")[0].strip("("))
+            rates[side] = max(rates.get(side, 0.0), 1e9 * x)
+    return rates
+
+
+def _factors(
+    machine: Machine, value: Mapping[tuple[str, int], float], options: Mapping[str, Any]
+) -> dict[str, float]:
+    """Of each part, the mean over the bench's steps."""
+    from scaling.cost.trace import PARTS, trace_step
+    from scaling.execution import Execution
+    from scaling.models import build
+
+    ratios: dict[str, list[float]] = defaultdict(list)
+    channels = {key: options[key] for key in ("vectors", "scalars")}
+    for name, section in options["models"].items():
+        for n in options["lengths"]:
+            if not any((f"{name}: {part}", n) in value for part in PARTS):
+                continue
+            trace = trace_step(build(**section, **channels), Execution(**options["execution"]), n)
+            least = machine.seconds_by_part(trace)
+            for part in PARTS:
+                if (f"{name}: {part}", n) in value and least.get(part):
+                    ratios[part].append(value[f"{name}: {part}", n] / least[part])
+    return {part: geometric_mean(some) for part, some in ratios.items()}
+
+
