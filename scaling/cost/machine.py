@@ -21,7 +21,9 @@ from statistics import geometric_mean
 from typing import Any
 
 from data_pipeline.errors import ConfigError
-from scaling.cost.trace import Operator, StepTrace
+from scaling.cost.trace import PARTS, Operator, StepTrace, trace_step
+from scaling.execution import Execution
+from scaling.models import build
 from scaling.runs.folder import RunFolder
 from scaling.runs.rows import Row
 
@@ -139,7 +141,7 @@ def machine_named(name: str) -> Machine:
                               "python -m launch bench bench=machine")  # fmt: skip
         raise ConfigError(f"machine={name}: no preset and no folder; presets: this, "
                           f"{', '.join(MACHINES)}, or the folder of a bench=machine")  # fmt: skip
-    return measured_machine(folder.rows(), folder.config()["bench"], str(folder.path))
+    return measured_machine(folder.rows(), folder.identity()["bench"], str(folder.path))
 
 
 def network_named(name: str) -> Network:
@@ -193,21 +195,13 @@ def _factors(
     machine: Machine, value: Mapping[tuple[str, int], float], options: Mapping[str, Any]
 ) -> dict[str, float]:
     """Of each part, the mean over the bench's steps."""
-    from scaling.cost.trace import PARTS, trace_step
-    from scaling.execution import Execution
-    from scaling.models import build
-
     ratios: dict[str, list[float]] = defaultdict(list)
     channels = {key: options[key] for key in ("vectors", "scalars")}
     for name, section in options["models"].items():
-        for n in options["lengths"]:
-            if not any((f"{name}: {part}", n) in value for part in PARTS):
-                continue
+        for n in sorted({n for case, n in value if case.startswith(f"{name}: ")}):
             trace = trace_step(build(**section, **channels), Execution(**options["execution"]), n)
             least = machine.seconds_by_part(trace)
             for part in PARTS:
                 if (f"{name}: {part}", n) in value and least.get(part):
                     ratios[part].append(value[f"{name}: {part}", n] / least[part])
     return {part: geometric_mean(some) for part, some in ratios.items()}
-
-

@@ -13,6 +13,7 @@ from data_pipeline.counter_rng import hash64
 from data_pipeline.stream.stream import AHEAD
 from data_pipeline.tasks.protocol import Task
 from scaling.cost.trace import (
+    KEPT,
     TILE,
     StepTrace,
     forward_and_backward,
@@ -72,18 +73,22 @@ class Job:
         )
 
 
-def memory_by_part(job: Job, trace: StepTrace) -> dict[str, int]:
-    """Bytes of one rank at its peak; on a CPU call it in a process that has loaded what a rank
-    loads, and has done nothing large yet: its memory counts."""
-    activations = {purpose: round(size) for purpose, size in trace.held.items()}
-    parts = {**_states(job), "data": job.data_bytes, **activations}
-    if job.device != "cpu":
-        return parts
-    process, tile = _process(job)
-    # What a tile leaves on the heap, beyond the tile itself, which is counted already.
-    holes = max(tile - job.execution.tile_budget("cpu"), 0)
-    parts[TILE] = holes + parts.get(TILE, 0)
-    return {"process": process} | parts
+def memory_by_part(job: Job, trace: StepTrace, process: tuple[int, int] = (0, 0)) -> dict[str, int]:
+    """Bytes of one rank at its peak.
+
+    Args:
+        process: of a CPU's rank, see `process_bytes`.
+    """
+    parts = {**_states(job), "data": job.data_bytes}
+    parts |= {purpose: round(size) for purpose, size in trace.held.items()}
+    if job.execution.offload != "none":
+        parts.pop(KEPT, None)
+    itself, heap = process
+    if itself:
+        # What a tile leaves on the heap, beyond the tile itself, which is counted already.
+        holes = max(heap - job.execution.tile_budget("cpu"), 0)
+        parts = {"process": itself} | parts | {TILE: holes + parts.get(TILE, 0)}
+    return parts
 
 
 def sample_bytes(task: Task, length: int, rows: int, micro_batches: int, sp: int) -> int:
@@ -98,8 +103,9 @@ def sample_bytes(task: Task, length: int, rows: int, micro_batches: int, sp: int
     return round(copies * size * n / few)
 
 
-def _process(job: Job) -> tuple[int, int]:
-    """What this process holds after a small step: by itself, and on the heap that tiles left."""
+def process_bytes(job: Job) -> tuple[int, int]:
+    """What a CPU's process holds after a small step: by itself, and on the heap that tiles left.
+    Call it in a process that has loaded what a rank loads, and has done nothing large yet."""
     return_large_blocks()
     set_execution(job.model, job.execution)
     kept = max(most_kept_per_token(job.model), 1.0)
@@ -110,8 +116,8 @@ def _process(job: Job) -> tuple[int, int]:
     job.model.zero_grad()
     whole = resident_bytes()
     trim_heap()
-    process = resident_bytes()
-    return process, whole - process
+    itself = resident_bytes()
+    return itself, whole - itself
 
 
 def _states(job: Job) -> dict[str, int]:

@@ -40,8 +40,8 @@ part of a tile where it has not: tokens are the last axis."""
 PARTS = ("projection", "transforms", "pairs", "other")
 """Timed ranges that operators belong to; other: outside of all, or of none of these."""
 _FFT = (torch.ops.aten._fft_r2c, torch.ops.aten._fft_c2r, torch.ops.aten._fft_c2c)
-_FREE = {torch.ops.aten.empty, torch.ops.aten.new_empty, torch.ops.aten.empty_strided,
-         torch.ops.aten.empty_like, torch.ops.aten.new_empty_strided, torch.ops.aten.detach}  # fmt: skip
+_FREE = {getattr(torch.ops.aten, name) for name in
+         ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")}  # fmt: skip
 
 
 class Operator(NamedTuple):
@@ -285,7 +285,9 @@ def _cost(
     if packet in flop_registry:
         flops = flop_registry[packet](*args, **kwargs, out_val=results[0])
         side = min(min(x.shape[-2:]) for x in tensors if x.ndim > 1)
-        return Operator(moved, matrix_flops=flops * (4 if results[0].is_complex() else 1), side=side)
+        return Operator(
+            moved, matrix_flops=flops * (4 if results[0].is_complex() else 1), side=side
+        )
     if packet in _FFT:
         x, dim = tensors[0], args[1][0]
         n, both_complex = max(x.shape[dim], results[0].shape[dim]), packet is _FFT[-1]

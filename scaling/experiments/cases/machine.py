@@ -43,6 +43,7 @@ PARTS: dict[str, str | None] = {
 ONE, ALL = "1 thread", "all cores"
 ELEMENT_WISE = "a + b c in cache"
 TRANSFORM = "real transform"
+CALL, CALLS = "an operator of one number", 1000
 BOUNDS = (  # part, work, peak
     ("projection", "matrix_flops", "matrix products"),
     ("projection", "product_flops", "a + b c"),
@@ -112,6 +113,9 @@ class Machine(StepOptions, Experiment):
         yield from rates("GFLOP/s", *products)
         x, y, z = normal(3, IN_CACHE).unbind()
         yield from rates("GFLOP/s", (ELEMENT_WISE, 2 * IN_CACHE, partial(z.addcmul_, x, y)))
+        a, b = normal(1), normal(1).requires_grad_()
+        seconds = medians({CALL: lambda: [a * b for _ in range(CALLS)]}, self.seconds, device)
+        yield row(f"{threads}: {CALL}", 1e6 * seconds[CALL] / CALLS, "us")
         x, y, z = normal(3, IN_MEMORY).unbind()
         yield from rates(
             "GB/s",
