@@ -96,6 +96,7 @@ def trace_step(
     forward_and_backward(model, random_batch(model, rows, 2 * PROBE + 1))  # says what parts keep
     model.zero_grad()
     model = deepcopy(model).to("meta")
+    execution = replace(execution, offload="none", compile=False)  # what is kept is counted here
     rank = (length - 1) % ranks if rank is None else rank
     with _world(rank, ranks) if ranks > 1 else nullcontext():
         shard = SequenceShard(length, layout=model.layout)

@@ -1,60 +1,198 @@
-"""Foreseen memory against counted memory."""
+"""Foreseen memory, exchanges and time against what is counted, measured and known."""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
+from data_pipeline.errors import ConfigError
 from data_pipeline.tasks.needles import Needles
 from launch.plan import main
-from scaling.cost import planner
-from scaling.cost.planner import Job, memory_by_part
+from launch.train import main as train
+from scaling.cost.machine import MACHINES, NETWORKS, Machine, Network, between
+from scaling.cost.planner import Job, memory_by_part, process_bytes, sample_bytes
+from scaling.cost.time import budget, step_seconds
+from scaling.cost.trace import Operator, trace_step
 from scaling.execution import Execution
-from scaling.models import build
+from scaling.models import MODELS, build
+from scaling.ops.tiles import most_kept_per_token
+from tests.small_models import small_model
+
+SMALL = ["experiment=million", "task.tokens=8192", "engine=ddp"]
 
 
-def job(length: int) -> Job:
-    task = Needles(tokens=length, pairs=length // 16)
+def job(length: int, **changes) -> Job:
     torch.manual_seed(0)
     model = build("se3_hyena", 1, 3, channels=4, hidden=4, gate_hidden=4, operators=2)
-    cut = Execution(tile_bytes=length << 9, workspace_bytes=length << 5)
-    return Job(model, task, cut, length, rows=1, micro_batches=1, sp=2, world=2, zero_stage=1)
+    task = Needles(tokens=length, pairs=length // 16)
+    data = sample_bytes(task, length, 1, 1, 2)
+    run = Execution(tile_bytes=length << 9, workspace_bytes=length << 5)
+    return replace(Job(model, run, length, 1, 1, 2, 2, 1, data), **changes)
 
 
-def test_a_small_step_foresees_a_large_one(monkeypatch):
-    """Budgets that cut parts and channels alike, at either size."""
-    large = memory_by_part(job(1 << 14))
-    monkeypatch.setattr(planner, "MOST_TOKENS", 1 << 11)
-    small = memory_by_part(job(1 << 14))
-    for part in ("kept activations", "FFT workspace and spectra", "data"):
-        assert small[part] == pytest.approx(large[part], rel=0.08), part
-    assert large["process"] > 50 << 20
-    shards = job(1 << 12)
-    shards.world, shards.zero_stage = 4, 3
-    assert memory_by_part(shards)["parameters and gradients"] < large["parameters and gradients"]
+@pytest.mark.parametrize("rank", [0, 1023])
+def test_one_rank_of_1024_sends_what_the_formulas_say(rank):
+    """The paper's operator convolves S scalars and 1 + V vectors of 3 components: twice as many
+    operands as results. All bins but the own slice leave a rank with its operands; with results
+    its slice of everybody's does; for the gradients, results and operands change roles."""
+    length, ranks, scalars, vectors = 1 << 21, 1024, 2, 1
+    model = build("se3_hyena_paper", vectors, scalars, operators=1, hidden=2, gate_hidden=2)
+    trace = trace_step(model, Execution(), length, ranks=ranks, rank=rank)
+    bins = length // ranks // 2 + 1
+    own = bins * (rank + 1) // ranks - bins * rank // ranks
+    streams = 3 * (scalars + 3 * (1 + vectors))
+    convolutions = trace.exchanges["long_conv"]
+    assert convolutions.bytes == 8 * streams * ((bins - own) + own * (ranks - 1))
+    assert convolutions.calls == 2 * (2 + 2)
+    assert trace.exchanges["redistribute"].calls == 2  # the data, at the door
 
 
-def test_the_command_prints_parts_that_sum_up(capsys):
-    arguments = ["experiment=million", "task.tokens=8192", "engine=ddp", "ranks=3"]
-    main(arguments)
-    first, *rows = capsys.readouterr().out.splitlines()
-    assert first == "a rank of 3 on a CPU (dp 1, sp 3), 1 x 8,192 tokens:"
-    sizes = [float(row.split()[-2].replace(",", "")) for row in rows]
+def test_every_rank_together_sends_the_work_of_the_model():
+    """Over all ranks, the exchanges of one step are those that `Model.work` states; the door's are
+    the data's."""
+    length, ranks = 53, 3
+    for name in ("se3_hyena", "hyena", "transformer"):
+        model = small_model(name, torch.float32)
+        sent = 0
+        for rank in range(ranks):
+            exchanges = trace_step(model, Execution(), length, ranks=ranks, rank=rank).exchanges
+            sent += sum(x.bytes for key, x in exchanges.items() if key != "redistribute")
+        assert sent == round(model.work(length, ranks).exchange_bytes * length), name
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_is_planned(name):
+    """Work, memory and a time that falls with the ranks; the model stays as it was."""
+    model = small_model(name, torch.float32)
+    before = [p.clone() for p in model.parameters()]
+    alone, shared = (
+        Job(model, Execution(), 600, 1, 1, ranks, ranks, 0, 0, device="cuda") for ranks in (1, 3)
+    )
+    traces = [each.trace() for each in (alone, shared)]
+    memory = [sum(memory_by_part(*both).values()) for both in zip((alone, shared), traces)]
+    assert memory[0] > memory[1] > 0
+    seconds = step_seconds(alone, traces[0], MACHINES["h100"])
+    assert all(x > 0 and math.isfinite(x) for x in seconds.values())
+    assert {"other", "optimizer"} <= seconds.keys() and "exchange" not in seconds
+    assert step_seconds(shared, traces[1], MACHINES["h100"])["exchange"] > 0
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_coarse_tiles_weigh_and_count_like_real_ones(monkeypatch):
+    from scaling.cost import trace as module
+
+    real = job(1 << 13, sp=1, world=1).trace()
+    monkeypatch.setattr(module, "MOST_TILES", 4)
+    coarse = job(1 << 13, sp=1, world=1).trace()
+
+    def total(traced, what):
+        return sum(getattr(op, what) * n for (_, op), n in traced.operators.items())
+
+    assert total(coarse, "matrix_flops") == pytest.approx(total(real, "matrix_flops"), rel=0.02)
+    assert total(coarse, "transform_flops") == total(real, "transform_flops")
+    for part in ("kept activations", "tile workspace", "FFT workspace and spectra"):
+        assert coarse.held[part] == pytest.approx(real.held[part], rel=0.15), part
+    calls = [sum(x.operators.values()) for x in (coarse, real)]
+    assert calls[0] == pytest.approx(calls[1], rel=0.3)
+
+
+def test_matrix_products_of_a_trace_are_those_that_are_executed():
+    model = small_model("transformer", torch.float32)
+    trace, work = trace_step(model, Execution(), 100), model.work(100)
+    traced = sum(op.matrix_flops * n for (_, op), n in trace.operators.items())
+    assert traced == pytest.approx(100 * (work.matrix_flops + 4 / 3 * work.pair_flops))
+
+
+def test_time_follows_from_rates():
+    machine = Machine("m", "cpu", {16: 1e9, 256: 4e9}, {64: 1e9}, 1e9, 1e10, 1e-3, cache_bytes=100)
+    assert between(machine.products, 64) == pytest.approx(2e9)
+    assert between(machine.products, 1) == 1e9 and between(machine.products, 999) == 4e9
+    assert machine.seconds(Operator(100)) == pytest.approx(1e-8 + 1e-3)
+    assert machine.seconds(Operator(1000)) == pytest.approx(1e-6 + 1e-3)
+    assert machine.seconds(Operator(8, 1e9, 256)) == pytest.approx(0.25 + 1e-3)
+    network = Network("n", 1e-3, 1e6)
+    assert network.seconds(3, 2e6, 8) == pytest.approx(3 * 3e-3 + 2)
+    assert network.seconds(3, 2e6, 1) == 0
+    one = job(1 << 12, world=4, micro_batches=3)  # two data-parallel ranks
+    takes = budget(one, {"projection": 3.0, "exchange": 1.0}, 1e9)
+    assert takes.tokens_per_s == 2 * 3 * (1 << 12) / 4 and takes.exchange_share == 0.25
+    assert takes.rank_hours == 4 * takes.hours == takes.steps * 16 / 3600
+
+
+def test_states_are_partitioned_by_stage():
+    one = job(1 << 10)
+    trace, size = one.trace(), one.parameter_bytes
+    held = [memory_by_part(replace(one, world=4, zero_stage=stage), trace) for stage in range(4)]
+    assert [each["optimiser"] for each in held] == [2 * size] + 3 * [2 * (size // 4)]
+    assert held[3]["parameters and gradients"] < held[2]["parameters and gradients"]
+    assert process_bytes(one)[0] > 50 << 20
+    assert most_kept_per_token(one.model) > 0
+
+
+def test_the_command_prints_parts_that_sum_up(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main([*SMALL, "ranks=3", "output=here"])
+    text = capsys.readouterr().out
+    assert "a rank of 3 on a CPU, dp 1, sp 3, 1 x 8,192 tokens" in text
+    rows = [line.split() for line in text.splitlines() if " MiB" in line]
+    sizes = [float(row[-3].replace(",", "")) for row in rows]
     assert sizes[-1] == pytest.approx(sum(sizes[:-1]), abs=len(sizes))
+    assert "no times: machine=this: benches/machine holds no measurements" in text
+    assert "python -m launch bench bench=machine" in text
+    written = json.loads((tmp_path / "here" / "plan.json").read_text())
+    assert written["text"] in text and written["peak_bytes"] == sum(written["memory"].values())
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_presets_foresee_times_and_say_that_they_are_not_measured(machine, capsys):
+    main([*SMALL, "gpus=16", f"machine={machine}", "tokens=1e9"])
+    text = capsys.readouterr().out
+    assert f"{MACHINES[machine].name} (not measured)" in text
+    assert "sequence over InfiniBand NDR (not measured)" in text
+    assert "GPU-hours" in text and "process" not in text and " ms" in text
+
+
+def test_the_best_of_a_search_fits_and_trains(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = ["experiment=recall", "task.tokens=16", "train.batch_size=4",
+             "train.micro_batch_size=2", "model.channels=4", "model.hidden=4"]  # fmt: skip
+    main([*small, "machine=h100", "search=true", "gpus=1", "memory_gib=1", "output=found"])
+    text = capsys.readouterr().out
+    assert "the fastest first" in text
+    found = json.loads((tmp_path / "found" / "plan.json").read_text())
+    steps = [each["step_s"] for each in found["ranking"]]
+    assert steps == sorted(steps) and found["ranking"][0]["memory"] <= 1 << 30
+    told = (tmp_path / "found" / "train.args").read_text().splitlines()
+    assert told[: len(small)] == small
+    command = [sys.executable, "-m", "launch.train", *told, "train.steps=2", "device=cpu"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads((tmp_path / "runs/recall/status.json").read_text())["state"] == "finished"
 
 
 @pytest.mark.parametrize(
-    ("argument", "said"),
+    ("arguments", "said"),
     [
-        ("ranks=0", "ranks=0: must be greater than or equal to 1"),
-        ("parallel.sp=3", r"dp\(1\) \* sp\(3\) = 3"),
-        ("parallel.dp=2", r"batch_size=1: must be a multiple of dp\(2\)"),
-        ("device=cuda", "plan foresees ranks on CPUs"),
-        ("train.precision=float64", "plan foresees float32 and bf16"),
-        ("task.tokens=9999999999", r"max_length=4194304: sequence 0 of train has 9999999999"),
-        ("length=1", r"length=1: must lie in 2 .* 4194304 \(train.max_length\)"),
+        (["ranks=0"], "ranks=0: must be greater than or equal to 1"),
+        (["parallel.sp=3"], r"dp\(1\) \* sp\(3\) = 3"),
+        (["parallel.dp=2"], r"batch_size=1: must be a multiple of dp\(2\)"),
+        (["device=cuda", "machine=this"], "device=cuda: name the GPU"),
+        (["train.precision=float64"], "plan foresees float32 and bf16"),
+        (["task.tokens=9999999999"], r"max_length=4194304: sequence 0 of train has 9999999999"),
+        (["length=1"], r"length=1: must lie in 2 .* 4194304 \(train.max_length\)"),
+        (["machine=h1000"], "machine=h1000: no preset and no folder; presets: this, a100, h100"),
+        (["network=smoke", "machine=h100"], f"presets: {', '.join(NETWORKS)}"),
+        (["search=true"], "benches/machine holds no measurements of a machine"),
+        (["search=true", "machine=h100", "ranks=8", "memory_gib=1e-6"],
+         r"memory_gib=1e-06: nothing fits; dp 1, sp 8 .* needs .* GiB a rank, .* GiB more"),
+        (["tokens=0"], "tokens=0"),
     ],
-)
-def test_impossible_jobs_are_refused(argument, said):
-    from data_pipeline.errors import ConfigError
-
+)  # fmt: skip
+def test_impossible_jobs_are_refused(arguments, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=said):
-        main(["experiment=million", "task.tokens=8192", argument])
+        main(["experiment=million", "task.tokens=8192", "engine=ddp", *arguments])
