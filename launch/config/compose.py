@@ -22,7 +22,7 @@ COMMANDS = {
     "train": "Train a model on a task (under any launcher: -m launch.train).",
     "eval": "Evaluate a run, path its folder; its task, model, train and execution hold.",
     "prepare": "Build a data store from structure files or the bundled ones; verify it; show it.",
-    "plan": "Foresee a training run's peak memory, part by part.",
+    "plan": "Foresee memory and time of a training run; search what fits a cluster.",
     "sweep": "Measure tokens/s, exchanged bytes and memory over lengths and ranks.",
     "bench": "Measure operators and training steps beside their rivals.",
 }

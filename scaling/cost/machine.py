@@ -3,13 +3,12 @@
 Presets are peaks that the vendors publish and shares of them that codes usually reach. None of them
 has been measured here.
 
-    A100    NVIDIA A100 80GB SXM data sheet: TF32 156 (not used here: products are float32), FP32
-            19.5, BF16 312 TFLOP/s, 2,039 GB/s; NVLink 600 GB/s both ways together
-    H100    NVIDIA H100 SXM data sheet: FP32 67, BF16 989 TFLOP/s, 3.35 TB/s; NVLink 900 GB/s
-    H200    NVIDIA H200 SXM data sheet: as H100, 4.8 TB/s, 141 GB
-    NVLink  half of the two-way figure: H100's; InfiniBand: one NDR port a GPU, 400 Gbit/s
-    shares  matrix products 0.7 and memory 0.8 of the peak; 6 us for the host to start an operator
-            and its Python; 15 and 25 us for a collective to begin: usual orders of magnitude
+    A100    NVIDIA A100 80GB SXM data sheet: FP32 19.5, BF16 312 TFLOP/s; 2,039 GB/s
+    H100    NVIDIA H100 SXM data sheet: FP32 67, BF16 989 TFLOP/s dense; 3.35 TB/s
+    H200    NVIDIA H200 SXM data sheet: as H100; 4.8 TB/s
+    NVLink  half of the H100 data sheet's 900 GB/s both ways; InfiniBand: a NDR port, 400 Gbit/s
+    shares  products 0.7, memory and networks 0.8 of the peak, 6 us to start an operator from
+            Python, 15 to 50 us for a collective: usual orders of magnitude
 """
 
 from bisect import bisect_left

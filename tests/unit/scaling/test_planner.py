@@ -12,7 +12,6 @@ import torch
 from data_pipeline.errors import ConfigError
 from data_pipeline.tasks.needles import Needles
 from launch.plan import main
-from launch.train import main as train
 from scaling.cost.machine import MACHINES, NETWORKS, Machine, Network, between
 from scaling.cost.planner import Job, memory_by_part, process_bytes, sample_bytes
 from scaling.cost.time import budget, step_seconds
@@ -73,7 +72,7 @@ def test_every_model_is_planned(name):
         Job(model, Execution(), 600, 1, 1, ranks, ranks, 0, 0, device="cuda") for ranks in (1, 3)
     )
     traces = [each.trace() for each in (alone, shared)]
-    memory = [sum(memory_by_part(*both).values()) for both in zip((alone, shared), traces)]
+    memory = [sum(memory_by_part(*both).values()) for both in zip((alone, shared), traces, strict=True)]
     assert memory[0] > memory[1] > 0
     seconds = step_seconds(alone, traces[0], MACHINES["h100"])
     assert all(x > 0 and math.isfinite(x) for x in seconds.values())
