@@ -1,5 +1,8 @@
 """How a model runs: settings that models, training and configuration share. Imports no torch."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -37,3 +40,21 @@ class Execution:
     def tile_budget(self, device_type: str) -> int:
         """Bytes that a tile may keep on such a device."""
         return self.tile_bytes or (CPU_TILE_BYTES if device_type == "cpu" else GPU_TILE_BYTES)
+
+
+_simulated: ContextVar[str] = ContextVar("simulated", default="cuda")
+
+
+@contextmanager
+def simulated(device_type: str) -> Iterator[None]:
+    """Inside, what runs on the meta device is cut as on such a device."""
+    token = _simulated.set(device_type)
+    try:
+        yield
+    finally:
+        _simulated.reset(token)
+
+
+def kind_of(device_type: str) -> str:
+    """The device's type; of the meta device the one that it simulates, a GPU's by default."""
+    return _simulated.get() if device_type == "meta" else device_type

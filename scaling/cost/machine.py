@@ -109,9 +109,9 @@ def _gpu(name: str, fp32: float, bf16: float, memory: float) -> Machine:
 
 
 MACHINES = {
-    "a100": _gpu("A100 80GB SXM", 19.5, 312, 2.039),
-    "h100": _gpu("H100 SXM", 67, 989, 3.35),
-    "h200": _gpu("H200 SXM", 67, 989, 4.8),
+    "a100": _gpu("A100 80GB SXM", 19.5, 312.0, 2.039),
+    "h100": _gpu("H100 SXM", 67.0, 989.0, 3.35),
+    "h200": _gpu("H200 SXM", 67.0, 989.0, 4.8),
 }
 NETWORKS = {
     "nvlink": Network("NVLink", 15e-6, 0.8 * 450e9),

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from data_pipeline.batch import GeometricBatch
-from scaling.execution import Execution
+from scaling.execution import Execution, simulated
 from scaling.models.protocol import Model
 from scaling.ops.pairs import BLOCK
 from scaling.ops.tiles import PROBE, most_kept_per_token, set_execution
@@ -98,7 +98,7 @@ def trace_step(
     model = deepcopy(model).to("meta")
     execution = replace(execution, offload="none", compile=False)  # what is kept is counted here
     rank = (length - 1) % ranks if rank is None else rank
-    with _world(rank, ranks) if ranks > 1 else nullcontext():
+    with simulated(device), _world(rank, ranks) if ranks > 1 else nullcontext():
         shard = SequenceShard(length, layout=model.layout)
         tile = execution.tile_budget(device)
         coarse = max(tile, int(most_kept_per_token(model) * shard.n_local / MOST_TILES))

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Complex
 from torch import Tensor
 
+from scaling.execution import kind_of
 from scaling.long_conv.form import Part, Role, TrilinearForm, ramp
 from scaling.long_conv.rows import RowGroup
 from scaling.long_conv.transform import Frequencies, Phases
@@ -84,7 +85,7 @@ def _with_rows(x: Phases, rows: int) -> Phases:
 def _tiles(x: Phases, rows: int) -> Iterator[tuple[slice, slice]]:
     """Channels and frequencies that are worked on at once: on a CPU what its cache holds."""
     ranks, _, channels, _, frequencies = x.shape
-    most = CACHED if x.device.type == "cpu" else ranks * rows * channels * frequencies
+    most = CACHED if kind_of(x.device.type) == "cpu" else ranks * rows * channels * frequencies
     width = max(1, min(frequencies, most // (ranks * rows)))
     depth = max(1, most // (ranks * rows * width))
     for c in range(0, channels, depth):
@@ -98,7 +99,7 @@ def _over_ranks(x: Phases, inverse: bool = False) -> Phases:
     There are few: on a CPU a matrix product is fastest. On a GPU the same product may run in TF32,
     switched on by a container's environment or another library, and lose four of its digits.
     """
-    if x.device.type != "cpu":
+    if kind_of(x.device.type) != "cpu":
         return torch.fft.ifft(x, dim=0) if inverse else torch.fft.fft(x, dim=0)
     matrix = _fourier_matrix(len(x), inverse, x.dtype, x.device)
     return (matrix @ x.flatten(1)).view(x.shape)
