@@ -16,8 +16,12 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import log2
+from operator import mul
 from statistics import geometric_mean
 from typing import Any
+
+import numpy as np
+from scipy.optimize import lsq_linear
 
 from data_pipeline.errors import ConfigError
 from scaling.cost.trace import PARTS, Operator, StepTrace, trace_step
@@ -25,6 +29,12 @@ from scaling.execution import Execution
 from scaling.models import build
 from scaling.runs.folder import RunFolder
 from scaling.runs.rows import Row
+
+
+KINDS = ("products", "spectra", "bytes", "calls")
+"""Of work: matrix products, Fourier transforms, what is read and written, starting an operator."""
+BOUNDS = (0.25, 20.0)
+"""Of the kinds' factors: caches may be faster than memory, small operators slower than large."""
 
 
 @dataclass(frozen=True)
@@ -58,29 +68,31 @@ class Machine:
     """Real Fourier transforms by length, flop/s."""
     memory: float
     """byte/s."""
-    cache: float
-    """Of operators whose tensors fit the cache, byte/s."""
     call_s: float
     """To start an operator."""
-    cache_bytes: int = 0
     products_bf16: Mapping[int, float] | None = None
     factors: Mapping[str, float] = field(default_factory=dict)
-    """Measured time of each part over what the rates say; 1 where nothing was measured."""
+    """How much longer a kind of work (of KINDS), and then a part of a step, was measured to take
+    than these rates say; 1 where nothing was measured."""
     measured: bool = False
     network: Network | None = None
 
-    def seconds(self, operator: Operator, bf16: bool = False) -> float:
-        """Of one call: arithmetic or memory bounds it."""
+    def least(self, operator: Operator, bf16: bool = False) -> tuple[float, ...]:
+        """Seconds of one call at these rates, by kind of work."""
         rates = (self.products_bf16 if bf16 else None) or self.products
-        arithmetic = moved = 0.0
+        products = transforms = 0.0
         if operator.matrix_flops:
-            arithmetic = operator.matrix_flops / between(rates, operator.side)
+            products = operator.matrix_flops / between(rates, operator.side)
         if operator.transform_flops:
-            arithmetic = operator.transform_flops / between(self.transforms, operator.length)
-        if operator.bytes:
-            cached = operator.bytes <= self.cache_bytes
-            moved = operator.bytes / (self.cache if cached else self.memory)
-        return max(arithmetic, moved) + self.call_s
+            transforms = operator.transform_flops / between(self.transforms, operator.length)
+        return products, transforms, operator.bytes / self.memory, self.call_s
+
+    def seconds(self, operator: Operator, bf16: bool = False) -> float:
+        """Of one call: its arithmetic, its bytes and its start, one after the other; on a GPU the
+        host starts operators ahead, so that the slower of the two counts."""
+        factors = (self.factors.get(kind, 1.0) for kind in KINDS)
+        *work, start = map(mul, self.least(operator, bf16), factors)
+        return max(sum(work), start) if self.device == "cuda" else sum(work) + start
 
     def seconds_by_part(self, trace: StepTrace, bf16: bool = False) -> dict[str, float]:
         """Of all that a step computes."""
@@ -104,7 +116,7 @@ def between(rates: Mapping[int, float], size: int) -> float:
 def _gpu(name: str, fp32: float, bf16: float, memory: float) -> Machine:
     """Peaks in TFLOP/s and TB/s."""
     any_side = {64: 0.7e12 * fp32}
-    return Machine(name, "cuda", any_side, any_side, 0.8e12 * memory, 0.8e12 * memory, 6e-6,
+    return Machine(name, "cuda", any_side, any_side, 0.8e12 * memory, 6e-6,
                    products_bf16={64: 0.7e12 * bf16})  # fmt: skip
 
 
@@ -121,8 +133,8 @@ NETWORKS = {
 NODE = 8
 """GPUs that NVLink joins."""
 THIS = "benches/machine"
-CACHE_BYTES = 8 << 20
-"""Tensors of an operator that stay in a CPU core's caches, about."""
+LEAST_SHARE = 0.05
+"""Of a step, that a part must take to calibrate anything."""
 
 
 def machine_named(name: str) -> Machine:
@@ -166,9 +178,7 @@ def measured_machine(rows: Sequence[Row], options: Mapping[str, Any], name: str)
             _products(one, "float32"),
             {n: 1e9 * x for (case, n), x in one.items() if case == "real transform"},
             1e9 * max(one["copy", 0], one["triad", 0]),
-            8e9 * one["a + b c in cache", 0],  # 16 bytes are moved for 2 flops
             1e-6 * one.get(("an operator of one number", 0), 5.0),
-            CACHE_BYTES,
             _products(one, "bfloat16"),
             measured=True,
             network=Network("this machine's", 1e-6 * value["all-to-all: latency", 0],
@@ -193,14 +203,27 @@ def _products(one: Mapping[tuple[str, int], float], dtype: str) -> dict[int, flo
 def _factors(
     machine: Machine, value: Mapping[tuple[str, int], float], options: Mapping[str, Any]
 ) -> dict[str, float]:
-    """Of each part, the mean over the bench's steps."""
-    ratios: dict[str, list[float]] = defaultdict(list)
+    """From the parts of the bench's steps: of each kind of work by least squares of relative
+    errors, then of each part the mean of what is left."""
     channels = {key: options[key] for key in ("vectors", "scalars")}
+    parts, least, measured = list[str](), list[np.ndarray](), list[float]()
     for name, section in options["models"].items():
         for n in sorted({n for case, n in value if case.startswith(f"{name}: ")}):
             trace = trace_step(build(**section, **channels), Execution(**options["execution"]), n)
-            least = machine.seconds_by_part(trace)
-            for part in PARTS:
-                if (f"{name}: {part}", n) in value and least.get(part):
-                    ratios[part].append(value[f"{name}: {part}", n] / least[part])
-    return {part: geometric_mean(some) for part, some in ratios.items()}
+            times = {p: value[f"{name}: {p}", n] for p in PARTS if (f"{name}: {p}", n) in value}
+            for part, seconds in times.items():
+                calls = [(op, k) for (where, op), k in trace.operators.items() if where == part]
+                if calls and seconds > LEAST_SHARE * sum(times.values()):
+                    parts.append(part)
+                    least.append(sum(k * np.array(machine.least(op)) for op, k in calls))
+                    measured.append(seconds)
+    if not measured:
+        return {}
+    shares = np.array(least) / np.array(measured)[:, None]
+    kinds = lsq_linear(shares, np.ones(len(shares)), bounds=BOUNDS).x
+    left = 1 / (shares @ kinds)
+    of_parts = {
+        part: geometric_mean([x for x, where in zip(left, parts, strict=True) if where == part])
+        for part in dict.fromkeys(parts)
+    }
+    return dict(zip(KINDS, kinds.tolist(), strict=True)) | of_parts

@@ -61,7 +61,7 @@ class Operator(NamedTuple):
 class StepTrace:
     """Of one rank and one micro-batch: forward and backward."""
 
-    operators: Counter[tuple[str, Operator]] = field(default_factory=Counter)
+    operators: dict[tuple[str, Operator], float] = field(default_factory=dict)
     """How often each is called, by part."""
     exchanges: dict[str, ExchangeCount] = field(default_factory=dict)
     """By operator; no seconds."""
@@ -164,7 +164,7 @@ class _Operators(TorchDispatchMode):
 
     def __init__(self, tokens: int, tiles: float) -> None:
         super().__init__()
-        self.calls: Counter[tuple[str, Operator]] = Counter()
+        self.calls: dict[tuple[str, Operator], float] = {}
         self.peak: Counter[str] = Counter()
         self._tokens, self._tiles = tokens, tiles
         self._blocks = max(tokens / BLOCK, 1) ** 2
@@ -213,7 +213,7 @@ class _Operators(TorchDispatchMode):
         if times > 1:
             cost = Operator(cost.bytes / times, cost.matrix_flops / times, cost.side,
                             cost.transform_flops / times, cost.length)  # fmt: skip
-        self.calls[part, cost] += times  # pyright: ignore[reportArgumentType]
+        self.calls[part, cost] = self.calls.get((part, cost), 0.0) + times
 
     def _is_whole(self, x: Tensor) -> bool:
         """Whether it has every token of this process, with which it is more than a tile."""

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,14 @@ import torch
 from data_pipeline.errors import ConfigError
 from data_pipeline.tasks.needles import Needles
 from launch.plan import main
-from scaling.cost.machine import MACHINES, NETWORKS, Machine, Network, between
+from scaling.cost.machine import (
+    MACHINES,
+    NETWORKS,
+    Machine,
+    Network,
+    between,
+    measured_machine,
+)
 from scaling.cost.planner import Job, memory_by_part, process_bytes, sample_bytes
 from scaling.cost.time import budget, step_seconds
 from scaling.cost.trace import Operator, trace_step
@@ -72,7 +80,9 @@ def test_every_model_is_planned(name):
         Job(model, Execution(), 600, 1, 1, ranks, ranks, 0, 0, device="cuda") for ranks in (1, 3)
     )
     traces = [each.trace() for each in (alone, shared)]
-    memory = [sum(memory_by_part(*both).values()) for both in zip((alone, shared), traces, strict=True)]
+    memory = [
+        sum(memory_by_part(*both).values()) for both in zip((alone, shared), traces, strict=True)
+    ]
     assert memory[0] > memory[1] > 0
     seconds = step_seconds(alone, traces[0], MACHINES["h100"])
     assert all(x > 0 and math.isfinite(x) for x in seconds.values())
@@ -107,12 +117,14 @@ def test_matrix_products_of_a_trace_are_those_that_are_executed():
 
 
 def test_time_follows_from_rates():
-    machine = Machine("m", "cpu", {16: 1e9, 256: 4e9}, {64: 1e9}, 1e9, 1e10, 1e-3, cache_bytes=100)
+    machine = Machine("m", "cpu", {16: 1e9, 256: 4e9}, {64: 1e9}, 1e9, 1e-3)
     assert between(machine.products, 64) == pytest.approx(2e9)
     assert between(machine.products, 1) == 1e9 and between(machine.products, 999) == 4e9
-    assert machine.seconds(Operator(100)) == pytest.approx(1e-8 + 1e-3)
     assert machine.seconds(Operator(1000)) == pytest.approx(1e-6 + 1e-3)
-    assert machine.seconds(Operator(8, 1e9, 256)) == pytest.approx(0.25 + 1e-3)
+    assert machine.seconds(Operator(8, 1e9, 256)) == pytest.approx(0.25 + 8e-9 + 1e-3)
+    slower = replace(machine, factors={"bytes": 3.0, "pairs": 2.0})
+    assert slower.seconds(Operator(1e9)) == pytest.approx(3 + 1e-3)
+    assert replace(machine, device="cuda").seconds(Operator(1000)) == pytest.approx(1e-3)
     network = Network("n", 1e-3, 1e6)
     assert network.seconds(3, 2e6, 8) == pytest.approx(3 * 3e-3 + 2)
     assert network.seconds(3, 2e6, 1) == 0
@@ -195,3 +207,43 @@ def test_impossible_jobs_are_refused(arguments, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=said):
         main(["experiment=million", "task.tokens=8192", "engine=ddp", *arguments])
+
+
+def bench_rows(factors: dict[str, float]) -> list[dict]:
+    """Of a machine on which parts take what its rates and these factors say."""
+    rates = {"(1024 x 1024) @ (1024 x 1024), float32": 100.0, "(16 x 16) @ (16 x 9), float32": 40.0,
+             "(16 x 16) @ (16 x 9), bfloat16": 20.0, "copy": 15.0, "triad": 16.0,
+             "real transform": 12.0, "an operator of one number": 2.0}  # fmt: skip
+    rows = [{"case": f"1 thread: {key}", "value": x, "length": 0} for key, x in rates.items()]
+    rows += [{"case": "all-to-all: latency", "value": 200.0, "length": 0},
+             {"case": "all-to-all: sent by a rank", "value": 1.5, "length": 0}]  # fmt: skip
+    machine = measured_machine(rows, OPTIONS, "known")
+    assert machine.factors == {} and machine.network and machine.network.latency_s == 2e-4
+    for name, section in OPTIONS["models"].items():
+        for n in (128, 512):
+            trace = trace_step(build(**section, vectors=1, scalars=4), Execution(), n)
+            for part, seconds in replace(machine, factors=factors).seconds_by_part(trace).items():
+                rows.append({"case": f"{name}: {part}", "value": seconds, "length": n})
+    return rows
+
+
+OPTIONS: dict[str, Any] = {
+    "models": {"a": {"name": "hyena"}, "b": {"name": "transformer"}},
+    "vectors": 1,
+    "scalars": 4,
+    "execution": {},
+}
+
+
+def test_calibration_finds_the_factors_that_steps_were_made_with():
+    factors = {"products": 1.5, "spectra": 1.2, "bytes": 1.7, "calls": 2.5}
+    found = measured_machine(bench_rows(factors), OPTIONS, "known").factors
+    for key in ("bytes", "calls", "products"):
+        assert found[key] == pytest.approx(factors[key], rel=0.02), key
+    for part in ("projection", "pairs", "transforms"):
+        assert found[part] == pytest.approx(1, abs=0.01), part
+
+
+def test_a_bench_that_lacks_peaks_is_no_machine():
+    with pytest.raises(ConfigError, match="lacks some of a machine's peaks.*bench=machine"):
+        measured_machine(bench_rows({})[3:], OPTIONS, "half")
