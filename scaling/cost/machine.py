@@ -30,7 +30,6 @@ from scaling.models import build
 from scaling.runs.folder import RunFolder
 from scaling.runs.rows import Row
 
-
 KINDS = ("products", "spectra", "bytes", "calls")
 """Of work: matrix products, Fourier transforms, what is read and written, starting an operator."""
 BOUNDS = (0.25, 20.0)
@@ -197,6 +196,8 @@ def _products(one: Mapping[tuple[str, int], float], dtype: str) -> dict[int, flo
         if case.endswith(dtype):
             side = int(case.partition(" x ")[0].strip("("))
             rates[side] = max(rates.get(side, 0.0), 1e9 * x)
+    if not rates:
+        raise KeyError(dtype)
     return rates
 
 

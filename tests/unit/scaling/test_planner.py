@@ -12,6 +12,8 @@ import torch
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.tasks.needles import Needles
+from launch.bench import BenchConfig
+from launch.config.compose import compose
 from launch.plan import main
 from scaling.cost.machine import (
     MACHINES,
@@ -25,6 +27,8 @@ from scaling.cost.planner import Job, memory_by_part, process_bytes, sample_byte
 from scaling.cost.time import budget, step_seconds
 from scaling.cost.trace import Operator, trace_step
 from scaling.execution import Execution
+from scaling.experiments.cases.plan import Plan
+from scaling.experiments.experiment import Point
 from scaling.models import MODELS, build
 from scaling.ops.tiles import most_kept_per_token
 from tests.small_models import small_model
@@ -218,7 +222,8 @@ def bench_rows(factors: dict[str, float]) -> list[dict]:
     rows += [{"case": "all-to-all: latency", "value": 200.0, "length": 0},
              {"case": "all-to-all: sent by a rank", "value": 1.5, "length": 0}]  # fmt: skip
     machine = measured_machine(rows, OPTIONS, "known")
-    assert machine.factors == {} and machine.network and machine.network.latency_s == 2e-4
+    assert machine.factors == {} and machine.network
+    assert machine.network.latency_s == pytest.approx(2e-4)
     for name, section in OPTIONS["models"].items():
         for n in (128, 512):
             trace = trace_step(build(**section, vectors=1, scalars=4), Execution(), n)
@@ -245,5 +250,28 @@ def test_calibration_finds_the_factors_that_steps_were_made_with():
 
 
 def test_a_bench_that_lacks_peaks_is_no_machine():
-    with pytest.raises(ConfigError, match="lacks some of a machine's peaks.*bench=machine"):
+    with pytest.raises(ConfigError, match="lacks some of a machine's peaks"):
         measured_machine(bench_rows({})[3:], OPTIONS, "half")
+
+
+def test_the_bench_sets_foreseen_beside_measured():
+    """Small, in this process; a point that is foreseen exactly and one that is not."""
+    bench = Plan(machine={}, models={"tiny": {"name": "hyena", "channels": 4}}, lengths=[256],
+                 longest={}, sp=[1], seconds=0.01)  # fmt: skip
+    rows = []
+    for part in ("foreseen", "measured"):
+        point = Point(part, "tiny", 256)
+        rows += [point.labels | each for each in bench.measure(point, torch.device("cpu"))]
+    value = {row["case"]: row["value"] for row in rows}
+    assert 0.5 < value["tiny: memory, foreseen"] / value["tiny: memory, measured"] < 1.5
+    assert value["tiny: step, measured"] > 0 and value["tiny: spread"] >= 0
+
+
+def test_a_configured_bench_has_each_prediction_before_its_measurements():
+    config = compose("bench", ["bench=plan"], BenchConfig)
+    points = [(p.part, p.side, p.length, p.ranks) for p in config.options().points()]
+    assert ("step", "attention", 1 << 14, 1) in points
+    first = points.index(("foreseen", "transformer", 1 << 16, 1))
+    measured = [("measured", "transformer", 1 << 16, sp) for sp in (1, 2)]
+    assert points[first + 1 : first + 3] == measured
+    assert ("foreseen", "transformer", 1 << 18, 1) not in points
