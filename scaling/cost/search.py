@@ -71,7 +71,7 @@ def ranked(
         lacking = (nearest.memory - memory_bytes) / 2**30
         job = nearest.job
         raise ConfigError(
-            f"memory_gib={memory_bytes / 2**30:g}: nothing fits; dp {job.world // job.sp}, sp "
+            f"memory_gib={memory_bytes / 2**30:.4g}: nothing fits; dp {job.world // job.sp}, sp "
             f"{job.sp} comes nearest and needs {nearest.memory / 2**30:.3g} GiB a rank, "
             f"{lacking:.3g} GiB more: give more ranks or more memory, or a shorter length"
         )
