@@ -275,3 +275,27 @@ def test_a_configured_bench_has_each_prediction_before_its_measurements():
     measured = [("measured", "transformer", 1 << 16, sp) for sp in (1, 2)]
     assert points[first + 1 : first + 3] == measured
     assert ("foreseen", "transformer", 1 << 18, 1) not in points
+
+
+def test_the_bench_concludes_with_its_errors():
+    """On a machine that does what its rates say, times are foreseen exactly; memory as stated."""
+    machine = OPTIONS | {"lengths": [128], "transforms": [128]}
+    bench = Plan(machine=machine, models={"tiny": {"name": "hyena", "channels": 8}},
+                 lengths=[256, 512], longest={}, sp=[1], seconds=0.01)  # fmt: skip
+    rows = [each | {"sp": 1} for each in bench_rows({"bytes": 1.7, "calls": 2.5})]
+    known = measured_machine(rows, OPTIONS, "known")
+    for n, memory, slower in ((256, 97, 1.0), (512, 104, 1.25)):
+        trace = bench._job("tiny", n, 1)
+        seconds = slower * sum(step_seconds(trace, trace.trace(), known).values())
+        values = {"memory, foreseen": memory, "memory, measured": 100, "step, measured": seconds,
+                  "spread": 0.01 if n == 256 else 0.2}  # fmt: skip
+        rows += [{"case": f"tiny: {key}", "length": n, "sp": 1, "value": float(x)}
+                 for key, x in values.items()]  # fmt: skip
+    found, said = bench.conclude(rows)
+    errors = {row["case"]: row["value"] for row in found if row["unit"] == "relative"}
+    assert errors == pytest.approx({
+        "memory, worst error": 0.04, "memory, most too low": 0.03,
+        "step, median error": 0.1, "step, worst error": 0.2,
+    }, abs=1e-6)  # fmt: skip
+    assert "Worst step: tiny, N = 512, sp = 1: -20.0%." in said
+    assert "Spread above 5%: tiny at 512 on 1 (20%)." in said
