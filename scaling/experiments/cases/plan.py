@@ -7,6 +7,7 @@ from statistics import median, quantiles
 from typing import Any, ClassVar
 
 import torch
+from pydantic import TypeAdapter
 
 from scaling.cost.machine import measured_machine
 from scaling.cost.planner import Job, memory_by_part, process_bytes
@@ -58,7 +59,8 @@ class Plan(StepOptions, Experiment):
     }
 
     def _calibration(self) -> Machine:
-        return Machine(**{key: x for key, x in self.machine.items() if key != "name"})
+        options = {key: x for key, x in self.machine.items() if key != "name"}
+        return TypeAdapter(Machine).validate_python(options)
 
     def points(self) -> Iterator[Point]:
         """Each prediction before its measurements."""
