@@ -58,8 +58,21 @@ def measure(
     case = {"experiment": experiment, "options": options, "point": asdict(point)}
     case_file.write_text(json.dumps(case))
     result.unlink(missing_ok=True)
+    told = [*entry, str(case_file), str(result), running.device]
+    status = run_ranks(point.ranks, told, log, running)
+    if status == "ok" and not result.exists():
+        status = reason(log.read_text())
+    return status, json.loads(result.read_text()) if status == "ok" else []
+
+
+def run_ranks(ranks: int, command: Sequence[str], log: Path, running: Running) -> str:
+    """Runs python with these arguments on so many ranks of this machine; "ok", or why not.
+
+    Args:
+        log: gets what they say.
+    """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-               str(point.ranks), *entry, str(case_file), str(result), running.device]  # fmt: skip
+               str(ranks), *command]  # fmt: skip
     with log.open("w") as output:
         began = time.monotonic()
         # Told to stop, this process would leave its ranks running.
@@ -74,12 +87,10 @@ def measure(
             child.wait()
             if not isinstance(error, subprocess.TimeoutExpired):
                 raise
-            return f"time-out after {time.monotonic() - began:.0f} s", []
+            return f"time-out after {time.monotonic() - began:.0f} s"
         finally:
             signal.signal(signal.SIGTERM, before)
-    if code != 0 or not result.exists():
-        return reason(log.read_text()), []
-    return "ok", json.loads(result.read_text())
+    return reason(log.read_text()) if code else "ok"
 
 
 def reason(log: str) -> str:

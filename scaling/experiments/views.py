@@ -87,14 +87,15 @@ def _lines(axes: Axes, points: Sequence[tuple[Row, float]], unit: str) -> None:
     axes.set_prop_cycle(color=COLOURS * len(MARKERS), marker=markers)
     axes.set(xlabel="sequence length N, tokens", ylabel=unit)
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log", nonpositive="mask")
+    if any(y > 0 for _, y in points):
+        axes.set_yscale("log", nonpositive="mask")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
     lines: dict[str, list[tuple[int, float]]] = {}
     for row, y in points:
         lines.setdefault(f"{row['case']}, sp = {row['sp']}", []).append((row["length"], y))
     for label, line in lines.items():
         axes.plot(*zip(*sorted(line), strict=True), label=label)
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)

@@ -21,6 +21,7 @@ SECTIONS = {
     "peak_bytes": "memory",
     **dict.fromkeys((*LARGEST, *TIME_SHARES), "time"),
     "comm_bytes": "exchange",
+    "transfer_s": "exchange",
 }
 
 

@@ -36,7 +36,7 @@ from scaling.runs.folder import RunFolder
 def small(tmp_path, monkeypatch):
     """Runs a bench without starting processes; its rows by (case, length), and its summary."""
 
-    def measure(name, options, point, *_settings):
+    def measure(name, options, point, *_place, **_settings):
         experiment = TypeAdapter(BENCHES[name]).validate_python(options)
         return "ok", list(experiment.measure(point, torch.device("cpu")))
 
