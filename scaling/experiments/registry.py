@@ -9,6 +9,7 @@ from scaling.experiments.cases.long_conv import LongConv
 from scaling.experiments.cases.machine import Machine
 from scaling.experiments.cases.models import Models
 from scaling.experiments.cases.neighbours import NeighbourSearch
+from scaling.experiments.cases.network import Network
 from scaling.experiments.cases.scaling import Scaling
 from scaling.experiments.cases.sweep import Sweep
 from scaling.experiments.cases.train_step import TrainStep
@@ -24,6 +25,7 @@ BENCHES: dict[str, type[Experiment]] = {
     "machine": Machine,
     "models": Models,
     "neighbours": NeighbourSearch,
+    "network": Network,
     "scaling": Scaling,
     "train_step": TrainStep,
 }
