@@ -8,7 +8,8 @@ how many there are, point=3 measures one; several processes may share a sweep's 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import partial
+from functools import cached_property, partial
+from math import inf
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any
@@ -55,6 +56,9 @@ def main(arguments: list[str]) -> None:
     points = list(sweep.points())
     if config.point is not None and config.point >= len(points):
         raise OptionError("point", config.point, f"must be below {len(points)}: so many there are")
+    if config.count:
+        print(len(points))
+        return
     if sweep.kind == "step":
         for values in {repr(point.values): point.values for point in points}.values():
             check_cell(config, asdict(sweep), values)
@@ -67,9 +71,6 @@ def main(arguments: list[str]) -> None:
     else:
         runs = {point.name: Run(config.train, point) for point in points}
         measure = partial(measure_run, runs, config)
-    if config.count:
-        print(len(points))
-        return
 
     def labelled(point: "Point", place: Path) -> tuple[str, list[Row]]:
         status, rows = measure(point, place)
@@ -94,38 +95,43 @@ class Run:
         from scaling.experiments.grid import BUDGETS
 
         values = dict(point.values)
-        budgets = {key: values.pop(key) for key in BUDGETS if key in values}
+        self._budgets = {key: values.pop(key) for key in BUDGETS if key in values}
         model = [f"model={values.pop('model.name')}"] if "model.name" in values else []
         grid = [f"{key}={value}" for key, value in values.items()]
         parallel = [f"parallel.dp={point.dp}", f"parallel.sp={point.sp}"]
         self.overrides = [*train, *model, *grid, *parallel]
-        self.labels, steps = self._described(budgets)
-        self.overrides += [f"train.steps={steps}"]
+        self._config = compose("train", self.overrides, Config)
 
-    def _described(self, budgets: Mapping[str, float]) -> tuple[Row, int]:
-        """The columns that are known before, and the number of steps."""
-        config = compose("train", self.overrides, Config)
+    @cached_property
+    def labels(self) -> Row:
+        """The columns that are known before; flops are of a step."""
+        config = self._config
         task, model = task_and_model(config)
         length = float(task.lengths("train").mean())
         work = model.work(round(length))
-        fft = work.transform_flops + work.frequency_flops
-        flops = work.matrix_flops + work.product_flops + work.pair_flops + fft
         batch = config.train.batch_size * length
-        steps = config.train.steps
-        if budgets:
-            tokens = budgets.get("budget.tokens") or budgets["budget.flops"] / flops
-            steps = max(round(tokens / batch), 1)
         return {
-            "kind": "train",
             "model": config.model["name"],
             "parameters": sum(p.numel() for p in model.parameters()),
             "engine": config.engine.name,
             "zero_stage": config.engine.zero_stage * (config.engine.name == "deepspeed"),
             "length": length,
             "rows": config.train.micro_batch_size,
-            "flops": flops * batch,
-            "fft_flops": fft * batch,
-        }, steps
+            "flops": work.flops * batch,
+            "fft_flops": work.fft_flops * batch,
+        }
+
+    @property
+    def steps(self) -> int:
+        """As told, or of the budget."""
+        if not self._budgets:
+            return self._config.train.steps
+        tokens = self._config.train.batch_size * self.labels["length"]
+        wanted = [
+            self._budgets.get("budget.tokens", inf) / tokens,
+            self._budgets.get("budget.flops", inf) / self.labels["flops"],
+        ]
+        return max(round(min(wanted)), 1)
 
     def row(self, run: RunFolder) -> Row:
         """What a finished run tells."""
@@ -162,7 +168,8 @@ def measure_run(
     from scaling.experiments.ranks import run_ranks
 
     run = runs[point.name]
-    told = [*run.overrides, f"device={config.device}", f"runs={place}", "name=run"]
+    steps = f"train.steps={run.steps}"
+    told = [*run.overrides, steps, f"device={config.device}", f"runs={place}", "name=run"]
     command = ["-m", "launch.train", *told]
     status = run_ranks(point.ranks, command, place / "log.txt", config)
     return status, [run.row(RunFolder(place / "run"))] if status == "ok" else []

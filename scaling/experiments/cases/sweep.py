@@ -71,8 +71,6 @@ class Sweep(SweepOptions, Experiment):
         model = build(**self.model, vectors=self.vectors, scalars=self.scalars)
         work = model.work(length, point.sp)
         tokens = self.rows * length
-        fft = work.transform_flops + work.frequency_flops
-        flops = work.matrix_flops + work.product_flops + work.pair_flops + fft
         yield {
             "model": self.model["name"],
             "parameters": sum(p.numel() for p in model.parameters()),
@@ -90,8 +88,8 @@ class Sweep(SweepOptions, Experiment):
                 self.engine,
             ),
             "formula_bytes": work.exchange_bytes * tokens / point.sp,
-            "flops": flops * tokens * point.dp,
-            "fft_flops": fft * tokens * point.dp,
+            "flops": work.flops * tokens * point.dp,
+            "fft_flops": work.fft_flops * tokens * point.dp,
             "data_wait_s": 0.0,
         }
 
