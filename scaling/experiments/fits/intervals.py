@@ -13,6 +13,8 @@ from scaling.experiments.fits.power_law import Data, Form, fit, minimise, weigh
 
 LEVEL = 0.95
 """Of all intervals."""
+BOUNDLESS = 1e9
+"""Standard errors; an interval of so many has no end."""
 
 
 class Estimate:
@@ -24,7 +26,7 @@ class Estimate:
         self.residuals = data.log_y - form.predict(self.theta, data.z)[0]
         self._covariance, self._noise, leverage = self._spread(data.log_y, self.theta)
         enlarged = self.residuals / np.sqrt(np.maximum(1 - leverage, 0.05))
-        self._pool = enlarged - enlarged.mean()
+        self._pool = np.concatenate([enlarged, -enlarged])  # as many ups as downs
         drawn = data.log_y - self.residuals + random.choice(self._pool, (draws, len(data.y)))
         begin = np.broadcast_to(self.theta, (draws, len(self.theta)))
         self.drawn, _ = minimise(form, data.z, drawn, begin, self.bound)
@@ -56,7 +58,7 @@ class Estimate:
             self.theta @ linear.T, self.drawn @ linear.T, linear[None], linear[None]
         )]  # fmt: skip
         for each in numbers:
-            each[exponents:-1] = np.exp(np.minimum(each[exponents:-1], 700))
+            each[exponents:-1] = _exp(each[exponents:-1])
         return {
             name: dict(zip(("value", "low", "high"), map(float, column), strict=True))
             for name, *column in zip(form.parameters, *numbers, strict=True)
@@ -75,7 +77,7 @@ class Estimate:
             drawn = drawn - self._random.choice(self._pool, size).mean(-1)
             noise = 1 / repeats
         numbers = self._intervals(logs, drawn, jacobian[None], jacobians, noise)
-        value, low, high = (np.exp(np.minimum(each + self.data.level, 700)) for each in numbers)
+        value, low, high = (_exp(each + self.data.level) for each in numbers)
         return value, low, high
 
     def _intervals(
@@ -98,6 +100,12 @@ class Estimate:
 
         error = errors(gradient, self._covariance[None], self._noise[None])[0]
         among = errors(gradients, self._drawn_covariance, self._drawn_noise)
-        deviations = np.nan_to_num((drawn - value) / np.maximum(among, 1e-15), nan=np.inf)
+        deviations = (drawn - value) / np.maximum(among, 1e-15)
+        deviations = np.nan_to_num(deviations, nan=-BOUNDLESS)  # a curve below zero
         upper, lower = np.quantile(deviations, [(1 + LEVEL) / 2, (1 - LEVEL) / 2], axis=0)
         return value, value - upper * error, value - lower * error
+
+
+def _exp(x: ndarray) -> ndarray:
+    with np.errstate(over="ignore"):
+        return np.exp(x)

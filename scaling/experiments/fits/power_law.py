@@ -15,8 +15,8 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
-HUBER = 1.345
-"""Residuals beyond so many standard deviations count linearly: 95 % as sharp as least squares."""
+HUBER = 2.0
+"""Residuals beyond so many standard deviations count linearly: a stalled run must stand out."""
 GRID = (-4, -2, -1.5, -1, -0.7, -0.4, -0.2, 0.2, 0.4, 0.7, 1, 1.5, 2, 4)
 """Exponents from which searches start, each with the coefficients that suit it best."""
 TOLERANCE = 1e-10
@@ -48,6 +48,11 @@ class Form:
     @property
     def parameters(self) -> list[str]:
         return [*self.exponents, *self.coefficients, self.offset]
+
+    def variable_of(self, exponent: str) -> int:
+        """The place of the variable that an exponent stands at."""
+        signs = self.signs[..., self.exponents.index(exponent)]
+        return int(np.abs(signs).max(0).argmax())
 
     def predict(
         self, theta: Float[ndarray, "*b p"], z: Float[ndarray, "n v"]
