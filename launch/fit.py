@@ -99,14 +99,14 @@ def as_text(entries: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 def _fitted(entry: Mapping[str, Any]) -> Iterator[str]:
     for name, each in entry["parameters"].items():
         yield f"    {name:<5}{_interval(each)}"
-    scales, variable = entry["scales"], entry["variables"][0]
-    yield (f"    from {entry['points']} points, {variable} {_number(scales[0])} to {_number(scales[-1])}; "
-           f"residuals {entry['residuals']['rms']:.2%} rms")  # fmt: skip
+    first, *_, last = map(_number, entry["scales"])
+    yield f"    from {entry['points']} points, {entry['variables'][0]} {first} to {last}"
+    yield f"    residuals {entry['residuals']['rms']:.2%} rms"
     if held := entry["held_out"]:
-        yield (f"    held out: {_named(held['at'])}, {held['beyond']:.3g} times the largest fitted: "
-               f"{_interval(held | {'value': held['predicted']})};")  # fmt: skip
-        yield (f"        measured {_number(held['measured'])}, {'inside' if held['covered'] else 'OUTSIDE'}"
-               f"; error of the prediction {held['error']:+.1%}")  # fmt: skip
+        where = "inside" if held["covered"] else "OUTSIDE"
+        yield f"    held out, {held['beyond']:.3g} times the largest fitted: {_named(held['at'])}"
+        yield f"        predicted {_interval(held | {'value': held['predicted']})}"
+        yield f"        measured {_number(held['measured'])}, {where}; error {held['error']:+.1%}"
     for exponent in [name for name in entry["dropped"][0] if name != "at"]:
         values = [each[exponent] for each in entry["dropped"]]
         yield f"    {exponent} with any one scale dropped: {min(values):.4g} to {max(values):.4g}"

@@ -124,7 +124,8 @@ def isoflop(data: Data, form: Form, theta: Float[ndarray, " p"]) -> dict[str, fl
             best.append((np.log(data.x.prod(1)[some]).mean(), lowest))
     if len(best) < 3:
         return None
-    slope = float(np.polyfit(*np.array(best).T, 1)[0])
+    compute, sizes = np.array(best).T
+    slope = float(np.polyfit(compute, sizes, 1)[0])
     a, b = (float(theta[form.exponents.index(name)]) for name in ("a", "b"))
     return {"exponent": slope, "of_fit": b / (a + b), "budgets": len(best)}
 

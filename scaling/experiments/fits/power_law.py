@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
+from math import inf, sqrt
 
 import numpy as np
 from jaxtyping import Float
@@ -96,7 +97,7 @@ class Data:
 
 def fit(form: Form, data: Data) -> tuple[Float[ndarray, " p"], float]:
     """The best parameters of many starts, and the bound of Huber's loss that suits the noise."""
-    theta, bound = starts(form, data), np.inf
+    theta, bound = starts(form, data), inf
     for _ in range(3):  # least squares first, whose residuals say how large the noise is
         log_y = np.broadcast_to(data.log_y, (len(theta), len(data.y)))
         theta, loss = minimise(form, data.z, log_y, theta, bound)
@@ -105,11 +106,11 @@ def fit(form: Form, data: Data) -> tuple[Float[ndarray, " p"], float]:
     return theta[0], bound
 
 
-def noise(residuals: Float[ndarray, "*b n"], parameters: int) -> Float[ndarray, "*b"]:
+def noise(residuals: Float[ndarray, " n"], parameters: int) -> float:
     """Standard deviation that a few outliers do not move; at least 1e-9, for exact data."""
-    n = residuals.shape[-1]
-    spread = 1.4826 * np.median(np.abs(residuals), -1) * np.sqrt(n / max(n - parameters, 1))
-    return np.maximum(spread, 1e-9)
+    n = len(residuals)
+    spread = 1.4826 * float(np.median(np.abs(residuals))) * sqrt(n / max(n - parameters, 1))
+    return max(spread, 1e-9)
 
 
 def starts(form: Form, data: Data) -> Float[ndarray, "s p"]:
