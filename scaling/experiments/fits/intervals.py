@@ -5,6 +5,8 @@ curve; every draw is fitted anew. Intervals are bootstrap-t: each draw's deviati
 standard errors, for with few scales plain percentiles are far too narrow (docs/fits.md).
 """
 
+from typing import NamedTuple
+
 import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
@@ -17,6 +19,15 @@ BOUNDLESS = 1e9
 """Standard errors; an interval of so many has no end."""
 
 
+class Spread(NamedTuple):
+    """How uncertain a fit is."""
+
+    covariance: Float[ndarray, "b p p"]
+    """Of the parameters."""
+    noise: Float[ndarray, " b"]
+    """Variance of a measurement's logarithm."""
+
+
 class Estimate:
     """A form fitted to data, and to draws of what the data might have been."""
 
@@ -24,26 +35,26 @@ class Estimate:
         self.form, self.data, self._random = form, data, random
         self.theta, self.bound = fit(form, data)
         self.residuals = data.log_y - form.predict(self.theta, data.z)[0]
-        self._covariance, self._noise, leverage = self._spread(data.log_y, self.theta)
-        enlarged = self.residuals / np.sqrt(np.maximum(1 - leverage, 0.05))
+        self._spread, leverage = self._spread_of(data.log_y[None], self.theta[None])
+        enlarged = self.residuals / np.sqrt(np.maximum(1 - leverage[0], 0.05))
         self._pool = np.concatenate([enlarged, -enlarged])  # as many ups as downs
         drawn = data.log_y - self.residuals + random.choice(self._pool, (draws, len(data.y)))
         begin = np.broadcast_to(self.theta, (draws, len(self.theta)))
         self.drawn, _ = minimise(form, data.z, drawn, begin, self.bound)
-        self._drawn_covariance, self._drawn_noise, _ = self._spread(drawn, self.drawn)
+        self._drawn_spread, _ = self._spread_of(drawn, self.drawn)
 
-    def _spread(
-        self, log_y: Float[ndarray, "*b n"], theta: Float[ndarray, "*b p"]
-    ) -> tuple[Float[ndarray, "*b p p"], Float[ndarray, "*b"], Float[ndarray, "*b n"]]:
-        """Covariance of the parameters, variance of a measurement, and each one's leverage."""
+    def _spread_of(
+        self, log_y: Float[ndarray, "b n"], theta: Float[ndarray, "b p"]
+    ) -> tuple[Spread, Float[ndarray, "b n"]]:
+        """Of the fit to each set of measurements, and their leverages."""
         logs, jacobian = self.form.predict(theta, self.data.z)
         r = log_y - logs
         n, p = jacobian.shape[-2:]
         inverse = np.linalg.pinv(jacobian.swapaxes(-1, -2) @ jacobian, hermitian=True)
         share = np.maximum((np.abs(r) <= self.bound).mean(-1), 0.1)
         noise = ((weigh(r, self.bound) * r) ** 2).sum(-1) / ((n - p) * share**2)
-        leverage = np.einsum("...np,...pq,...nq->...n", jacobian, inverse, jacobian)
-        return noise[..., None, None] * inverse, noise, leverage
+        leverage = (jacobian @ inverse * jacobian).sum(-1)
+        return Spread(noise[:, None, None] * inverse, noise), leverage
 
     def parameters(self) -> dict[str, dict[str, float]]:
         """Name -> value, low and high, in the units of the measurements."""
@@ -94,12 +105,11 @@ class Estimate:
             noise: of a measurement, as a share of that of a single one.
         """
 
-        def errors(gradient: ndarray, covariance: ndarray, variance: ndarray) -> ndarray:
-            own = np.einsum("bqp,bpr,bqr->bq", gradient, covariance, gradient)
-            return np.sqrt(np.maximum(own + noise * variance[:, None], 0))
+        def errors(gradient: ndarray, spread: Spread) -> ndarray:
+            own = (gradient @ spread.covariance * gradient).sum(-1)
+            return np.sqrt(np.maximum(own + noise * spread.noise[:, None], 0))
 
-        error = errors(gradient, self._covariance[None], self._noise[None])[0]
-        among = errors(gradients, self._drawn_covariance, self._drawn_noise)
+        error, among = errors(gradient, self._spread)[0], errors(gradients, self._drawn_spread)
         deviations = (drawn - value) / np.maximum(among, 1e-15)
         deviations = np.nan_to_num(deviations, nan=-BOUNDLESS)  # a curve below zero
         upper, lower = np.quantile(deviations, [(1 + LEVEL) / 2, (1 - LEVEL) / 2], axis=0)
