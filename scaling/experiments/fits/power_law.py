@@ -62,11 +62,12 @@ class Form:
         its derivatives."""
         count = len(self.exponents)
         slopes = np.einsum("nv,tvk->ntk", z, self.signs)
-        logs = theta[..., None, count:-1] + np.einsum("ntk,...k->...nt", slopes, theta[..., :count])
+        rows = theta[..., :count] @ slopes.reshape(-1, count).T
+        logs = theta[..., None, count:-1] + rows.reshape(*theta.shape[:-1], len(z), -1)
         terms = np.exp(np.minimum(logs, 300))
         value = terms.sum(-1) + theta[..., -1:]
         value = np.where(value > 0, value, np.nan)
-        rises = np.einsum("...nt,ntk->...nk", terms, slopes)
+        rises = sum(terms[..., [t]] * slopes[:, t] for t in range(len(self.coefficients)))
         derivatives = np.concatenate([rises, terms, np.ones_like(terms[..., :1])], -1)
         return np.log(value), derivatives / value[..., None]
 
@@ -97,12 +98,14 @@ class Data:
 
 def fit(form: Form, data: Data) -> tuple[Float[ndarray, " p"], float]:
     """The best parameters of many starts, and the bound of Huber's loss that suits the noise."""
-    theta, bound = starts(form, data), inf
-    for _ in range(3):  # least squares first, whose residuals say how large the noise is
+    theta, bound = starts(form, data), inf  # least squares first: residuals say how large noise is
+    for narrowed in range(4):
+        if narrowed:
+            residuals = data.log_y - form.predict(theta[0], data.z)[0]
+            bound = HUBER * noise(residuals, theta.shape[-1])
         log_y = np.broadcast_to(data.log_y, (len(theta), len(data.y)))
         theta, loss = minimise(form, data.z, log_y, theta, bound)
         theta = theta[[np.argmin(loss)]]
-        bound = HUBER * noise(data.log_y - form.predict(theta[0], data.z)[0], theta.shape[-1])
     return theta[0], bound
 
 

@@ -123,7 +123,8 @@ def test_budgets_of_equal_compute_check_the_joint_law():
     found = describe(form, Data(x, truth.law(form, x)))
     assert found["isoflop"]["of_fit"] == pytest.approx(0.37 / 0.72, rel=1e-3)
     assert found["isoflop"]["exponent"] == pytest.approx(0.37 / 0.72, rel=0.1)
-    assert checks.isoflop(*reversed(sample(truth)), np.zeros(5)) is None
+    form, grid = sample(truth)
+    assert checks.isoflop(grid, form, np.ones(5)) is None
 
 
 @pytest.mark.parametrize(
