@@ -36,13 +36,14 @@ class FitConfig:
 def main(arguments: list[str]) -> None:
     """Fit, print and write."""
     config, _ = command_line(arguments, "fit", FitConfig)
-    rows = [row for path in config.paths for row in rows_of_sweep(path)]
+    paths = {Path(path).resolve(): path for path in config.paths}.values()  # each once
+    rows = [row for path in paths for row in rows_of_sweep(path)]
     from scaling.experiments.fits.select import TARGETS, fits_of
 
     targets = [config.target] if config.target else TARGETS
     entries = fits_of(rows, targets, config.draws, config.seed)
     if not entries:
-        raise RunError(f"no row of {', '.join(config.paths)} has kind=step or kind=train as "
+        raise RunError(f"no row of {', '.join(paths)} has kind=step or kind=train as "
                        f"{' or '.join(targets)} needs it; measure some with: python -m launch "
                        "sweep")  # fmt: skip
     path = Path(config.paths[0]) / FITS

@@ -12,6 +12,10 @@ from scaling.experiments.fits.power_law import Data, Form, minimise, weigh
 
 PATTERN = 0.01
 """Residuals that chance would order so less often are remarked upon."""
+SIMULATED = 2000
+"""Draws of noise that a pattern is compared with."""
+EXACT = 1e-18
+"""Sums of squares below it are rounding."""
 SAME_BUDGET = 0.05
 """Amounts of compute that differ by less, relative, are one budget."""
 
@@ -29,43 +33,45 @@ def scatter_chance(estimate: Estimate) -> float | None:
     return _chance(between, len(cells) - len(estimate.theta), within, len(r) - len(cells))
 
 
-def bend_chance(estimate: Estimate) -> float | None:
-    """How often chance alone bends the residuals so over the logarithm of some variable; None
-    where too few measurements are left to tell."""
-    w = np.sqrt(weigh(estimate.residuals, estimate.bound))[:, None]
-    z, jacobian = estimate.data.z, estimate.form.predict(estimate.theta, estimate.data.z)[1]
-    n, p = jacobian.shape
-    if n <= p + 1:
-        return None
-
-    def left(columns: Float[ndarray, "n q"]) -> float:
-        r = w[:, 0] * estimate.residuals
-        return float(((r - w * columns @ np.linalg.lstsq(w * columns, r)[0]) ** 2).sum())
-
-    bent = [left(np.concatenate([jacobian, each[:, None] ** 2], 1)) for each in z.T]
-    chances = [_chance(left(jacobian) - rest, 1, rest, n - p - 1) for rest in bent]
-    return min(1.0, len(chances) * min(chances))
+def pattern_chance(estimate: Estimate, random: np.random.Generator) -> float:
+    """How often noise alone leaves neighbours so alike: residuals ordered by a variable, the mean
+    square of their steps, against noise of which the fit took as much (Durbin and Watson's test,
+    simulated)."""
+    r, z = estimate.residuals, estimate.data.z
+    if (r**2).sum() < EXACT:
+        return 1.0
+    basis, _ = np.linalg.qr(estimate.form.predict(estimate.theta, z)[1])
+    noise = random.standard_normal((SIMULATED, len(r)))
+    both = np.concatenate([[weigh(r, estimate.bound) * r], noise - noise @ basis @ basis.T])
+    chances = []
+    for variable in range(z.shape[1]):
+        order = np.lexsort((z[:, variable], *np.delete(z, variable, 1).T))
+        steps = (np.diff(both[:, order]) ** 2).sum(-1) / (both**2).sum(-1)
+        chances.append((steps <= steps[0]).mean())
+    return min(1.0, len(chances) * float(min(chances)))
 
 
 def _chance(explained: float, count: int, rest: float, others: int) -> float:
     """Of the F test; residuals of exact data, all rounding, have no pattern."""
-    if explained + rest < 1e-18 or count < 1:
+    if explained + rest < EXACT or count < 1:
         return 1.0
     return float(f_distribution.sf(explained / count / max(rest / others, 1e-300), count, others))
 
 
-def remark(scatter: float | None, bend: float | None) -> str | None:
+def remark(scatter: float | None, pattern: float) -> str | None:
     """What the residuals say against the form, if anything."""
     said = []
     if scatter is not None and scatter < PATTERN:
-        said.append(f"scales lie off the curve by more than their repeats scatter ({_p(scatter)})")
-    if bend is not None and bend < PATTERN:
-        said.append(f"the residuals bend ({_p(bend)})")
+        said.append(
+            f"scales lie off the curve by more than their repeats scatter (p {_p(scatter)})"
+        )
+    if pattern < PATTERN:
+        said.append(f"neighbouring scales lie off it alike (p {_p(pattern)})")
     return f"{', and '.join(said)}: another form may fit better" if said else None
 
 
 def _p(chance: float) -> str:
-    return f"p = {chance:.1g}" if chance >= 1e-9 else "p < 1e-9"
+    return f"= {chance:.1g}" if chance >= 1e-9 else "< 1e-9"
 
 
 def hold_out(

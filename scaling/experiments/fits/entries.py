@@ -40,12 +40,10 @@ def entry(form: Form, data: Data, columns: Sequence[str], draws: int, seed: int)
     random = np.random.default_rng(seed)
     estimate, unit = Estimate(form, data, draws, random), "runs"
     scatter = checks.scatter_chance(estimate)
-    bend = checks.bend_chance(estimate)
     if scatter is not None and scatter < SCALES_SCATTER:
         unit, medians = "scales", medians_of_scales(data)
         check_count(form, medians, "scales that scatter more than their repeats")
         estimate = Estimate(form, medians, draws, random)
-        bend = checks.bend_chance(estimate)
     parameters = estimate.parameters()
     for exponent in form.exponents:
         check_determined(exponent, **parameters[exponent])
@@ -62,7 +60,7 @@ def entry(form: Form, data: Data, columns: Sequence[str], draws: int, seed: int)
         ],
         "residuals": {
             "rms": float(np.sqrt((estimate.residuals**2).mean())),
-            "remark": checks.remark(scatter, bend),
+            "remark": checks.remark(scatter, checks.pattern_chance(estimate, random)),
         },
         "curve": curve(estimate, columns),
         "method": {
@@ -88,6 +86,8 @@ def check_scales(form: Form, data: Data, columns: Sequence[str]) -> None:
             raise Refused(f"the exponent {exponent} of {form.variables[variable]} needs "
                           f"{LEAST_SCALES} scales, and {columns[variable]} has {has}")  # fmt: skip
     check_count(form, data, "points")
+    if np.linalg.matrix_rank(data.z) < len(columns):
+        raise Refused(f"{' and '.join(columns)} change only together: no exponent belongs to one")
 
 
 def check_count(form: Form, data: Data, what: str) -> None:

@@ -84,7 +84,7 @@ def test_intervals_hold_the_truth_in_nine_of_ten_repeats():
 def test_a_wrong_form_is_noticed_and_a_right_one_is_not():
     """A law whose slope changes from 1 to 2 half-way, with repeats and without; and noise alone."""
     form, noticed = Form("c + a N^b"), []
-    for seed in range(20):
+    for seed in range(10):
         random = np.random.default_rng(seed)
         for runs, noise in ((3, 0.03), (1, 0.003)):
             x = np.repeat([2.0**k for k in range(8, 20)], runs)[:, None]
@@ -118,7 +118,7 @@ def test_held_out_and_dropped_scales_are_fits_of_the_rest():
 def test_budgets_of_equal_compute_check_the_joint_law():
     """Parabolas give nearly the exponent of the law, and only where budgets are equal."""
     form, truth = Form("E + A N^-a + B D^-b"), TRUTHS["loss over size and tokens"]
-    sizes = np.geomspace(1e4, 1e8, 17)
+    sizes = np.geomspace(1e4, 1e8, 9)
     x = np.array([(n, c / n) for c in np.geomspace(1e12, 1e15, 5) for n in sizes])
     found = describe(form, Data(x, truth.law(form, x)))
     assert found["isoflop"]["of_fit"] == pytest.approx(0.37 / 0.72, rel=1e-3)
@@ -149,7 +149,7 @@ def test_weak_scaling_alone_does_not_tell_length_from_ranks():
     ranks = np.repeat([1.0, 2, 4, 8, 16, 32], 3)
     x = np.stack([1024 * ranks, ranks], -1)
     y = (0.1 + ranks**0.1) * np.exp(0.02 * np.random.default_rng(0).standard_normal(18))
-    with pytest.raises(Refused, match=r"do not determine the exponent [bg]"):
+    with pytest.raises(Refused, match="N and P change only together"):
         describe(Form("c + a N^b P^-g"), Data(x, y))
 
 
@@ -204,7 +204,8 @@ def test_mixed_circumstances_are_refused(column: str):
     rows = steps()
     rows[4] |= {column: "another"}
     (reason,) = refusals(rows)
-    assert reason == f"{column} is mixed ({rows[0][column]}; another): fit them apart"
+    values = "; ".join(sorted([rows[0][column], "another"]))
+    assert reason == f"{column} is mixed ({values}): fit them apart"
 
 
 @pytest.mark.parametrize("column", ["step_s", "hardware", "oversubscribed"])
@@ -290,7 +291,7 @@ def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFix
     assert f"b    {b['value']:.4g}  (95 %: {b['low']:.4g} to {b['high']:.4g})" in said
     assert "held out, 4 times the largest fitted: length 1,048,576" in said
     assert "refused: the exponent g of P needs 5 scales" in said
-    command.main([first, second, "target=step_s", "draws=1000"])
+    command.main([first, second, first, "target=step_s", "draws=1000"])
     assert json.loads((tmp_path / "a" / "fits.json").read_text()) == entries
 
 
