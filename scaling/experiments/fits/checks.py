@@ -62,9 +62,7 @@ def remark(scatter: float | None, pattern: float) -> str | None:
     """What the residuals say against the form, if anything."""
     said = []
     if scatter is not None and scatter < PATTERN:
-        said.append(
-            f"scales lie off the curve by more than their repeats scatter (p {_p(scatter)})"
-        )
+        said.append(f"scales lie off the law by more than their repeats scatter (p {_p(scatter)})")
     if pattern < PATTERN:
         said.append(f"neighbouring scales lie off it alike (p {_p(pattern)})")
     return f"{', and '.join(said)}: another form may fit better" if said else None

@@ -15,6 +15,7 @@ from scaling.experiments.cases.fits import REFUSED, TRUTHS, Fits, Truth
 from scaling.experiments.experiment import Point
 from scaling.experiments.fits import checks
 from scaling.experiments.fits.entries import Refused, entry
+from scaling.experiments.fits.intervals import Estimate
 from scaling.experiments.fits.power_law import Data, Form, fit
 from scaling.experiments.fits.select import fits_of
 from scaling.runs.rows import Row, as_lines
@@ -87,14 +88,26 @@ def test_a_wrong_form_is_noticed_and_a_right_one_is_not():
     for seed in range(10):
         random = np.random.default_rng(seed)
         for runs, noise in ((3, 0.03), (1, 0.003)):
-            x = np.repeat([2.0**k for k in range(8, 20)], runs)[:, None]
-            kinked = (x[:, 0] / 2**13) ** np.where(x[:, 0] > 2**13, 2.0, 1.0)
-            straight = 0.1 + (x[:, 0] / 2**13) ** 1.2
+            n = np.repeat(2.0 ** np.arange(8, 20), runs)
+            kinked = (n / 2**13) ** np.where(n > 2**13, 2.0, 1.0)
+            straight = 0.1 + (n / 2**13) ** 1.2
             for y in (kinked, straight):
-                data = Data(x, y * np.exp(noise * random.standard_normal(len(x))))
-                noticed.append(describe(form, data)["residuals"]["remark"] is not None)
+                data = Data(n[:, None], y * np.exp(noise * random.standard_normal(len(n))))
+                estimate = Estimate(form, data, draws=20, random=random)
+                scatter = checks.scatter_chance(estimate)
+                said = checks.remark(scatter, checks.pattern_chance(estimate, random))
+                noticed.append(said is not None)
     wrong, right = np.array(noticed).reshape(-1, 2).mean(0)
-    assert wrong > 0.95 and right < 0.1
+    assert wrong == 1.0 and right < 0.1
+
+
+def test_a_wrong_form_is_remarked_upon():
+    n = np.repeat(2.0 ** np.arange(8, 20, 2), 3)
+    y = (n / 2**13) ** np.where(n > 2**13, 2.0, 1.0)
+    data = Data(n[:, None], y * np.exp(0.03 * np.random.default_rng(0).standard_normal(18)))
+    found = describe(Form("c + a N^b"), data)
+    assert found["residuals"]["remark"].startswith("scales lie off the law by more than their rep")
+    assert found["method"]["intervals"].endswith("1000 draws of scales")
 
 
 def test_held_out_and_dropped_scales_are_fits_of_the_rest():
