@@ -24,6 +24,7 @@ COMMANDS = {
     "prepare": "Build a data store from structure files or the bundled ones; verify it; show it.",
     "plan": "Foresee a training run's peak memory, part by part.",
     "sweep": "Measure tokens/s, exchanged bytes and memory over lengths and ranks.",
+    "fit": "Fit power laws with intervals to measured sweeps, paths their folders.",
     "bench": "Measure operators and training steps beside their rivals.",
 }
 

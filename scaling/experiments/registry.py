@@ -5,6 +5,7 @@ from scaling.experiments.cases.clifford import Clifford
 from scaling.experiments.cases.convert import Convert
 from scaling.experiments.cases.data import Data
 from scaling.experiments.cases.equivariance import Equivariance
+from scaling.experiments.cases.fits import Fits
 from scaling.experiments.cases.long_conv import LongConv
 from scaling.experiments.cases.machine import Machine
 from scaling.experiments.cases.models import Models
@@ -21,6 +22,7 @@ BENCHES: dict[str, type[Experiment]] = {
     "convert": Convert,
     "data": Data,
     "equivariance": Equivariance,
+    "fits": Fits,
     "long_conv": LongConv,
     "machine": Machine,
     "models": Models,
