@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, MinLen
+from annotated_types import Ge
 
 from data_pipeline.disk import write_atomically
-from data_pipeline.errors import RunError
+from data_pipeline.errors import ConfigError, RunError
 from launch.config.compose import command_line
 from scaling.runs.folder import RunFolder
 from scaling.runs.rows import Row
@@ -23,7 +23,7 @@ FITS = "fits.json"
 
 @dataclass
 class FitConfig:
-    paths: Annotated[list[str], MinLen(1)]
+    paths: list[str]
     """Folders of sweeps."""
     target: Literal["step_s", "peak_bytes", "loss"] | None = None
     """What is fitted; null: whatever the rows have."""
@@ -31,6 +31,11 @@ class FitConfig:
     """Of the bootstrap."""
     seed: Annotated[int, Ge(0)] = 0
     """Of the draws."""
+
+    def __post_init__(self) -> None:
+        if not self.paths:
+            raise ConfigError("fit takes folders of sweeps before the first key=value: python -m "
+                              "launch fit sweeps/NAME")  # fmt: skip
 
 
 def main(arguments: list[str]) -> None:
