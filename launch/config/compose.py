@@ -25,6 +25,7 @@ COMMANDS = {
     "plan": "Foresee a training run's peak memory, part by part.",
     "sweep": "Measure tokens/s, exchanged bytes and memory over lengths and ranks.",
     "bench": "Measure operators and training steps beside their rivals.",
+    "report": "Show runs and sweeps, paths their folders, in one HTML file.",
 }
 
 

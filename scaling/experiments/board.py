@@ -1,19 +1,19 @@
 """TensorBoard of a sweep: its figures as images, its lines as scalars over N, ranks or FLOP."""
 
-import io
 import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from tensorboard.compat.proto.summary_pb2 import Summary
+from torch.utils.tensorboard.summary import image
 
 from data_pipeline.errors import RunError
-from scaling.experiments.curves import Chart, charts
+from scaling.experiments.curves import Chart, Fit, charts
 from scaling.experiments.figures import draw
-from scaling.observe.sinks import TensorBoardSink, about_folder, pages
+from scaling.observe.sinks import Summary, TensorBoardSink, about_folder, pages
 from scaling.runs.folder import RunFolder
 from scaling.runs.rows import Row
 
@@ -21,7 +21,7 @@ FITS = "fits.json"
 DPI = 150
 
 
-def read_fits(folder: Path) -> list[dict[str, Any]]:
+def read_fits(folder: Path) -> list[Fit]:
     """What `fit` wrote into a sweep's folder; empty before that.
 
     Raises:
@@ -44,7 +44,7 @@ def write_board(run: RunFolder) -> None:
     """Writes the folder's tensorboard/ anew, from its rows and fits."""
     shown = charts(run.rows(), read_fits(run.path))
     layout = {"scaling": {f"{each.name}: {each.y}": [f"{each.name}/.*"] for each in shown}}
-    images = [_image(each.name, draw(each)) for each in shown]
+    images = [_image(f"scaling/{each.name}", draw(each)) for each in shown]
     sink = TensorBoardSink(run.tensorboard)
     sink.start([row for each in shown for row in _points(each)],
                [*about_folder(run), *images, *([pages(layout)] if shown else [])])  # fmt: skip
@@ -60,9 +60,7 @@ def _points(chart: Chart) -> Iterator[Row]:
 
 
 def _image(tag: str, figure: Figure) -> Summary:
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=DPI)
-    width, height = (round(size * DPI) for size in figure.get_size_inches())
-    content = Summary.Image(height=height, width=width, colorspace=4,
-                            encoded_image_string=png.getvalue())  # fmt: skip
-    return Summary(value=[Summary.Value(tag=tag, image=content)])
+    canvas = FigureCanvasAgg(figure)
+    figure.set_dpi(DPI)
+    canvas.draw()
+    return image(tag, np.asarray(canvas.buffer_rgba())[..., :3], dataformats="HWC")

@@ -20,6 +20,10 @@ NAMES = {"length": "N", "zero_stage": "ZeRO"}
 """Of columns, in labels."""
 
 
+Fit = dict[str, Any]
+"""One of fits.json."""
+
+
 class Spot(NamedTuple):
     """A point of a line; y is NaN where nothing was measured."""
 
@@ -66,7 +70,7 @@ class Chart:
     """Drawn with y across, as the x that a y allows."""
 
 
-def charts(rows: Sequence[Row], fits: Sequence[Mapping[str, Any]] = ()) -> list[Chart]:
+def charts(rows: Sequence[Row], fits: Sequence[Fit] = ()) -> list[Chart]:
     """All charts to which these rows have something to say.
 
     Args:
@@ -116,8 +120,8 @@ def _number(column: str, unit: float = 1.0) -> Callable[[Row], float]:
 
     def read(row: Row) -> float:
         value = row.get(column)
-        good = isinstance(value, (int, float)) and math.isfinite(value) and value > 0
-        return value / unit if good else math.nan
+        number = value if isinstance(value, (int, float)) else math.nan
+        return number / unit if math.isfinite(number) and number > 0 else math.nan
 
     return read
 
@@ -230,7 +234,7 @@ def _by_compute(rows: Sequence[Row]) -> list[Line]:
     return _lines(rows, x, y, ("length", "rows", "dp", "sp", "parameters", *grid))
 
 
-def _fitted(fits: Sequence[Mapping[str, Any]], target: str, x: str) -> list[Fitted]:
+def _fitted(fits: Sequence[Fit], target: str, x: str) -> list[Fitted]:
     """The curves over x of the fits of a column, where they have any."""
     unit = GIB if target == "peak_bytes" else 1
     curves = []
@@ -248,5 +252,5 @@ def _fitted(fits: Sequence[Mapping[str, Any]], target: str, x: str) -> list[Fitt
 
 def _predicted(x: float, said: Row, key: str, unit: float) -> Spot:
     """What is not finite is a gap."""
-    values = (said.get(name) for name in (key, "low", "high"))
-    return Spot(x, *(math.nan if v is None or not math.isfinite(v) else v / unit for v in values))
+    value, low, high = (_number(name, unit)(said) for name in (key, "low", "high"))
+    return Spot(x, value, low, high)

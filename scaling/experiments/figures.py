@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator
 
-from scaling.experiments.curves import Chart, Spot, charts
+from scaling.experiments.curves import Chart, Fit, Spot, charts
 from scaling.experiments.views import LINESTYLES, styles_of
 from scaling.runs.rows import Row
 
@@ -19,7 +19,7 @@ INK = "#404040"
 """Of what no colour tells apart: texts, axes, ideals."""
 
 
-def sweep_figures(rows: Sequence[Row], fits: Sequence[Mapping[str, Any]] = ()) -> dict[str, Figure]:
+def sweep_figures(rows: Sequence[Row], fits: Sequence[Fit] = ()) -> dict[str, Figure]:
     """Name -> figure, of every chart to which the rows have something to say."""
     return {chart.name: draw(chart) for chart in charts(rows, fits)}
 
@@ -46,9 +46,12 @@ def draw(chart: Chart) -> Figure:
     if any(spot.oversubscribed for line in chart.lines for spot in line.spots):
         hollow = Line2D([], [], color=INK, marker="o", linestyle="", markerfacecolor="none")
         legend["more ranks than cores"] = hollow
+    if any(math.isnan(spot.y) for line in chart.lines for spot in line.spots):
+        legend["nothing measured"] = Line2D([], [], color=INK, marker="x", linestyle="")
     _label(axes, chart)
-    figure.legend([*legend.values()], [*legend], loc="outside lower center", fontsize=8, handlelength=3,
-                  ncols=1 if max(map(len, legend)) > 30 else 2, frameon=False)  # fmt: skip
+    columns = 1 if max(map(len, legend)) > 30 else 2
+    figure.legend([*legend.values()], [*legend], loc="outside lower center", fontsize=8,
+                  handlelength=3, ncols=columns, frameon=False)  # fmt: skip
     return figure
 
 
@@ -58,17 +61,22 @@ def _across(chart: Chart, spots: Sequence[Spot]) -> tuple[list[float], list[floa
     return (y, x) if chart.swapped else (x, y)
 
 
-def _draw_line(axes: Axes, chart: Chart, spots: Sequence[Spot], style: Mapping[str, Any]) -> None:
+def _draw_line(axes: Axes, chart: Chart, spots: Sequence[Spot], style: dict[str, Any]) -> None:
     """The line, interrupted where a point has no value; its spread; its points."""
-    axes.plot(*_across(chart, spots), **style | {"marker": ""})
-    bare = {"linestyle": "", "markersize": 6} | {key: style[key] for key in ("color", "marker")}
+    axes.plot(*_across(chart, spots), color=style["color"], linestyle=style["linestyle"])
+    bare: dict[str, Any] = style | {"linestyle": ""}
     for hollow in (False, True):
         some = [spot for spot in spots if spot.oversubscribed == hollow]
         axes.plot(*_across(chart, some), markerfacecolor="none" if hollow else None, **bare)
+    missing = [spot.x for spot in spots if not math.isfinite(spot.y)]
+    at_edge = (axes.get_yaxis_transform if chart.swapped else axes.get_xaxis_transform)()
+    edge = [0.02] * len(missing)
+    where = (edge, missing) if chart.swapped else (missing, edge)
+    axes.plot(*where, "x", color=style["color"], transform=at_edge)
     known = [spot for spot in spots if math.isfinite(spot.low + spot.high)]
     spread = [[max(s.y - s.low, 0) for s in known], [max(s.high - s.y, 0) for s in known]]
-    bars = {"xerr" if chart.swapped else "yerr": spread, "fmt": "none", "capsize": 2}
-    axes.errorbar(*_across(chart, known), ecolor=style["color"], **bars)
+    across, up = (spread, None) if chart.swapped else (None, spread)
+    axes.errorbar(*_across(chart, known), up, across, "none", ecolor=style["color"], capsize=2)
 
 
 def _draw_fits(axes: Axes, chart: Chart, styles: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from scaling.runs.rows import Row
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MARKERS = "osD^vPX"
-LINESTYLES = ("-", "--", "-.", ":")
+LINESTYLES: tuple[Any, ...] = ("-", "--", "-.", ":")
 CROWDED = 8
 """Lines in a panel; more of them are told apart by quantity first."""
 
@@ -138,7 +138,7 @@ def _lines(
     points: Panel,
     heading: str,
     styles: Mapping[str, Mapping[str, Any]],
-    dashes: Mapping[int, str],
+    dashes: Mapping[int, Any],
 ) -> None:
     """Both axes logarithmic; what is zero is left out."""
     lines: dict[tuple[str, int], list[tuple[int, float]]] = {}

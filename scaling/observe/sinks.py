@@ -10,15 +10,15 @@ from typing import Any
 
 import yaml
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
-from torch.utils.tensorboard import FileWriter
+from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import custom_scalars, hparams, scalar, text
 
 from scaling.observe.metrics import LARGEST, TIME_SHARES
 from scaling.runs.folder import RunFolder
 from scaling.runs.rows import Row
 
+Summary = Any
+"""A protobuf message of TensorBoard's, made at run time: one tag and what is shown under it."""
 Shown = tuple[int, bytes, float | None]
 """Step, what is shown with its tag (bytes, which a NaN equals too), and the time of a row's."""
 # Sections of TensorBoard, which orders them by name: loss comes first. What a row has besides lies
@@ -94,7 +94,7 @@ class TensorBoardSink:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._writer: FileWriter | None = None
+        self._writer: Any = None
 
     def start(self, rows: Sequence[Row], about: Sequence[Summary] = ()) -> None:
         """Compares the event files with all rows so far, and what is said about them. Where they
@@ -104,10 +104,8 @@ class TensorBoardSink:
         earlier = list(self._folder.glob("events.out.tfevents.*"))
         if _in_files(earlier) == _expected(rows, about):
             return
-        self._writer = self._open()
         # A TensorBoard that is watching forgets what it has seen from step 0 on.
-        self._writer.add_event(Event(file_version="brain.Event:2"), 0)
-        self._writer.add_event(Event(session_log=SessionLog(status=SessionLog.START)), 0)
+        self._writer = self._open(purge_step=0)
         for summary in about:
             self._writer.add_summary(summary, 0)
         for row in rows:
@@ -133,8 +131,10 @@ class TensorBoardSink:
         if self._writer is not None:
             self._writer.close()
 
-    def _open(self) -> FileWriter:
-        return FileWriter(str(self._folder), filename_suffix=".rows")
+    def _open(self, purge_step: int | None = None) -> Any:
+        """A writer of whole summaries, which SummaryWriter has, but not in its interface."""
+        options = {"purge_step": purge_step, "filename_suffix": ".rows"}
+        return SummaryWriter(str(self._folder), **options).file_writer
 
 
 def _summaries(row: Row) -> Iterator[Summary]:
