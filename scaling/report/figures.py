@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from scaling.experiments.figures import INK
 from scaling.experiments.views import COLOURS, styles_of
@@ -28,6 +29,7 @@ def curves(runs: Sequence[Run]) -> Figure:
         axes.plot(*_losses(validation), color=colour, marker=marker, label=run.name)
     axes.set_title("loss while training", fontsize=10)
     axes.set(xlabel="optimiser steps", ylabel="loss / that of the trivial answer", yscale="log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.grid(alpha=0.25, which="both")

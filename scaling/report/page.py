@@ -12,6 +12,7 @@ from scaling.experiments.figures import sweep_figures
 from scaling.report import tables
 from scaling.report.figures import as_svg, curves, time_shares
 from scaling.report.sources import Run, Source, Sweep, read_source
+from scaling.runs.rows import Row
 
 
 @dataclass
@@ -23,7 +24,8 @@ class Drawn:
     """SVG."""
     shares: tables.Table
     fits: tables.Table
-    cells: tables.Table
+    cells: list[tables.Table]
+    """Of steps, and of trained models."""
     rows: tables.Table
 
 
@@ -38,7 +40,11 @@ def write_report(paths: Sequence[str], output: str | None, question: str | None)
     Raises:
         RunError: a folder cannot be read, or the file not written.
     """
-    sources = [read_source(path) for path in dict.fromkeys(map(_normal, paths))]
+    # A folder that is named twice is shown once.
+    sources = [read_source(path) for path in dict.fromkeys(map(Path, paths))]
+    if len({source.name for source in sources}) < len(sources):
+        for source in sources:
+            source.name = str(source.folder.path)
     only = sources[0].folder.path if len(sources) == 1 else Path()
     file = Path(output) if output else only / "report.html"
     text = render(sources, question)
@@ -48,11 +54,6 @@ def write_report(paths: Sequence[str], output: str | None, question: str | None)
         raise RunError(f"the report {file} cannot be written ({error.strerror}); choose another "
                        "file by output=...") from error  # fmt: skip
     return file
-
-
-def _normal(path: str) -> str:
-    """Without a slash at the end, so that a folder that is named twice is shown once."""
-    return str(Path(path))
 
 
 def render(sources: Sequence[Source], question: str | None = None) -> str:
@@ -94,11 +95,14 @@ def _question(runs: Sequence[Run], sweeps: Sequence[Sweep]) -> str:
 
 def _drawn(sweep: Sweep) -> Drawn:
     figures = sweep_figures(sweep.rows, sweep.fits).items()
+    kinds: dict[str, list[Row]] = {}
+    for row in sweep.rows:
+        kinds.setdefault(row.get("kind", "step"), []).append(row)
     return Drawn(
         sweep,
         [as_svg(figure, f"{sweep.name}: {name}") for name, figure in figures],
         tables.of_shares(sweep.rows),
         tables.of_fits(sweep.fits),
-        tables.of_cells(sweep.rows),
+        [tables.of_cells(rows) for rows in kinds.values()],
         tables.of_rows(sweep.rows),
     )

@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -28,10 +29,11 @@ class Source:
     rows: list[Row]
     remarks: list[str] = field(default_factory=list)
     """What a reader should know: what is missing or was left out."""
+    name: str = field(init=False)
+    """Under which it is shown: the folder's."""
 
-    @property
-    def name(self) -> str:
-        return self.folder.path.name
+    def __post_init__(self) -> None:
+        self.name = self.folder.path.resolve().name
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -104,7 +106,7 @@ class Sweep(Source):
         return {str(row.get("point", "?")): str(row["status"]) for row in wrong}
 
 
-def read_source(path: str) -> Run | Sweep:
+def read_source(path: Path) -> Run | Sweep:
     """A run or a sweep, by what its configuration says.
 
     Raises:
@@ -122,7 +124,8 @@ def read_source(path: str) -> Run | Sweep:
     if not rows:
         sweep.remarks.append("No point has been measured yet.")
     if sweep.failed:
-        sweep.remarks.append(f"{len(sweep.failed)} points were not measured.")
+        said = "; ".join(f"{point}: {why}" for point, why in sweep.failed.items())
+        sweep.remarks.append(f"Not measured: {said}.")
     return sweep
 
 

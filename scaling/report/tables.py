@@ -1,6 +1,7 @@
 """Tables of a report: heads with units, and cells as text."""
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -26,6 +27,8 @@ MEASURED: dict[str, tuple[str, float]] = {
     "seconds": ("training, s", 1),
 }
 """Column of a sweep's rows -> head, and how much one of its units is."""
+TARGETS = {"step_s": "step, s", "peak_bytes": "peak memory, bytes", "loss": "validation loss"}
+"""What is fitted, in words."""
 SHARES: dict[str, tuple[str, str]] = {
     "exposed communication": ("comm_s", "step_s"),
     "waiting for data": ("data_wait_s", "step_s"),
@@ -37,11 +40,16 @@ SHARES: dict[str, tuple[str, str]] = {
 
 @dataclass
 class Table:
-    """Rows as long as the heads; the first `texts` columns are no numbers."""
+    """Rows are as long as the heads."""
 
     heads: Sequence[str]
     rows: list[list[str]]
-    texts: int = 1
+
+    @property
+    def numeric(self) -> list[bool]:
+        """Of each column, whether it has numbers alone."""
+        columns = zip(*self.rows, strict=True)
+        return [all(map(_is_number, column)) for column in columns] or [False] * len(self.heads)
 
 
 def number(value: Any, form: str = "") -> str:
@@ -69,7 +77,7 @@ def of_runs(runs: Sequence[Run]) -> Table:
         values = [said.train_loss, said.validation_loss, said.equivariance_error,
                   said.tokens_per_s, memory]  # fmt: skip
         rows.append([*texts, run.state, number(said.steps), *map(number, values)])
-    return Table(heads, rows, texts=4)
+    return Table(heads, rows)
 
 
 def of_evaluations(runs: Sequence[Run]) -> Table:
@@ -82,7 +90,7 @@ def of_evaluations(runs: Sequence[Run]) -> Table:
         for run in runs
         for row in run.evaluations
     ]
-    return Table(heads, rows, texts=3)
+    return Table(heads, rows)
 
 
 def of_cells(rows: Sequence[Row]) -> Table:
@@ -100,7 +108,7 @@ def of_cells(rows: Sequence[Row]) -> Table:
         mark = " (more ranks than cores)" if any(row.get("oversubscribed") for row in ok) else ""
         medians = [_median(ok, key, MEASURED[key][1]) for key in measured]
         lines.append([*map(number, values), *map(number, medians), remark + mark])
-    return Table([*heads, "remark"], lines, texts=0)
+    return Table([*heads, "remark"], lines)
 
 
 def of_shares(rows: Sequence[Row]) -> Table:
@@ -116,7 +124,7 @@ def of_shares(rows: Sequence[Row]) -> Table:
             of, parts = _median(at_longest, whole), _median(at_longest, part)
             shares.append(f"{parts / of:.0%}" if of and parts is not None else NOTHING)
         lines.append([*map(number, values), number(longest), *shares])
-    return Table([*settings, "longest N", *SHARES], lines, texts=0)
+    return Table([*settings, "longest N", *SHARES], lines)
 
 
 def of_fits(fits: Iterable[Fit]) -> Table:
@@ -127,7 +135,8 @@ def of_fits(fits: Iterable[Fit]) -> Table:
     rows = []
     for fit in fits:
         group = ", ".join(f"{key} {value}" for key, value in fit.get("group", {}).items())
-        start = [str(fit.get("target")), group or "all", str(fit.get("form"))]
+        target = str(fit.get("target"))
+        start = [TARGETS.get(target, target), group or "all", str(fit.get("form"))]
         if why := fit.get("refused"):
             rows.append([*start, *[NOTHING] * 6, f"refused: {why}"])
             continue
@@ -143,13 +152,17 @@ def of_fits(fits: Iterable[Fit]) -> Table:
             {"True": "yes", "False": "no"}.get(str(held.get("covered")), NOTHING),
             (fit.get("residuals") or {}).get("remark") or "",
         ])  # fmt: skip
-    return Table(heads, rows, texts=4)
+    return Table(heads, rows)
 
 
 def of_rows(rows: Sequence[Row]) -> Table:
     """All rows and columns as they were measured."""
     heads = [*dict.fromkeys(key for row in rows for key in row)]
-    return Table(heads, [[number(row.get(key)) for key in heads] for row in rows], texts=0)
+    return Table(heads, [[number(row.get(key)) for key in heads] for row in rows])
+
+
+def _is_number(cell: str) -> bool:
+    return bool(re.fullmatch(r"-|[-+]?[\d.,]+(e[-+]\d+)?%?", cell))
 
 
 def _interval(said: Row, key: str) -> str:
