@@ -7,7 +7,7 @@ gap, so that no line leads through nothing.
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -39,11 +39,14 @@ class Spot(NamedTuple):
 class Line:
     """Points that differ in x alone."""
 
-    label: str
-    model: str
     spots: list[Spot]
     rows: Sequence[Row] = ()
-    """From which they were made."""
+    """From which they were made; of an ideal none."""
+    label: str = ""
+
+    @property
+    def model(self) -> str:
+        return str(self.rows[0].get("model", "")) if self.rows else ""
 
 
 @dataclass
@@ -87,7 +90,7 @@ def charts(rows: Sequence[Row], fits: Sequence[Fit] = ()) -> list[Chart]:
               _lines(steps, _number("length"), _number("step_s"), ("length",)),
               fits=_fitted(fits, "step_s", "length")),
         Chart("memory frontier", "longest sequence N, tokens", "memory of a rank, GiB",
-              _lines(steps, _number("length"), _number("peak_bytes", GIB), ("length",)),
+              _lines(steps, _number("length"), _number("peak_bytes", float(GIB)), ("length",)),
               fits=_fitted(fits, "peak_bytes", "length"), swapped=True),
         Chart("loss against compute", "training compute, FLOP", "validation loss",
               _by_compute(trained), fits=_fitted(fits, "loss", "train_flops")),
@@ -138,19 +141,27 @@ def _lines(
     Args:
         also: name -> what else stays the same along a line.
     """
-    columns = [key for key in settings_of(rows) if key not in free]
-    rows = [row | {name: value(row) for name, value in also.items()} for row in rows]
-    shown = telling(rows, [*columns, *also])
+    columns = [*also, *(key for key in settings_of(rows) if key not in free)]
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
         if math.isfinite(x(row)):
-            groups.setdefault(tuple(str(row.get(key)) for key in shown), []).append(row)
-    lines = []
-    for members in groups.values():
-        label = ", ".join(_said(key, members[0].get(key)) for key in shown)
-        model = str(members[0].get("model", ""))
-        spots = [_spot(at, members, x, y) for at in sorted({x(row) for row in members})]
-        lines.append(Line(label or model or "measured", model, spots, members))
+            row = row | {name: value(row) for name, value in also.items()}
+            groups.setdefault(tuple(str(row.get(key)) for key in columns), []).append(row)
+    return _named(
+        [
+            Line([_spot(at, some, x, y) for at in sorted({x(row) for row in some})], some)
+            for some in groups.values()
+        ],
+        columns,
+    )
+
+
+def _named(lines: list[Line], columns: Sequence[str]) -> list[Line]:
+    """The same, each with the columns that tell it from the others as its label."""
+    shown = telling([line.rows[0] for line in lines], columns)
+    for line in lines:
+        said = ", ".join(_said(key, line.rows[0].get(key)) for key in shown)
+        line.label = said or line.model or "measured"
     return lines
 
 
@@ -181,28 +192,22 @@ def _over_ranks(name: str, y: str, rows: Sequence[Row], strong: bool) -> Chart:
     The fewest ranks of a line count as ideal. A speed-up of P is, and a weak step that takes as
     long; or, where N grows with sp, log(N P) / log(N) times as long: an FFT's work is N log N.
     """
-    rows = [row for row in rows if all(row.get(key) for key in ("length", "rows", "sp", "dp"))]
-    both = any(row["sp"] > 1 for row in rows) and any(row["dp"] > 1 for row in rows)
-
-    def ranks(row: Row) -> float:
-        return float(row["sp"] * row["dp"])
-
-    def tokens_of_a_rank(row: Row) -> int:
-        return round(row["rows"] * row["length"] / ranks(row))
-
+    needed, ranks = ("length", "rows", "sp", "dp", "ranks"), _number("ranks")
+    rows = [row for row in rows if all(row.get(key) for key in needed)]
     lines: list[Line] = []
     ideals: dict[str, Line] = {}
     for axis, grows in (("sp", "length"), ("dp", "rows")):
-        free = (axis,) if strong else (axis, grows)
-        same = {} if strong else {"tokens of a rank": tokens_of_a_rank}
+        free = () if strong else (grows,)
+        same: dict[str, Callable[[Row], Any]] = {axis: lambda _: "P"}
+        if not strong:
+            same["tokens of a rank"] = lambda row: row["rows"] * row["length"] // row["ranks"]
         for line in _lines(rows, ranks, _number("step_s"), free, same):
             measured = _measured(line)
             if len(measured) < 2:
                 continue
             first, last = measured[0], measured[-1]
             spots = [_relative(spot, first, strong) for spot in line.spots]
-            label = f"{line.label}, along {axis}" if both else line.label
-            lines.append(Line(label, line.model, spots))
+            lines.append(replace(line, spots=spots))
             n = min(row["length"] for row in line.rows if ranks(row) == first.x)
             fft = not strong and axis == "sp" and n > 1
             title = f"ideal of an FFT from N = {n:,}" if fft else "ideal"
@@ -210,10 +215,12 @@ def _over_ranks(name: str, y: str, rows: Sequence[Row], strong: bool) -> Chart:
             for p in span:
                 grown = math.log(n * p / first.x) / math.log(n) if fft else 1.0
                 at = Spot(p, p if strong else grown)
-                ideals.setdefault(title, Line(title, "", [])).spots.append(at)
+                ideals.setdefault(title, Line([], label=title)).spots.append(at)
     for line in ideals.values():
         line.spots.sort()
-    return Chart(name, "ranks P", y, lines, list(ideals.values()))
+    grown = () if strong else ("length", "rows")
+    columns = [*(key for key in settings_of(rows) if key not in grown), "tokens of a rank"]
+    return Chart(name, "ranks P", y, _named(lines, columns), list(ideals.values()))
 
 
 def _relative(spot: Spot, first: Spot, strong: bool) -> Spot:
@@ -236,16 +243,16 @@ def _by_compute(rows: Sequence[Row]) -> list[Line]:
 
 def _fitted(fits: Sequence[Fit], target: str, x: str) -> list[Fitted]:
     """The curves over x of the fits of a column, where they have any."""
-    unit = GIB if target == "peak_bytes" else 1
+    unit = float(GIB) if target == "peak_bytes" else 1.0
     curves = []
     for fit in fits:
         points = [point for point in fit.get("curve") or () if x in point]
         if fit.get("target") != target or not points:
             continue
-        spots = [_predicted(point[x], point, "value", unit) for point in points]
+        spots = [_predicted(float(point[x]), point, "value", unit) for point in points]
         held, at = None, fit.get("held_out") or {}
         if x in at.get("at", {}):
-            held = _predicted(at["at"][x], at, "predicted", unit)
+            held = _predicted(float(at["at"][x]), at, "predicted", unit)
         curves.append(Fitted(str(fit.get("group", {}).get("model", "")), spots, held))
     return curves
 
