@@ -1,4 +1,4 @@
-"""Rows and fits of a sweep whose numbers are known, as `sweep` and `fit` write them."""
+"""Rows of a sweep and of a run, and fits, whose numbers are known; as the commands write them."""
 
 import json
 import math
@@ -70,6 +70,28 @@ def known_fits() -> list[dict]:
         {"target": "step_s", "form": "c + a N^b P^-g", "group": {"model": "se3_hyena"},
          "refused": "g: two scales of P, five are needed"},
     ]  # fmt: skip
+
+
+def run_config(name: str) -> dict:
+    """What a run's config.yaml says, shortened."""
+    return {"name": name, "task": {"name": "recall"}, "train": {"steps": 4},
+            "model": {"name": "se3_hyena", "channels": 16}}  # fmt: skip
+
+
+def run_rows() -> list[dict]:
+    """Four steps of a run, each evaluated."""
+    shares = {f"{part}_s": 0.1 for part in ("projection", "transforms", "comm", "other")}
+    trained = {"split": "train", "tokens": 32, "tokens_per_s": 200.0, "step_s": 0.4, "lr": 1e-3,
+               "grad_norm": 1.0, "peak_bytes": 64 << 20, "comm_bytes": 10, **shares}  # fmt: skip
+    evaluated = {"split": "validation", "tokens": 8, "equivariance_error": 1e-6}
+    return [
+        row
+        for step in range(1, 5)
+        for row in (
+            {"time": 1e9 + step, "step": step, "loss": 1.0 / step} | trained,
+            {"time": 1e9 + step, "step": step, "loss": 2.0 / step} | evaluated,
+        )
+    ]
 
 
 def write_folder(

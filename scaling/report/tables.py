@@ -13,7 +13,7 @@ from scaling.runs.rows import Row
 
 MIB = 2**20
 NOTHING = "-"
-MEASURED: dict[str, tuple[str, float]] = {
+MEASURED: dict[str, tuple[str, int]] = {
     "step_s": ("step, s", 1),
     "tokens_per_s": ("tokens/s", 1),
     "comm_s": ("exposed communication, s", 1),
@@ -177,7 +177,7 @@ def _cells(rows: Sequence[Row], settings: Sequence[str]) -> list[tuple[list[Any]
     return [([cell[0].get(key) for key in settings], cell) for cell in cells.values()]
 
 
-def _median(rows: Sequence[Row], key: str, unit: float = 1) -> float | None:
+def _median(rows: Sequence[Row], key: str, unit: int = 1) -> float | None:
     said = [row.get(key) for row in rows]
     values = [v for v in said if isinstance(v, (int, float)) and math.isfinite(v)]
-    return median(values) / unit if values else None
+    return float(median(values)) / unit if values else None
