@@ -113,7 +113,8 @@ def of_cells(rows: Sequence[Row]) -> Table:
 
 def of_shares(rows: Sequence[Row]) -> Table:
     """Parts of time and memory at the longest N of every other setting."""
-    steps = [row for row in rows if row.get("status") == "ok" and row.get("kind") == "step"]
+    ok = [row for row in rows if row.get("status") == "ok" and row.get("length")]
+    steps = [row for row in ok if row.get("kind", "step") == "step"]
     settings = telling(steps, [key for key in settings_of(steps) if key != "length"])
     lines = []
     for values, cell in _cells(steps, settings):
