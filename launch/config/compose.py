@@ -26,6 +26,7 @@ COMMANDS = {
     "sweep": "Measure tokens/s, exchanged bytes and memory over lengths and ranks.",
     "fit": "Fit power laws with intervals to measured sweeps, paths their folders.",
     "bench": "Measure operators and training steps beside their rivals.",
+    "report": "Show runs and sweeps, paths their folders, in one HTML file.",
 }
 
 

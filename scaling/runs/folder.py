@@ -65,13 +65,13 @@ class RunFolder:
         """The part of the configuration that defines the result; empty before the first start."""
         return self._read("identity.json")
 
+    def environment(self) -> dict[str, Any]:
+        """Command, versions, machine and commit of the latest start; empty before the first."""
+        return self._read("environment.json")
+
     def status(self) -> dict[str, Any]:
         """What status.json says; empty before the first start."""
         return self._read("status.json")
-
-    def environment(self) -> dict[str, Any]:
-        """What environment.json says; empty before the first start."""
-        return self._read("environment.json")
 
     def rows(self) -> list[Row]:
         """All whole rows so far."""
