@@ -18,8 +18,6 @@ from launch.config.compose import command_line
 from scaling.runs.folder import RunFolder
 from scaling.runs.rows import Row
 
-FITS = "fits.json"
-
 
 @dataclass
 class FitConfig:
@@ -43,6 +41,7 @@ def main(arguments: list[str]) -> None:
     config, _ = command_line(arguments, "fit", FitConfig)
     paths = {Path(path).resolve(): path for path in config.paths}.values()  # each once
     rows = [row for path in paths for row in rows_of_sweep(path)]
+    from scaling.experiments.board import FITS, write_board
     from scaling.experiments.fits.select import TARGETS, fits_of
 
     targets = [config.target] if config.target else TARGETS
@@ -54,6 +53,7 @@ def main(arguments: list[str]) -> None:
     path = Path(config.paths[0]) / FITS
     try:
         write_atomically(path, json.dumps(entries, indent=1, allow_nan=False) + "\n")
+        write_board(RunFolder(config.paths[0]))  # the figures now have the fits
     except OSError as error:
         raise RunError(f"{path} cannot be written ({error.strerror}); make room, or change its "
                        "permissions") from error  # fmt: skip
@@ -71,6 +71,8 @@ def rows_of_sweep(path: str) -> list[Row]:
     way_out = "name the folder of a sweep; python -m launch sweep makes one"
     try:
         rows = RunFolder(path).rows()
+    except RunError:
+        raise
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise RunError(f"{path}/metrics.jsonl cannot be read ({reason}); {way_out}") from error

@@ -2,7 +2,7 @@
 
 points/<name>/      what a point's processes were told, found and said
 rows.csv            all rows        summary.md      the table, what it was measured on and how
-figure.png          the concluded rows over N
+figure.png          the concluded rows over N     tensorboard/     of a sweep: its scaling figures
 """
 
 import shlex
@@ -14,10 +14,12 @@ from typing import Any
 
 from data_pipeline.disk import locked
 from data_pipeline.errors import RunError
+from scaling.experiments.board import write_board
 from scaling.experiments.experiment import Experiment, Point
 from scaling.experiments.options import Running
 from scaling.experiments.views import as_csv, plot, table
 from scaling.observe.memory import hardware
+from scaling.observe.sinks import tensorboard_command
 from scaling.runs.environment import describe_environment
 from scaling.runs.folder import RunFolder, RunWriter, claimed
 from scaling.runs.identity import Identity
@@ -163,8 +165,12 @@ def _present(
     run.write(SUMMARY, f"`{environment['command']}`\n\n{text}\n\n{_circumstances(environment)}\n")
     with run.writing():
         plot(concluded, run.path / FIGURE, run.path.name, missing)
+        if experiment.independent:
+            write_board(run)
     print("", text, "", f"numbers   {run.path / TABLE}", sep="\n")
     print(f"table     {run.path / SUMMARY}\nfigure    {run.path / FIGURE}")
+    if experiment.independent:
+        print(f"curves    {tensorboard_command(run.path.parent)}")
 
 
 def _circumstances(environment: Mapping[str, Any]) -> str:

@@ -314,7 +314,7 @@ def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFix
         (None, "is no folder: name the folder of a sweep; python -m launch sweep makes one"),
         ("", "has no rows: name the folder of a sweep"),
         ('{"kind": "step", "le', "has no rows"),
-        ('{"kind": "st\n{}\n', "metrics.jsonl cannot be read (Unterminated string"),
+        ('{"kind": "st\n{}\n', "metrics.jsonl, line 1 is no row"),
         ('{"kind": "bench"}\n', "has kind=step or kind=train"),
         (
             as_lines([step(1024)]),

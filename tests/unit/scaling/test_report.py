@@ -18,8 +18,10 @@ from tests.sweep_rows import cell, known_fits, known_rows, run_config, run_rows,
 @pytest.fixture
 def folders(tmp_path: Path) -> tuple[Path, Path, Path]:
     """Two runs and a sweep with fits."""
-    runs = [write_folder(tmp_path / name, run_rows(), run_config(name)) for name in ("a", "b")]
-    return *runs, write_folder(tmp_path / "known", known_rows(), fits=known_fits())
+    first, second = (
+        write_folder(tmp_path / name, run_rows(), run_config(name)) for name in ("a", "b")
+    )
+    return first, second, write_folder(tmp_path / "known", known_rows(), fits=known_fits())
 
 
 def words(page: str) -> str:
