@@ -53,7 +53,8 @@ def main(arguments: list[str]) -> None:
     path = Path(config.paths[0]) / FITS
     try:
         write_atomically(path, json.dumps(entries, indent=1, allow_nan=False) + "\n")
-        write_board(RunFolder(config.paths[0]))  # the figures now have the fits
+        if path.with_name("config.yaml").exists():  # more than a copy of rows
+            write_board(RunFolder(path.parent))
     except OSError as error:
         raise RunError(f"{path} cannot be written ({error.strerror}); make room, or change its "
                        "permissions") from error  # fmt: skip
