@@ -4,12 +4,16 @@ Everything that `train` takes says which run. Nothing of it is started: one rank
 with few tokens, in a world of as many ranks that exchanges nothing (scaling/cost/planner.py).
 """
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 from annotated_types import Ge
 
-from data_pipeline.errors import ConfigError
+from data_pipeline.disk import write_atomically
+from data_pipeline.errors import ConfigError, RunError
 from launch.config.check import options_within
 from launch.config.compose import command_line
 from launch.config.settings import Config, mesh_sizes
@@ -24,6 +28,8 @@ class PlanConfig(Config):
     """Processes of the job."""
     length: Annotated[int, Ge(1)] | None = None
     """Tokens of a row; null: the longest sample of the task's training split."""
+    output: str | None = None
+    """Folder, such as a sweep's, that gets plan.json; its report then shows what was foreseen."""
 
     def __post_init__(self) -> None:
         if self.device == "cuda":
@@ -68,10 +74,27 @@ def main(arguments: list[str]) -> None:
     )
     load_what_a_rank_loads(config)
     parts = memory_by_part(job)
-    print(f"a rank of {config.ranks} on a CPU (dp {dp}, sp {sp}), {job.rows} x {length:,} tokens:")
-    for part, size in parts.items():
-        print(f"  {part:<28}{size / 2**20:>10,.0f} MiB")
-    print(f"  {'peak memory':<28}{sum(parts.values()) / 2**20:>10,.0f} MiB")
+    title = f"a rank of {config.ranks} on a CPU (dp {dp}, sp {sp}), {job.rows} x {length:,} tokens:"
+    sizes = parts | {"peak memory": sum(parts.values())}
+    lines = [f"  {part:<28}{size / 2**20:>10,.0f} MiB" for part, size in sizes.items()]
+    text = "\n".join([title, *lines])
+    print(text)
+    if config.output is not None:
+        write_plan(Path(config.output), {"text": text, "ranks": config.ranks, "bytes": sizes})
+
+
+def write_plan(folder: Path, plan: Mapping[str, Any]) -> None:
+    """plan.json, from which a report tells.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "plan.json", json.dumps(plan, indent=1) + "\n")
+    except OSError as error:
+        raise RunError(f"output={folder}: cannot be written ({error.strerror}); choose another "
+                       "folder") from error  # fmt: skip
 
 
 def load_what_a_rank_loads(config: Config) -> None:

@@ -173,16 +173,15 @@ def _said(column: str, value: Any) -> str:
 def _spot(
     at: float, rows: Iterable[Row], x: Callable[[Row], float], y: Callable[[Row], float]
 ) -> Spot:
-    """Median over the rows at x; its spread is that of the rows, or of the one row's steps."""
+    """Median over the rows at x; its spread is that of the rows, or of one row's steps."""
     ok = [row for row in rows if x(row) == at and row.get("status", "ok") == "ok"]
     ok = [row for row in ok if math.isfinite(y(row))]
     if not ok:
         return Spot(at, math.nan)
     values = [y(row) for row in ok]
     low, high = min(values), max(values)
-    if len(values) == 1 and math.isfinite(ok[0].get("step_low_s", math.nan)):
-        scale = values[0] / ok[0]["step_s"]
-        low, high = ok[0]["step_low_s"] * scale, ok[0].get("step_high_s", math.nan) * scale
+    if len(ok) == 1 and values[0] == ok[0].get("step_s") and "step_low_s" in ok[0]:
+        low, high = ok[0]["step_low_s"], ok[0].get("step_high_s", math.nan)
     return Spot(at, median(values), low, high, any(row.get("oversubscribed") for row in ok))
 
 

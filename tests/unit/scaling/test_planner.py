@@ -1,5 +1,7 @@
 """Foreseen memory against counted memory."""
 
+import json
+
 import pytest
 import torch
 
@@ -32,10 +34,12 @@ def test_a_small_step_foresees_a_large_one(monkeypatch):
     assert memory_by_part(shards)["parameters and gradients"] < large["parameters and gradients"]
 
 
-def test_the_command_prints_parts_that_sum_up(capsys):
+def test_the_command_prints_parts_that_sum_up(capsys, tmp_path):
     arguments = ["experiment=million", "task.tokens=8192", "engine=ddp", "ranks=3"]
-    main(arguments)
-    first, *rows = capsys.readouterr().out.splitlines()
+    main([*arguments, f"output={tmp_path / 'sweep'}"])
+    said = capsys.readouterr().out
+    assert json.loads((tmp_path / "sweep" / "plan.json").read_text())["text"] == said.rstrip()
+    first, *rows = said.splitlines()
     assert first == "a rank of 3 on a CPU (dp 1, sp 3), 1 x 8,192 tokens:"
     sizes = [float(row.split()[-2].replace(",", "")) for row in rows]
     assert sizes[-1] == pytest.approx(sum(sizes[:-1]), abs=len(sizes))
