@@ -14,7 +14,7 @@ from typing import Any
 OPTIONS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
            "--disable-background-networking", "--disable-component-update", "--disable-sync",
            "--disable-dev-shm-usage", "--remote-debugging-pipe")  # fmt: skip
-PATIENCE_S = 240.0
+PATIENCE_S = 60.0
 """For an answer, or for a page to show something: both cores may be busy."""
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -19,17 +20,20 @@ from tests.sweep_rows import known_fits, known_rows, run_config, run_rows, write
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
 
-FIND = """
-const all = (root, name) => [...root.querySelectorAll('*')].flatMap(each => [
-  ...(each.matches(name) ? [each] : []), ...(each.shadowRoot ? all(each.shadowRoot, name) : [])]);
-const points = card => all(card.shadowRoot, 'path.line').map(
-  line => (line.getAttribute('d') || '').match(/[ML]/g)?.length || 0).sort();
-const open = () => all(document, 'tf-category-paginated-view').forEach(each => {
-  if (!each.opened) all(each.shadowRoot, 'button.heading').forEach(button => button.click());
-});
+DRAWN = """
+(() => {
+  const all = (root, name) => [...root.querySelectorAll('*')].flatMap(each => [
+    ...(each.matches(name) ? [each] : []), ...(each.shadowRoot ? all(each.shadowRoot, name) : [])]);
+  all(document, 'tf-category-paginated-view').forEach(each => {
+    if (!each.opened) all(each.shadowRoot, 'button.heading').forEach(button => button.click());
+  });
+  const cards = all(document, 'tf-scalar-card').map(card => [card.tag, all(card.shadowRoot,
+    'path.line').map(line => (line.getAttribute('d') || '').match(/[ML]/g)?.length || 0).sort()]);
+  const drawn = cards.filter(([_, lines]) => lines.length && lines[0] > 0);
+  return drawn.length ? drawn : null;
+})()
 """
-"""Elements of a page, those in shadow roots too; how many points each line of a card has; and what
-opens every section."""
+"""Of the cards that are drawn by now (those in sight): tag, and how many points each line has."""
 OF_RUNS = {
     "train/loss": [4, 4], "validation/loss": [4, 4], "memory/peak_bytes": [4, 4],
     "speed/tokens": [4, 4], "speed/tokens_per_s": [4, 4], "time/step_s": [4, 4],
@@ -97,78 +101,44 @@ def _address(process: subprocess.Popen, log: Path) -> str:
     return "http://" + said.partition("http://")[2].split()[0]
 
 
-def cards(page: Browser, address: str, dashboard: str, kind: str, title: str) -> dict[str, Any]:
-    """Title -> points of each line of the cards of a dashboard, when all have been drawn."""
-    page.resize(1600, 9000)
-    page.call("Page.navigate", url="about:blank")
-    page.open(f"{address}#{dashboard}&_smoothingWeight=0")
-    script = f"""(() => {{ {FIND}
-      open();
-      const seen = all(document, '{kind}').map(card => [{title}, points(card)]);
-      return seen.length && seen.every(([_, n]) => n.length && n[0] > 0) ? seen : null;
-    }})()"""
-    drawn, before = None, {}
-    while drawn != before:  # sections open one after another
-        before = drawn
-        drawn = dict(page.wait_for(script))
-        sleep(3)
-    return drawn or {}
+def asked(page: Browser, address: str) -> Any:
+    """What a page of TensorBoard gets to draw from."""
+    return page.evaluate(f"fetch('data/plugin/{address}').then(answer => answer.json())")
 
 
 def test_scalars_are_the_rows_and_a_tag_that_is_gone_is_noticed(page: Browser, tensorboard: str):
-    drawn = cards(page, tensorboard, "scalars", "tf-scalar-card", "card.tag")
+    page.resize(1600, 3000)
+    page.open(f"{tensorboard}#scalars&_smoothingWeight=0")
+    found: dict[str, list[int]] = {}
+    for run, tags in sorted(asked(page, "scalars/tags").items(), reverse=True):
+        for tag in tags:
+            points = asked(page, f"scalars/scalars?run={quote(run)}&tag={quote(tag)}")
+            found.setdefault(tag, []).append(len(points))
     of_sweep = {f"{name}/{line}": [points] for name, lines in OF_SWEEP.items()
                 for line, points in lines.items()}  # fmt: skip
-    assert drawn == OF_RUNS | of_sweep
+    assert found == OF_RUNS | of_sweep
     # Two runs with all their tags would be another page: the one taken away is seen.
-    whole = {tag: [4, 4] for tag in OF_RUNS}
-    assert {tag for tag in whole if drawn.get(tag) != whole[tag]} == {"train/grad_norm"}
+    assert [tag for tag in OF_RUNS if found[tag] != [4, 4]] == ["train/grad_norm"]
+    for tag, lines in page.wait_for(DRAWN):
+        assert lines == sorted(found[tag]), tag
 
 
-def test_custom_scalars_are_pages_of_the_same_points(page: Browser, tensorboard: str):
-    kind = "tf-custom-scalar-multi-line-chart-card"
-    drawn = cards(
-        page, tensorboard, "custom_scalars", kind, "card.title || card._titleDisplayString"
-    )
-    of_runs = {
-        chart: sorted(n for tag in tags for n in OF_RUNS.get(tag, []))
-        for charts in PAGES.values()
-        for chart, tags in charts.items()
-    }
-    of_sweep = {name: sorted(lines.values()) for name, lines in OF_SWEEP.items()}
-    assert {title.partition(": ")[0]: points for title, points in drawn.items()} == (
-        of_runs | of_sweep
-    )
-
-
-def test_images_texts_and_hyperparameters_are_there(page: Browser, tensorboard: str):
-    page.call("Page.navigate", url="about:blank")
-    page.open(f"{tensorboard}#images")
-    script = f"""(() => {{ {FIND}
-      open();
-      const seen = all(document, 'tf-image-loader');
-      const drawn = seen.filter(each => all(each.shadowRoot, 'img').some(i => i.naturalWidth > 99));
-      return drawn.length >= {len(OF_SWEEP)} ? seen.map(each => each.tag) : null;
-    }})()"""
-    assert sorted(page.wait_for(script)) == sorted(f"scaling/{name}" for name in OF_SWEEP)
-    page.call("Page.navigate", url="about:blank")
-    page.open(f"{tensorboard}#text")
-    said = page.wait_for(f"""(() => {{ {FIND}
-      open();
-      const seen = all(document, 'tf-text-loader').map(e => e.tag + all(e.shadowRoot, 'pre').map(
-        each => each.textContent).join(''));
-      return seen.length == 6 && seen.every(each => each.includes(' ')) ? seen.join('') : null;
-    }})()""")
-    assert said.count("python -m launch sweep sweep=known") == 3 and "channels: 16" in said
-    page.call("Page.navigate", url="about:blank")
-    page.open(f"{tensorboard}#hparams")
-    table = page.wait_for(f"""(() => {{ {FIND}
-      const seen = all(document, 'vaadin-grid, tf-hparams-table-view');
-      const words = seen.map(each => each.textContent + all(each, 'vaadin-grid-cell-content').map(
-        cell => cell.textContent).join(' ')).join(' ');
-      return words.includes('whole') && words.includes('validation/loss') ? words : null;
-    }})()""")
-    assert "model.channels" in table and "lacking" in table and "0.5" in table
+def test_custom_scalars_images_and_texts_are_there(page: Browser, tensorboard: str):
+    page.open(f"{tensorboard}#custom_scalars")
+    layouts = asked(page, "custom_scalars/layout")
+    titles = {chart["title"].partition(": ")[0]: chart["multiline"]["tag"]
+              for page_ in layouts["category"] for chart in page_["chart"]}  # fmt: skip
+    assert set(titles) == {chart for charts in PAGES.values() for chart in charts} | set(OF_SWEEP)
+    for name, lines in OF_SWEEP.items():
+        (tag,) = titles[name]
+        got = asked(page, f"custom_scalars/scalars?run=known/tensorboard&tag={quote(tag)}")
+        assert {each: len(points) for each, points in got["tag_to_events"].items()} == {
+            f"{name}/{line}": points for line, points in lines.items()
+        }
+    images = asked(page, "images/tags")["known/tensorboard"]
+    assert sorted(images) == sorted(f"scaling/{name}" for name in OF_SWEEP)
+    text = asked(page, "text/text?run=known/tensorboard&tag=command/text_summary")
+    assert "python -m launch sweep sweep=known" in text[0]["text"]
 
 
 @pytest.mark.parametrize(
