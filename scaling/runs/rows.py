@@ -11,7 +11,7 @@ Row = dict[str, Any]
 """`time` (unix seconds; rows of early versions have none) and what its writer measured. Training
 rows: step, split, loss, ... (observe/metrics.py). Rows of experiments: point, case, sp (ranks),
 length (N, tokens; 0: all), channels, value, unit, and ratio where two sides were compared; the last
-row of a point has its `status`, ok or why there is nothing."""
+row of a point has its `status`, ok or why there is nothing. Of sweeps: experiments/columns.py."""
 
 
 def read_rows(path: Path) -> list[Row]:
