@@ -81,7 +81,7 @@ def plot(rows: Sequence[Row], path: Path, title: str, note: str = "") -> None:
     across = min(len(panels), 3)
     down = -(-len(panels) // across)
     styles = styles_of(name for points in panels.values() for name, _, _ in points)
-    dashes = dict(zip(sorted({row["sp"] for row in rows}), cycle(LINESTYLES), strict=False))
+    dashes = dict(zip(dict.fromkeys(row["sp"] for row in rows), cycle(LINESTYLES), strict=False))
     figure = Figure(figsize=(5.5 * across, 4.5 * down + 1), layout="constrained")
     figure.suptitle(title)
     grid = figure.subplots(down, across, squeeze=False)

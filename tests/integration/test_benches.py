@@ -92,7 +92,7 @@ def test_points_that_failed_are_measured_again_and_no_others(tmp_path, monkeypat
     lacking = {"memory_plain_attention_N16_sp1"}
     asked: list[str] = []
 
-    def measure(_experiment, _options, point, *_settings):
+    def measure(_experiment, _options, point, *_place, **_settings):
         asked.append(point.name)
         rows = [row(f"{side}: memory", 1.0, "B") for side in NUMBERS]
         return ("no memory", []) if point.name in lacking else ("ok", rows)

@@ -99,7 +99,7 @@ def test_a_cell_has_the_values_of_its_grid(tmp_path):
     assert row["tokens_per_s"] * row["step_s"] == pytest.approx(2 * 3 * 64)
     assert row["step_low_s"] <= row["step_s"] <= row["step_high_s"]
     assert row["comm_hidden"] is None and row["comm_bytes"] == row["formula_bytes"] == 0
-    model = build("se3_hyena", 1, 0, channels=2, hidden=2, operators=1)
+    model = build("se3_hyena", 1, 0, channels=2, hidden=2, operators=1, layers=2)
     assert row["parameters"] == sum(p.numel() for p in model.parameters())
     work = model.work(64)
     assert row["fft_flops"] == 2 * 3 * 64 * (work.transform_flops + work.frequency_flops)
