@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge
 
 from data_pipeline.disk import write_atomically
-from data_pipeline.errors import ConfigError, RunError
+from data_pipeline.errors import RunError
 from launch.config.compose import command_line
 from scaling.runs.folder import RunFolder
 from scaling.runs.rows import Row
@@ -29,11 +29,6 @@ class FitConfig:
     """Of the bootstrap."""
     seed: Annotated[int, Ge(0)] = 0
     """Of the draws."""
-
-    def __post_init__(self) -> None:
-        if not self.paths:
-            raise ConfigError("fit takes folders of sweeps before the first key=value: python -m "
-                              "launch fit sweeps/NAME")  # fmt: skip
 
 
 def main(arguments: list[str]) -> None:

@@ -5,7 +5,6 @@ The folders are read, and left alone: a run may be going on. The file needs noth
 
 from dataclasses import dataclass
 
-from data_pipeline.errors import ConfigError
 from launch.config.compose import command_line
 
 
@@ -17,11 +16,6 @@ class ReportConfig:
     """The file; null: report.html in the only folder, or here for several."""
     question: str | None = None
     """That the report answers; null: what such folders can answer."""
-
-    def __post_init__(self) -> None:
-        if not self.paths:
-            raise ConfigError("report takes folders of runs and sweeps before the first key=value: "
-                              "python -m launch report runs/NAME sweeps/NAME")  # fmt: skip
 
 
 def main(arguments: list[str]) -> None:

@@ -48,7 +48,11 @@ def command_line(
     if flags & {"--help", "-h"}:
         print(usage(command, schema))
         sys.exit(0)
-    config = compose(command, overrides, schema, paths, sections_of(paths))
+    sections = sections_of(paths)
+    if _takes_paths(schema) and not paths:
+        raise ConfigError(f"{command} takes folders before the first key=value: python -m launch "
+                          f"{command} FOLDER ...")  # fmt: skip
+    config = compose(command, overrides, schema, paths, sections)
     if "--cfg" in flags:
         print(to_yaml(config), end="")
         sys.exit(0)

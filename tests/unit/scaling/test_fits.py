@@ -337,7 +337,7 @@ def test_sweeps_of_nothing_are_one_line(tmp_path: Path, content: str | None, nam
     [
         (["target=step"], "target='step': must be 'step_s', 'peak_bytes' or 'loss'"),
         (["draws=10"], "draws=10: must be greater than or equal to 1000"),
-        ([], "fit takes folders of sweeps before the first key=value"),
+        ([], "fit takes folders before the first key=value"),
     ],
 )
 def test_options_are_checked(tmp_path: Path, arguments: list[str], named: str):

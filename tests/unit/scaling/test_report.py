@@ -123,7 +123,7 @@ def test_damaged_files_are_named_with_what_writes_them_again(tmp_path, name):
 
 
 def test_what_is_no_run_or_cannot_be_written_is_one_line(tmp_path):
-    with pytest.raises(ConfigError, match="report takes folders of runs and sweeps"):
+    with pytest.raises(ConfigError, match="report takes folders before the first key=value"):
         report.main([])
     with pytest.raises(RunError, match="there is no such folder"):
         report.main([str(tmp_path / "none")])

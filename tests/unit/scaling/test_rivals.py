@@ -175,7 +175,8 @@ def test_local_weights_are_their_formulas():
     module = LocalWeights(3, 2, 4, hidden=5).double()
     y, scalars = torch.randn(2, 3, 3, N).double() * 3, torch.randn(2, 2, N).double()
     y[0, 1, :, 2] = 0.0
-    leaves = [y.requires_grad_(), scalars.requires_grad_(), *module.parameters()]
+    weight, bias, last_weight, last_bias = parameters = list(module.parameters())
+    leaves = [y.requires_grad_(), scalars.requires_grad_(), *parameters]
     expected = torch.zeros(2, 4, 3, N).double()
     for b in range(2):
         for i in range(N):
@@ -184,9 +185,8 @@ def test_local_weights_are_their_formulas():
                 for other in range(m, 3):
                     product = y[b, m, :, i].dot(y[b, other, :, i])
                     features.append(product.sign() * torch.log1p(product.abs()))
-            first, _, last = module.mlp
-            h = torch.nn.functional.silu(first.weight @ torch.stack(features) + first.bias)
-            w = (last.weight @ h + last.bias).reshape(4, 3)
+            h = torch.nn.functional.silu(weight @ torch.stack(features) + bias)
+            w = (last_weight @ h + last_bias).reshape(4, 3)
             for c in range(4):
                 for m in range(3):
                     expected[b, c, :, i] = expected[b, c, :, i] + w[c, m] * y[b, m, :, i]
