@@ -6,6 +6,7 @@ only what is missing or failed.
 """
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Annotated, Any
 
 from launch.config.check import FolderName, build, check_choice, options_of
@@ -45,10 +46,12 @@ class BenchConfig(Running):
 def main(arguments: list[str]) -> None:
     """Measure what is missing, write, summarise."""
     config, overrides = command_line(arguments, "bench", BenchConfig)
+    from scaling.experiments import ranks
     from scaling.experiments.harness import run_experiment
 
     options = config.options()
     running = {key: value for key, value in asdict(config).items() if key != "bench"}
     identity = Identity({"": (BenchConfig, running), "bench": (type(options), asdict(options))})
     name, command = config.bench["name"], ["python", "-m", "launch", "bench", *overrides]
-    run_experiment(name, options, config, identity, "benches", command, ENTRY)
+    measure = partial(ranks.measure, name, asdict(options), running=config, entry=ENTRY)
+    run_experiment(options, measure, config, identity, "benches", command)

@@ -20,7 +20,8 @@ def main(arguments: list[str]) -> None:
     share_cores(ranks)
     case_file, result_file, wanted = arguments
     device = choose_device(wanted, ranks)
-    with process_group(ranks, device, timeout_s=600.0):
+    engine = json.loads(Path(case_file).read_text())["options"].get("engine", {})
+    with process_group(ranks, device, 600.0, needed=engine.get("name") == "deepspeed"):
         from scaling.experiments.ranks import measure_case
 
         rows = measure_case(Path(case_file), device)

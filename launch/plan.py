@@ -7,6 +7,7 @@ formulas and where the presets' figures come from.
 
 import json
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge, Gt
 
-from data_pipeline.errors import ConfigError
+from data_pipeline.disk import write_atomically
+from data_pipeline.errors import ConfigError, RunError
 from launch.config.check import options_within
 from launch.config.compose import command_line
 from launch.config.settings import Config, mesh_sizes
@@ -50,7 +52,8 @@ class PlanConfig(Config):
     memory_gib: Annotated[float, Gt(0)] = 80.0
     """Of a rank, GiB."""
     output: str | None = None
-    """Folder for plan.json, and for what a search finds; null: none, or plans."""
+    """Folder, such as a sweep's, that gets plan.json, of which its report tells, and what a search
+    finds; null: none, or plans."""
 
     def __post_init__(self) -> None:
         self.ranks = self.gpus or self.ranks
@@ -120,11 +123,9 @@ def main(arguments: list[str]) -> None:
     if unmeasured:
         report.say(f"no times: {unmeasured}")
     if config.output or config.search:
-        path = Path(config.output or "plans") / "plan.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = "\n".join(report.lines) + "\n"
-        path.write_text(json.dumps({"text": text} | report.numbers, indent=1) + "\n")
-        print(f"numbers   {path}")
+        folder = Path(config.output or "plans")
+        write_plan(folder, {"text": "\n".join(report.lines)} | report.numbers)
+        print(f"numbers   {folder / 'plan.json'}")
 
 
 def _checked(config: PlanConfig) -> "tuple[Task, Model]":
@@ -273,6 +274,20 @@ def _write_best(config: PlanConfig, best: "Way", overrides: list[str], report: R
     path.write_text("\n".join([*own, *(f"{key}={value}" for key, value in found.items())]) + "\n")
     report.say(f"the first, as train takes it: xargs -d '\\n' -a {path} torchrun "
                f"--nproc-per-node {min(config.ranks, 8)} -m launch.train\n")  # fmt: skip
+
+
+def write_plan(folder: Path, plan: Mapping[str, Any]) -> None:
+    """plan.json, from which a report tells.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "plan.json", json.dumps(plan, indent=1) + "\n")
+    except OSError as error:
+        raise RunError(f"output={folder}: cannot be written ({error.strerror}); choose another "
+                       "folder") from error  # fmt: skip
 
 
 def load_what_a_rank_loads(config: Config) -> None:

@@ -44,6 +44,16 @@ class Work:
     exchange_bytes: float = 0.0
     """Sent by all ranks together."""
 
+    @property
+    def fft_flops(self) -> float:
+        """Of transforms and of the products of frequencies."""
+        return self.transform_flops + self.frequency_flops
+
+    @property
+    def flops(self) -> float:
+        """All that are counted."""
+        return self.matrix_flops + self.product_flops + self.pair_flops + self.fft_flops
+
 
 class WorkCounter:
     """Of the step that runs inside `counting`, for one row shared by `ranks` ranks."""

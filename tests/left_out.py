@@ -2,9 +2,9 @@
 
 Every test is marked by its folder: unit, equivariance, distributed, integration. Further marks name
 what a test needs: `gpu`, `slurm` (a running SLURM), `browser` (Chromium), `mmseqs`, `mpirun` (Open
-MPI and MPICH), `root`, `package("name")` (an optional Python package; a test with the parameter
-`name=` of a model that needs one has it unmarked). `slow` tests run only where they are asked for:
-make test ARGS="-m slow".
+MPI and MPICH), `root`, `nodes` (root and what makes network namespaces), `package("name")` (an
+optional Python package; a test with the parameter `name=` of a model that needs one has it
+unmarked). `slow` tests run only where they are asked for: make test ARGS="-m slow".
 """
 
 import os
@@ -35,8 +35,20 @@ def missing() -> dict[str, str]:
         if all(map(shutil.which, MPIRUNS))
         else "Open MPI and MPICH are not installed",
         "root": None if os.geteuid() == 0 else "it needs root",
+        "nodes": _why_no_nodes(),
     }
     return {mark: reason for mark, reason in reasons.items() if reason}
+
+
+def _why_no_nodes() -> str | None:
+    from data_pipeline.errors import ConfigError  # jaxtyping must see packages imported
+    from scaling.experiments.two_nodes import check_tools
+
+    try:
+        check_tools()
+    except ConfigError as error:
+        return str(error)
+    return None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -8,14 +8,14 @@ With springs the particles are a chain in their order, and the order means somet
 from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import Lock
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import numpy as np
 from annotated_types import Ge, Gt, Le
 from jaxtyping import Float64
 
 from data_pipeline.batch import Sample
-from data_pipeline.counter_rng import hash64, normals, uniforms
+from data_pipeline.counter_rng import hash64, normals, rotations, uniforms
 from data_pipeline.errors import OptionError
 from data_pipeline.tasks.protocol import ProceduralTask
 from data_pipeline.tasks.window import EDGES, Window, edges
@@ -56,10 +56,13 @@ class NBody(ProceduralTask):
     """Systems of validation and of test."""
     seed: int = 0
     """Of the systems; not of the training."""
+    turned: bool = False
+    """Whether training turns every sample at random, for models that are not equivariant."""
 
     name = "nbody"
     vectors = 1
     unit = 1.0
+    came_later: ClassVar = {"turned": False}
 
     def __post_init__(self) -> None:
         self._settle()
@@ -75,7 +78,7 @@ class NBody(ProceduralTask):
     def sample(
         self, split: str, items: Sequence[int | None], keys: Sequence[int], start: int, stop: int
     ) -> Sample:
-        """See Task. Keys order the particles of a gas in training and do nothing else."""
+        """See Task. In training keys order the particles of a gas, and turn where asked for."""
         window = Window(self.row_lengths(split, items), start, stop)
         rows = window.zeros(10)
         there = {row: item for row, item in enumerate(items) if item is not None}
@@ -84,6 +87,10 @@ class NBody(ProceduralTask):
             if split == "train" and not self.spring:
                 shuffle = uniforms(hash64("order", keys[row]), 0, self.particles)[:, 0]
                 system = system[:, np.argsort(shuffle, kind="stable")]
+            if split == "train" and self.turned:
+                (axes,) = rotations(hash64("turn", keys[row]), 0, 1)
+                turned = axes @ system[:9].reshape(3, 3, -1)
+                system = np.concatenate([turned.reshape(9, -1), system[9:]])
             rows[row, :, : max(self.particles - start, 0)] = system[:, start:stop]
         points, velocities, target, charge = np.split(rows, [3, 6, 9], axis=1)
         scalars = [charge, edges(window.index, window.ends)] if self.spring else [charge]

@@ -24,7 +24,9 @@ COMMANDS = {
     "prepare": "Build a data store from structure files or the bundled ones; verify it; show it.",
     "plan": "Foresee memory and time of a training run; search what fits a cluster.",
     "sweep": "Measure tokens/s, exchanged bytes and memory over lengths and ranks.",
+    "fit": "Fit power laws with intervals to measured sweeps, paths their folders.",
     "bench": "Measure operators and training steps beside their rivals.",
+    "report": "Show runs and sweeps, paths their folders, in one HTML file.",
 }
 
 
@@ -46,7 +48,11 @@ def command_line(
     if flags & {"--help", "-h"}:
         print(usage(command, schema))
         sys.exit(0)
-    config = compose(command, overrides, schema, paths, sections_of(paths))
+    sections = sections_of(paths)
+    if _takes_paths(schema) and not paths:
+        raise ConfigError(f"{command} takes folders before the first key=value: python -m launch "
+                          f"{command} FOLDER ...")  # fmt: skip
+    config = compose(command, overrides, schema, paths, sections)
     if "--cfg" in flags:
         print(to_yaml(config), end="")
         sys.exit(0)

@@ -47,7 +47,7 @@ class Network:
     """Sent by a rank."""
     measured: bool = False
 
-    def seconds(self, calls: float, sent: float, ranks: int) -> float:
+    def seconds(self, calls: int, sent: int | float, ranks: int) -> float:
         """Of collectives; the latency grows with the logarithm of the ranks."""
         if ranks == 1:
             return 0.0
@@ -216,7 +216,7 @@ def _factors(
                 calls = [(op, k) for (where, op), k in trace.operators.items() if where == part]
                 if calls and seconds > LEAST_SHARE * sum(times.values()):
                     parts.append(part)
-                    least.append(sum(k * np.array(machine.least(op)) for op, k in calls))
+                    least.append(np.sum([k * np.array(machine.least(op)) for op, k in calls], 0))
                     measured.append(seconds)
     if not measured:
         return {}

@@ -1,8 +1,9 @@
 """What every experiment is: options, the points they ask for, how one is measured, what follows."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -22,18 +23,31 @@ class Point:
     length: int = 0
     """N, tokens; 0: none or several."""
     ranks: int = 1
+    dp: int = 1
+    """Of the ranks, those that are data-parallel; the others share a sequence."""
+    repeat: int = 0
+    values: Mapping[str, Any] = field(default_factory=dict)
+    """Of further keys of a grid."""
 
     @property
     def name(self) -> str:
         """Names its folder, and it in all rows."""
         length = f"N{self.length}" if self.length else ""
-        words = filter(None, [self.part, self.side, length, f"sp{self.ranks}"])
-        return "_".join(words).replace(" ", "_")
+        dp, again = (f"{name}{n}" * (n > least) for name, n, least in
+                     (("dp", self.dp, 1), ("repeat", self.repeat, 0)))  # fmt: skip
+        grid = (f"{key}={value}" for key, value in self.values.items())
+        words = filter(None, [self.part, self.side, length, f"sp{self.sp}", dp, *grid, again])
+        return re.sub(r"[^\w.=+-]+", "_", "_".join(words))
+
+    @property
+    def sp(self) -> int:
+        """Ranks that share a sequence."""
+        return self.ranks // self.dp
 
     @property
     def labels(self) -> Row:
         """Go into its rows, also where it fails."""
-        return {"point": self.name, "sp": self.ranks, "length": self.length}
+        return {"point": self.name, "sp": self.sp, "length": self.length, **self.values}
 
 
 class Experiment(Checked, ABC):

@@ -2,47 +2,55 @@
 
 points/<name>/      what a point's processes were told, found and said
 rows.csv            all rows        summary.md      the table, what it was measured on and how
-figure.png          the concluded rows over N
+figure.png          the concluded rows over N     tensorboard/     of a sweep: its scaling figures
 """
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.disk import locked
 from data_pipeline.errors import RunError
-from scaling.experiments import ranks
-from scaling.experiments.experiment import Experiment
+from scaling.experiments.board import write_board
+from scaling.experiments.experiment import Experiment, Point
 from scaling.experiments.options import Running
 from scaling.experiments.views import as_csv, plot, table
 from scaling.observe.memory import hardware
+from scaling.observe.sinks import tensorboard_command
 from scaling.runs.environment import describe_environment
-from scaling.runs.folder import RunWriter, claimed
+from scaling.runs.folder import RunFolder, RunWriter, claimed
 from scaling.runs.identity import Identity
 from scaling.runs.rows import Row
 
 TABLE, SUMMARY, FIGURE = "rows.csv", "summary.md", "figure.png"
 
 
+Measure = Callable[[Point, Path], tuple[str, list[Row]]]
+"""Measures a point in a folder of its own: "ok" and its rows, or why there are none."""
+
+
 def run_experiment(
-    name: str,
-    experiment: Any,
+    experiment: Experiment,
+    measure: Measure,
     running: Running,
     identity: Identity,
     parent: str,
     command: Sequence[str],
-    entry: Sequence[str],
+    only: int | None = None,
 ) -> None:
     """Measures the points that the folder lacks or that failed, then shows all.
 
+    Several processes may share a folder: each point is measured by one of them, and the last to
+    end shows all.
+
     Args:
-        name: of the experiment in EXPERIMENTS.
-        experiment: one of these, with its options.
         running: the whole configuration.
         parent: the key of the configuration that says where folders of results lie.
         command: what the user typed.
-        entry: see `ranks.measure`.
+        only: measure this point alone, counted from 0.
 
     Raises:
         RunError: the folder is of other options or cannot be written, or a point failed (the
@@ -53,49 +61,94 @@ def run_experiment(
     environment = describe_environment(
         **hardware() | {"threads": running.threads, "command": shlex.join(command)}
     )
-    with claimed(folder, identity, config, environment, parent) as run:
-        for view in (TABLE, SUMMARY, FIGURE):
-            (folder / view).unlink(missing_ok=True)  # they may be of other points
-        rows = _measure(run, name, experiment, running, entry)
-        run.write(TABLE, as_csv(rows))
-        statuses = {row["point"]: row["status"] for row in rows if "status" in row}
-        failed = {point: status for point, status in statuses.items() if status != "ok"}
-        if not failed or (experiment.independent and "ok" in statuses.values()):
-            _present(run, experiment, rows, failed, environment)
-        if failed:
-            point, status = next(iter(failed.items()))
-            raise RunError(
-                f"{len(failed)} of {len(statuses)} points failed, {point}: {status}; what its ranks"
-                f" said: {folder / 'points' / point / 'log.txt'}; the same command tries again"
-            )
-        run.set_status("finished")
-
-
-def _measure(
-    run: RunWriter, name: str, experiment: Any, running: Running, entry: Sequence[str]
-) -> list[Row]:
-    """The rows of all points; of an experiment with independent points, earlier ones too."""
-    complete = {row["point"] for row in run.rows() if row.get("status") == "ok"}
-    # A point whose rows a killed process left incomplete, or that failed, is measured again.
-    rows = run.keep(lambda row: row["point"] in complete)
     points = list(experiment.points())
-    for number, point in enumerate(points, 1):
-        title = f"point {number}/{len(points)}: {point.name}"
-        run.step = number
-        if point.name in complete:
-            print(f"{title}: measured before, kept", flush=True)
-            continue
+
+    def claim() -> AbstractContextManager[RunWriter]:
+        return claimed(folder, identity, config, environment, parent, wait=True)
+
+    with claim() as run:
         run.set_status("running")
+        # A point whose rows a killed process left incomplete, or that failed, is measured again.
+        complete = _complete(run)
+        run.keep(lambda row: row["point"] in complete)
+    elsewhere = False
+    for number, point in enumerate(points, 1):
+        if only is None or number == only + 1:
+            title = f"point {number}/{len(points)}: {point.name}"
+            elsewhere |= not _measure_once(title, point, measure, run, claim)
+    with claim() as run:
+        run.step = len(_complete(run))
+        _conclude(run, experiment, points, environment, elsewhere, running.name)
+
+
+def _complete(run: RunFolder) -> set[str]:
+    """The names of points whose rows are all there."""
+    return {row["point"] for row in run.rows() if row.get("status") == "ok"}
+
+
+def _measure_once(
+    title: str,
+    point: Point,
+    measure: Measure,
+    run: RunWriter,
+    claim: Callable[[], AbstractContextManager[RunWriter]],
+) -> bool:
+    """Measures a point unless it has been; False where another process is at it."""
+    place = run.path / "points" / point.name
+    with run.writing():
+        place.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(place, wait=False))
+        except BlockingIOError:
+            print(f"{title}: another process measures it", flush=True)
+            return False
+        if point.name in _complete(run):
+            print(f"{title}: measured before, kept", flush=True)
+            return True
         print(f"{title} ...", end=" ", flush=True)
-        place = run.path / "points" / point.name
-        with run.writing():
-            status, found = ranks.measure(name, asdict(experiment), point, place, running, entry)
+        try:
+            with run.writing():
+                status, rows = measure(point, place)
+        except BaseException:
+            with claim():
+                raise  # there its folder says so
         print(status, flush=True)
-        found = [point.labels | row for row in found or [{}]]
-        found[-1]["status"] = status
-        rows += run.append(*found)
-    names = {point.name for point in points}
-    return [row for row in rows if experiment.independent or row["point"] in names]
+        rows = [point.labels | row for row in rows or [{}]]
+        rows[-1]["status"] = status
+        with claim() as writer:
+            writer.append(*rows)
+    return True
+
+
+def _conclude(
+    run: RunWriter,
+    experiment: Experiment,
+    points: Sequence[Point],
+    environment: Mapping[str, Any],
+    elsewhere: bool,
+    name: str,
+) -> None:
+    """Table, figure and state, from what has been measured."""
+    names = [point.name for point in points]
+    rows = [row for row in run.rows() if experiment.independent or row["point"] in names]
+    for view in (TABLE, SUMMARY, FIGURE):
+        (run.path / view).unlink(missing_ok=True)  # they may be of other points
+    run.write(TABLE, as_csv(rows))
+    statuses = {row["point"]: row["status"] for row in rows if "status" in row}
+    failed = {point: status for point, status in statuses.items() if status != "ok"}
+    left = [name for name in names if name not in statuses]
+    if not failed | dict.fromkeys(left) or (experiment.independent and "ok" in statuses.values()):
+        _present(run, experiment, rows, failed, environment)
+    if failed:
+        point, status = next(iter(failed.items()))
+        raise RunError(
+            f"{len(failed)} of {len(statuses)} points failed, {point}: {status}; what its ranks"
+            f" said: {run.path / 'points' / point / 'log.txt'}; the same command tries again"
+        )
+    run.set_status("finished" if not left else "running" if elsewhere else "interrupted")
+    if left:
+        print(f"{len(left)} of {len(names)} points of {name} are not measured yet")
 
 
 def _present(
@@ -112,8 +165,12 @@ def _present(
     run.write(SUMMARY, f"`{environment['command']}`\n\n{text}\n\n{_circumstances(environment)}\n")
     with run.writing():
         plot(concluded, run.path / FIGURE, run.path.name, missing)
+        if experiment.independent:
+            write_board(run)
     print("", text, "", f"numbers   {run.path / TABLE}", sep="\n")
     print(f"table     {run.path / SUMMARY}\nfigure    {run.path / FIGURE}")
+    if experiment.independent:
+        print(f"curves    {tensorboard_command(run.path.parent)}")
 
 
 def _circumstances(environment: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,11 @@ from data_pipeline.errors import LongfoldError
 from scaling.experiments.experiment import Point
 from scaling.experiments.options import Running
 from scaling.experiments.registry import EXPERIMENTS
+from scaling.experiments.two_nodes import Link, Node, two_nodes
 from scaling.runs.rows import Row
+
+PORT = 29500
+"""Where ranks on nodes of their own meet: nobody else is there."""
 
 
 def measure_case(case_file: Path, device: torch.device) -> list[Row]:
@@ -58,28 +62,71 @@ def measure(
     case = {"experiment": experiment, "options": options, "point": asdict(point)}
     case_file.write_text(json.dumps(case))
     result.unlink(missing_ok=True)
+    told = [*entry, str(case_file), str(result), running.device]
+    if link := Link.named(point.values):
+        with two_nodes(link) as nodes:
+            status = run_together(list(on_nodes(nodes, told)), log, running)
+    else:
+        status = run_ranks(point.ranks, told, log, running)
+    if status == "ok" and not result.exists():
+        status = reason(log.read_text())
+    return status, json.loads(result.read_text()) if status == "ok" else []
+
+
+def run_ranks(ranks: int, command: Sequence[str], log: Path, running: Running) -> str:
+    """Runs python with these arguments on so many ranks of this machine; "ok", or why not.
+
+    Args:
+        log: gets what they say.
+    """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-               str(point.ranks), *entry, str(case_file), str(result), running.device]  # fmt: skip
+               str(ranks), *command]  # fmt: skip
+    return run_together([command], log, running)
+
+
+def on_nodes(nodes: Sequence[Node], command: Sequence[str]) -> Iterator[list[str]]:
+    """What starts python with these arguments as one rank on each node."""
+    for rank, node in enumerate(nodes):
+        places = {
+            "RANK": rank,
+            "WORLD_SIZE": len(nodes),
+            "LOCAL_RANK": 0,
+            "LOCAL_WORLD_SIZE": 1,
+            "MASTER_ADDR": nodes[0].address,
+            "MASTER_PORT": PORT,
+            "GLOO_SOCKET_IFNAME": "eth0",
+        }
+        told = [f"{key}={value}" for key, value in places.items()]
+        yield node.command(["env", *told, sys.executable, "-u", *command])
+
+
+def run_together(commands: Sequence[Sequence[str]], log: Path, running: Running) -> str:
+    """Runs them at once; "ok", or why not. If one fails or none ends in time, all are stopped."""
     with log.open("w") as output:
         began = time.monotonic()
         # Told to stop, this process would leave its ranks running.
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         environ = os.environ | {"OMP_NUM_THREADS": str(running.threads)}
-        child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environ)
+        children = [
+            subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environ)
+            for command in commands
+        ]
         try:
-            code = child.wait(running.timeout_s)
+            for child in children:
+                left = began + running.timeout_s - time.monotonic()
+                if child.wait(max(left, 0.1)):
+                    break
         except BaseException as error:
-            # torchrun ends its ranks on SIGTERM; SIGKILL would leave them running.
-            child.send_signal(signal.SIGTERM)
-            child.wait()
             if not isinstance(error, subprocess.TimeoutExpired):
                 raise
-            return f"time-out after {time.monotonic() - began:.0f} s", []
+            return f"time-out after {time.monotonic() - began:.0f} s"
         finally:
+            # torchrun ends its ranks on SIGTERM; SIGKILL would leave them running.
+            for child in children:
+                child.terminate()
+            codes = [child.wait() for child in children]
             signal.signal(signal.SIGTERM, before)
-    if code != 0 or not result.exists():
-        return reason(log.read_text()), []
-    return "ok", json.loads(result.read_text())
+    return reason(log.read_text()) if any(codes) else "ok"
 
 
 def reason(log: str) -> str:

@@ -5,10 +5,12 @@ from scaling.experiments.cases.clifford import Clifford
 from scaling.experiments.cases.convert import Convert
 from scaling.experiments.cases.data import Data
 from scaling.experiments.cases.equivariance import Equivariance
+from scaling.experiments.cases.fits import Fits
 from scaling.experiments.cases.long_conv import LongConv
 from scaling.experiments.cases.machine import Machine
 from scaling.experiments.cases.models import Models
 from scaling.experiments.cases.neighbours import NeighbourSearch
+from scaling.experiments.cases.network import Network
 from scaling.experiments.cases.plan import Plan
 from scaling.experiments.cases.scaling import Scaling
 from scaling.experiments.cases.sweep import Sweep
@@ -21,10 +23,12 @@ BENCHES: dict[str, type[Experiment]] = {
     "convert": Convert,
     "data": Data,
     "equivariance": Equivariance,
+    "fits": Fits,
     "long_conv": LongConv,
     "machine": Machine,
     "models": Models,
     "neighbours": NeighbourSearch,
+    "network": Network,
     "plan": Plan,
     "scaling": Scaling,
     "train_step": TrainStep,

@@ -82,10 +82,12 @@ class LocalWeights(nn.Module):
     def forward(
         self, y: Float[Tensor, "b m 3 n"], scalars: Float[Tensor, "b s n"]
     ) -> Float[Tensor, "b c 3 n"]:
-        first, second = torch.triu_indices(y.shape[1], y.shape[1], device=y.device)
-        products = (y[:, first] * y[:, second]).sum(2)
+        vectors = y.shape[1]
+        first, second = torch.triu_indices(vectors, vectors, device=y.device)
+        gram = torch.einsum("bmdn,bkdn->bmkn", y, y).flatten(1, 2)
+        products = gram.index_select(1, first * vectors + second)
         w = self.mlp(torch.cat([scalars, products.sign() * torch.log1p(products.abs())], 1))
-        return (w.unflatten(1, (-1, y.shape[1])).unsqueeze(3) * y.unsqueeze(1)).sum(2)
+        return torch.einsum("bcmn,bmdn->bcdn", w.unflatten(1, (-1, vectors)), y)
 
 
 def sinusoids(

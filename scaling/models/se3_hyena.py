@@ -83,7 +83,7 @@ class SE3Hyena(StreamModel):
         chiral: bool = False,
         readout: float = 1.0,
         salience: bool = False,
-        layers: Annotated[int, Ge(1)] = 2,
+        layers: Annotated[int, Ge(1)] = 1,
         local: Annotated[int, Ge(0)] = 0,
         normalise: bool = False,
         messages: Messages = "none",
@@ -135,7 +135,7 @@ class HyenaOperator(Block):
         padding: Padding,
         chiral: bool,
         scalars: int,
-        layers: int = 2,
+        layers: int = 1,
         normalise: bool = False,
     ) -> None:
         super().__init__()

@@ -94,7 +94,7 @@ class StreamModel(Model):
         norms = torch.log1p(smooth_sqrt(inputs.square().sum(2)))
         own, scalars = torch.cat([inputs, previous], 1), zero_invalid(scalars, mask)
         f, x = self.embed_scalars(torch.cat([scalars, norms], 1)), self.embed_vectors(own)
-        return f, x if self.local is None else x + zero_invalid(self.local(own, scalars), mask)
+        return f, x if self.local is None else x + self.local(own, scalars)
 
     def leave(self, f: Scalars, x: Vectors, mask: Mask) -> tuple[Tensor, Tensor]:
         """What the last block's streams add to the input."""

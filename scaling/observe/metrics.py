@@ -17,6 +17,8 @@ and how ranks spent the step on average; these add up to the mean rank's step_s:
     optimizer_s data_wait_s
     other_s                  the rest: read-out and loss, gradients' exchange, waiting for slower
                              ranks at the loss, the backward of modules too small for tiles
+and besides
+    transfer_s               exchanges under way; what of it is not in comm_s, computing hid
 Validation rows: step, split, loss and its standard_error over samples, samples (that count),
 tokens, step_s (of the evaluation), equivariance_error, and where tokens have targets of their own
 error_by_position: eighths of the longest sequence with the loss of the targets from token `from` up
@@ -68,6 +70,7 @@ class StepMeter:
             "forward_s": measured.within("forward"),
             "backward_s": measured.within("backward"),
             "comm_bytes": measured.sent_bytes,
+            "transfer_s": measured.transfer_s,
             "tokens": self.tokens,
             "warm": self._steps_seen >= WARMUP_STEPS and not is_traced(),
         }
@@ -85,12 +88,13 @@ class StepMeter:
         *most, peak = global_maxima(
             *map(mean, LARGEST), peak_bytes(self.device), device=self.device
         )
-        ranks, *split = global_sums(1, *map(mean, TIME_SHARES), device=self.device)
+        averages = (*TIME_SHARES, "transfer_s")
+        ranks, *split = global_sums(1, *map(mean, averages), device=self.device)
         seconds = most[0] * len(warm)
         return {
             "tokens": steps[-1]["tokens"],
             "tokens_per_s": sum(step["tokens"] for step in warm) / seconds,
             **dict(zip(LARGEST, most, strict=True)),
-            **{name: value / ranks for name, value in zip(TIME_SHARES, split, strict=True)},
+            **{name: value / ranks for name, value in zip(averages, split, strict=True)},
             "peak_bytes": int(peak),
         }

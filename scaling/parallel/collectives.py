@@ -15,7 +15,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from data_pipeline.errors import LongfoldError, RunError
-from scaling.parallel.telemetry import exchanging, timed
+from scaling.parallel.telemetry import Transfer, exchanging, is_measured, timed
 
 Group = dist.ProcessGroup | None
 Number = float | int
@@ -52,6 +52,7 @@ class Exchange:
         self._received = self._wire.new_empty(sum(receive_counts), *self._wire.shape[1:])
         self._operator = operator
         self._sent = (sum(send_counts) - send_counts[group_rank(group)]) * x[:1].nbytes
+        self._transfer = Transfer()
         with timed("comm"):
             self._work = dist.all_to_all_single(
                 self._received,
@@ -61,11 +62,13 @@ class Exchange:
                 group=group,
                 async_op=True,
             )
+        if is_measured() and self._work is not None and dist.get_backend(group) == "gloo":
+            self._work.get_future().add_done_callback(self._transfer.arrived)
 
     def wait(self) -> Shaped[Tensor, "received ..."]:
         """The rows received, in the order of the ranks they came from."""
         assert self._work is not None
-        with exchanging(self._operator, self._sent):
+        with exchanging(self._operator, self._sent, self._transfer):
             self._work.wait()
         del self._work, self._wire  # what was sent is not needed any more
         if self._dtype.is_complex:

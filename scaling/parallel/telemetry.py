@@ -44,6 +44,8 @@ class ExchangeCount:
     """Sent to other ranks by this one."""
     seconds: float = 0.0
     """Time in which this rank waited for them (host time; with NCCL only the launch)."""
+    transfer_s: float = 0.0
+    """From their start to their arrival (likewise); what nobody waited for, computing hid."""
 
 
 class Measurement:
@@ -75,6 +77,16 @@ class Measurement:
     def sent_bytes(self) -> int:
         """Sent to other ranks by this one."""
         return sum(each.bytes for each in self.exchanges.values())
+
+    @property
+    def waited_s(self) -> float:
+        """Time in which this rank waited for exchanges."""
+        return sum((each.seconds for each in self.exchanges.values()), 0.0)
+
+    @property
+    def transfer_s(self) -> float:
+        """Time in which exchanges were under way, whether or not this rank waited for them."""
+        return sum((each.transfer_s for each in self.exchanges.values()), 0.0)
 
     def _mark(self) -> None:
         if self._on_cuda:
@@ -143,22 +155,49 @@ def timed_both_ways(
 
 
 @contextmanager
-def exchanging(operator: str, sent: int) -> Iterator[None]:
-    """Counts one exchange of `sent` bytes, and the time inside as waiting for it."""
+def exchanging(operator: str, sent: int, transfer: "Transfer | None" = None) -> Iterator[None]:
+    """Counts one exchange of `sent` bytes, and the time inside as waiting for it.
+
+    Args:
+        transfer: of an exchange that was started before.
+    """
     began = perf_counter()
     with timed("comm"):
         yield
+    waited = perf_counter() - began
     for measurement in _active():
         count = measurement.exchanges[operator]
         count.calls += 1
         count.bytes += sent
-        count.seconds += perf_counter() - began
+        count.seconds += waited
+        count.transfer_s += transfer.seconds() if transfer else waited
+
+
+class Transfer:
+    """When an exchange under way began, and when it arrived if that was before anybody waited."""
+
+    def __init__(self) -> None:
+        self._began = perf_counter()
+        self._arrived: float | None = None
+
+    def arrived(self, _: object = None) -> None:
+        """Called by whoever completes it, in whichever thread."""
+        self._arrived = perf_counter()
+
+    def seconds(self) -> float:
+        """Until it arrived, or until now."""
+        return (self._arrived or perf_counter()) - self._began
 
 
 def innermost_range() -> str | None:
     """The range entered last, in this thread's measurement; None: outside of all, or no such."""
     inside = [measurement._inside for measurement in _active()][-1:]
     return inside[0][-1] if inside and inside[0] else None
+
+
+def is_measured() -> bool:
+    """Whether somebody measures what this thread does."""
+    return bool(_active())
 
 
 def is_traced() -> bool:

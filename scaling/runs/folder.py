@@ -65,6 +65,10 @@ class RunFolder:
         """The part of the configuration that defines the result; empty before the first start."""
         return self._read("identity.json")
 
+    def environment(self) -> dict[str, Any]:
+        """Command, versions, machine and commit of the latest start; empty before the first."""
+        return self._read("environment.json")
+
     def status(self) -> dict[str, Any]:
         """What status.json says; empty before the first start."""
         return self._read("status.json")
@@ -168,6 +172,7 @@ def claimed(
     config: Mapping[str, Any],
     environment: Mapping[str, Any],
     parent: str = "runs",
+    wait: bool = False,
 ) -> Iterator[RunWriter]:
     """Opens or creates a run's folder for writing; only one process at a time gets it.
 
@@ -176,6 +181,7 @@ def claimed(
     Args:
         config: the whole configuration, nested.
         parent: the key that chooses the folder around it.
+        wait: for another process that has it, instead of an error.
 
     Raises:
         RunError: not writable, in use by another process, or of another identity (differing keys
@@ -193,7 +199,7 @@ def claimed(
         ) from error
     with ExitStack() as stack:
         try:
-            sure = stack.enter_context(locked(lock, wait=False))
+            sure = stack.enter_context(locked(lock, wait))
         except BlockingIOError as error:
             owner = lock.read_text().strip() or "another process"
             raise RunError(

@@ -5,18 +5,33 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.errors import RunError
+
 Row = dict[str, Any]
 """`time` (unix seconds; rows of early versions have none) and what its writer measured. Training
 rows: step, split, loss, ... (observe/metrics.py). Rows of experiments: point, case, sp (ranks),
 length (N, tokens; 0: all), channels, value, unit, and ratio where two sides were compared; the last
-row of a point has its `status`, ok or why there is nothing."""
+row of a point has its `status`, ok or why there is nothing. Of sweeps: experiments/columns.py."""
 
 
 def read_rows(path: Path) -> list[Row]:
-    """All whole rows; a last line that a killed process left half-written is not one."""
+    """All whole rows; a last line that a killed process left half-written is not one.
+
+    Raises:
+        RunError: another line is damaged.
+    """
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1] if line]
+    rows = []
+    for number, line in enumerate(path.read_text().split("\n")[:-1], 1):
+        try:
+            row = json.loads(line or "{}")
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise RunError(f"{path}, line {number} is no row: {line[:40]!r}; remove that line")
+        rows += [row] if row else []
+    return rows
 
 
 def as_lines(rows: Iterable[Row]) -> str:

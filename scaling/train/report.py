@@ -11,7 +11,7 @@ from typing import Any
 from data_pipeline.tasks.protocol import Task
 from scaling.observe.memory import hardware
 from scaling.observe.metrics import TIME_SHARES
-from scaling.observe.sinks import TensorBoardSink, tensorboard_command
+from scaling.observe.sinks import TensorBoardSink, about_run, tensorboard_command
 from scaling.parallel.collectives import first_rank_says
 from scaling.runs.environment import describe_environment
 from scaling.runs.folder import RunFolder, RunWriter, claimed
@@ -153,7 +153,7 @@ class Reporter:
         self._writer.step = step
         rows = self._writer.keep(lambda row: row["step"] <= step)
         with self._writer.writing():
-            self._sink.start(rows)
+            self._sink.start(rows, about_run(self._run))
         if not self._began_finished:
             self._writer.set_status("running")
             if step > 0:

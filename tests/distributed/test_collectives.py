@@ -7,6 +7,7 @@ import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import torch.distributed as dist
 
 from scaling.ops import geometric_long_conv
 from scaling.parallel import collectives
-from scaling.parallel.collectives import all_gather, all_reduce_sum, all_to_all
+from scaling.parallel.collectives import Exchange, all_gather, all_reduce_sum, all_to_all
 from scaling.parallel.shard import SequenceShard
 from scaling.parallel.telemetry import ExchangeCount, measuring
 from tests.processes import run
@@ -82,6 +83,25 @@ def only_real_numbers(group: Any) -> None:
 @pytest.mark.parametrize("world", [2, 3])
 def test_every_dtype_arrives_and_none_is_complex_or_boolean_on_the_wire(distributed, world):
     distributed(only_real_numbers, world)
+
+
+def arrives_unwaited_for(group: Any) -> None:
+    """An exchange says by itself that it has arrived, and the time until then is its own."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    with measuring() as measured:
+        exchange = Exchange(torch.full((size, 2), rank), [1] * size, [1] * size, group, "rows")
+        deadline = monotonic() + 30
+        while (arrived := exchange._transfer._arrived) is None:
+            assert monotonic() < deadline, "nobody notes the arrival"
+            sleep(0.01)
+        assert torch.equal(exchange.wait()[:, 0], torch.arange(size))
+    assert exchange._transfer._arrived == arrived  # waiting does not move it
+    assert measured.transfer_s == exchange._transfer.seconds() > 0
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_an_exchange_notes_its_arrival_before_anybody_waits(distributed, world):
+    distributed(arrives_unwaited_for, world)
 
 
 def test_threads_that_are_ranks_exchange_and_count_each_its_own():

@@ -82,6 +82,7 @@ THREE = ("se3_hyena", "equivariant_transformer", "egnn")
 """In real processes, too: one of convolutions, one of pairs, one of neighbours."""
 AGAIN = Execution(tile_bytes=1, recompute_operators=True, workspace_bytes=1, offload="file")
 PACKED = {"bodies": ((6, 1, 9), (5,), (4, 5))}
+BRANCHES = {"local": 8, "messages": "pairs", "context": 2}
 CASES = [
     # unequal rows with a missing token and NaN in the padding; rows shorter than the group
     *[(name, [13, 5, 9], torch.float64, {}, 0, 1e-10) for name in MODELS],
@@ -90,6 +91,10 @@ CASES = [
     *[(name, [16, 11], torch.float64, {}, 20, 1e-10) for name in MODELS],
     *[(name, [16, 11], torch.float32, {}, 20, 1e-5) for name in MODELS],
     ("se3_hyena", [11, 11], torch.float64, {"padding": "causal", "chiral": True}, 0, 1e-10),
+    ("se3_hyena", [13, 5, 9], torch.float64, {"layers": 2, "local": 8}, 0, 1e-10),
+    ("se3_hyena", [2, 1], torch.float64, {"layers": 2, "local": 8}, 0, 1e-10),
+    ("se3_hyena", [16, 5, 9], torch.float64, PACKED | BRANCHES, 0, 1e-10),
+    ("clifford_mlp", [13, 5, 9], torch.float64, {"layers": 1, "local": 8}, 0, 1e-10),
     # tiles of 16 tokens where a rank has more than 64, operators and their exchanges run again
     *[(name, [134, 91], torch.float64, {"execution": AGAIN}, 0, 1e-10) for name in MODELS],
     ("se3_hyena", [134, 91], torch.float64, {"execution": AGAIN, "salience": True}, 0, 1e-10),

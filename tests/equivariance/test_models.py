@@ -12,7 +12,12 @@ from tests.threaded_ranks import run_threaded
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 SHOWS = 1e-3
 """An error that no rounding makes."""
-OPTIONS = [("se3_hyena", {"chiral": True, "salience": True}), *[(name, {}) for name in MODELS]]
+OPTIONS = [
+    ("se3_hyena", {"chiral": True, "salience": True}),
+    ("se3_hyena", {"layers": 2, "local": 8}),
+    ("clifford_mlp", {"layers": 1, "local": 8}),
+    *[(name, {}) for name in MODELS],
+]
 
 
 def holds(model: Model, dtype: torch.dtype, batch: GeometricBatch, shard=None) -> None:

@@ -36,7 +36,7 @@ from scaling.runs.folder import RunFolder
 def small(tmp_path, monkeypatch):
     """Runs a bench without starting processes; its rows by (case, length), and its summary."""
 
-    def measure(name, options, point, *_settings):
+    def measure(name, options, point, *_place, **_settings):
         experiment = TypeAdapter(BENCHES[name]).validate_python(options)
         return "ok", list(experiment.measure(point, torch.device("cpu")))
 
@@ -92,7 +92,7 @@ def test_points_that_failed_are_measured_again_and_no_others(tmp_path, monkeypat
     lacking = {"memory_plain_attention_N16_sp1"}
     asked: list[str] = []
 
-    def measure(_experiment, _options, point, *_settings):
+    def measure(_experiment, _options, point, *_place, **_settings):
         asked.append(point.name)
         rows = [row(f"{side}: memory", 1.0, "B") for side in NUMBERS]
         return ("no memory", []) if point.name in lacking else ("ok", rows)

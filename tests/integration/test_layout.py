@@ -22,6 +22,7 @@ FLOORS = (
     "launch",
     "launch.config",
     "launch.ranks",
+    "scaling.report",
     "scaling.experiments",
     "scaling.train",
     "scaling.cost",

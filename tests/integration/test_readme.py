@@ -52,7 +52,7 @@ def test_configurations_compose(command, tmp_path):
     ended = execute(
         [sys.executable, "-m", "launch", *shlex.split(arguments), "--cfg"], cwd=tmp_path
     )
-    assert ended.returncode == 0 and "name:" in ended.stdout, ended.stderr
+    assert ended.returncode == 0 and re.match(r"\w+:", ended.stdout), ended.stderr
 
 
 @pytest.mark.parametrize("page", ["data", "store"])

@@ -57,7 +57,8 @@ class Models(StepOptions, Experiment):
         for n in sorted(self.lengths):
             foreseen = {key: before.get(key, 0.0) * growth[key] for key in growth}
             if foreseen["step_s"] > self.limit_s or foreseen["peak_bytes"] > self.memory_bytes:
-                yield row(f"{name}: would take", foreseen["step_s"], "s", length=n, **label)
+                if not only_memory:
+                    yield row(f"{name}: would take", foreseen["step_s"], "s", length=n, **label)
                 return
             # The second step has the optimiser's state.
             cost = step_cost(self, options, n, device, 1, 1 if only_memory else self.steps)

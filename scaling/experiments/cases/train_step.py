@@ -3,7 +3,7 @@
 import gc
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from statistics import median
+from statistics import median, quantiles
 from typing import Any, ClassVar
 
 import torch
@@ -19,10 +19,12 @@ from scaling.experiments.timing import medians, now, peak_of
 from scaling.models import build
 from scaling.observe.memory import peak_bytes, reset_peak
 from scaling.ops.tiles import set_execution
-from scaling.parallel.collectives import global_maxima
+from scaling.parallel.collectives import global_maxima, group_size
+from scaling.parallel.mesh import Mesh
 from scaling.parallel.shard import SequenceShard, redistribute_batch
 from scaling.parallel.telemetry import measuring
 from scaling.runs.rows import Row
+from scaling.train.settings import EngineSettings
 
 REDUCTIONS = {"sum", "lengths"}
 """Operators that exchange by all-reduce; all others by one all-to-all a call."""
@@ -34,33 +36,42 @@ def training_step(
     length: int,
     device: torch.device,
     change: Callable[[nn.Module], object] | None = None,
+    dp: int = 1,
+    settings: EngineSettings | None = None,
 ) -> Callable[[], None]:
     """Forward, backward and AdamW of a new model on a random batch of sequences that all ranks
-    share; they call it together.
+    share, or all of a data-parallel rank; they call it together.
 
     Args:
         model: `name` and options.
         change: is done to the model first.
+        dp: data-parallel ranks, each with sequences of its own.
+        settings: of the engine; None is DDP.
     """
     torch.manual_seed(options.seed)
-    natural = SequenceShard(length, layout="contiguous")
+    mesh = Mesh(dp, group_size(None) // dp)
+    natural = SequenceShard(length, mesh.sequence_group, "contiguous")
     batch = _random_batch(options, natural).to(device)
     built = build(**model, vectors=options.vectors, scalars=options.scalars).to(device)
     set_execution(built, options.execution)
     if change:
         change(built)
+    settings = settings or EngineSettings()
+    shard = SequenceShard(length, mesh.sequence_group, built.layout)
     engine = build_engine(
-        "ddp",
-        _MeanSquare(built, natural, SequenceShard(length, layout=built.layout)),
+        settings.name,
+        _MeanSquare(built, natural, shard),
         lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
         gradient_clipping=1.0,
         micro_batch_size=options.rows,
         accumulation=1,
+        zero_stage=settings.zero_stage,
+        deepspeed=settings.deepspeed_config,
         environment={},  # how this process was launched does not matter here
     )
 
     def step() -> None:
-        engine.backward(engine_loss(engine(batch), options.rows * length, engine.world))
+        engine.backward(engine_loss(engine(batch), dp * options.rows * length, engine.world))
         engine.step(1e-3)
 
     return step
@@ -97,34 +108,45 @@ def step_cost(
     device: torch.device,
     warmup_steps: int,
     steps: int,
-) -> dict[str, float]:
-    """A median step of the slowest rank, and the memory of the rank that has most.
-
-    tokens_per_s counts all ranks together; comm_s is waiting in the sequence's exchanges;
-    comm_bytes is sent by the rank that sends most, gradients not counted; base_bytes is the memory
-    before the first step: interpreter, libraries, parameters.
-    """
-    step = training_step(options, model, length, device)
+    dp: int = 1,
+    settings: EngineSettings | None = None,
+) -> Row:
+    """A median step of the slowest rank, and the memory of the rank that has most; the keys are
+    columns (experiments/columns.py)."""
+    step = training_step(options, model, length, device, dp=dp, settings=settings)
     gc.collect()
     base = reset_peak(device)
-    seconds, waits = [], []
+    seconds, waits, transfers = [], [], []
     for _ in range(warmup_steps + steps):
         began = now(device)
         with measuring(device) as measured:
             step()
         seconds.append(now(device) - began)
-        waits.append(sum(count.seconds for count in measured.exchanges.values()))
+        waits.append(measured.waited_s)
+        transfers.append(measured.transfer_s)
     counts = measured.exchanges.items()  # every step exchanges the same
+    timed = seconds[warmup_steps:]
+    low, middle, high = quantiles(timed, n=4, method="inclusive") if steps > 1 else 3 * timed
     cost = {
-        "step_s": median(seconds[warmup_steps:]),
+        "step_s": middle,
+        "step_low_s": low,
+        "step_high_s": high,
         "comm_s": median(waits[warmup_steps:]),
+        "transfer_s": median(transfers[warmup_steps:]),
         "comm_bytes": measured.sent_bytes,
         "all_to_alls": sum(count.calls for name, count in counts if name not in REDUCTIONS),
         "peak_bytes": peak_bytes(device),
         "base_bytes": base,
     }
     cost = dict(zip(cost, global_maxima(*cost.values(), device=device), strict=True))
-    return {"tokens_per_s": options.rows * length / cost["step_s"]} | cost
+    transfer = cost.pop("transfer_s")
+    rate = dp * options.rows * length / cost["step_s"]
+    return {
+        "tokens_per_s": rate,
+        "tokens_per_s_rank": rate / group_size(None),
+        "comm_hidden": max(1 - cost["comm_s"] / transfer, 0.0) if transfer else None,
+        **cost,
+    }
 
 
 SIDES = {"ours": None, "straightforward": straightforward}

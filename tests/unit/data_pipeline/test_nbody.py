@@ -90,6 +90,27 @@ def test_slices_tile_and_order_is_augmented_in_training():
         assert not torch.allclose(one, other)
 
 
+def test_training_turns_whole_systems_where_that_is_asked_for():
+    """A spring's system keeps its lengths and angles between positions, velocities and target."""
+
+    def moving(task: NBody, split: str, key: int) -> torch.Tensor:
+        sample = task.sample(split, [5], [key], 0, 7)
+        return torch.cat(
+            [sample.inputs.points[0], sample.inputs.vectors[0, 0], sample.target[0]], 1
+        )
+
+    plain, turned = (NBody(7, steps=20, spring=5.0, turned=turned) for turned in (False, True))
+    still, first, second = moving(plain, "train", 1), *(moving(turned, "train", k) for k in (1, 2))
+    assert not torch.allclose(still, first, atol=0.1)
+    assert not torch.allclose(first, second, atol=0.1)
+    for each in (first, second):
+        torch.testing.assert_close(each.T @ each, still.T @ still, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(torch.linalg.det(each[:, :3]), torch.linalg.det(still[:, :3]))
+    assert torch.equal(moving(plain, "test", 1), moving(turned, "test", 1))
+    half = turned.sample("train", [5], [1], 3, 7).target[0]
+    assert torch.equal(half, moving(turned, "train", 1)[:, 14 + 3 :])
+
+
 @pytest.mark.parametrize("made", [NBody(6, steps=30, spring=3.0, train_size=70, held_out_size=3),
                                   NBody(5, steps=10, train_size=5, held_out_size=3),
                                   Recall(9, train_size=65, held_out_size=2)])  # fmt: skip

@@ -1,8 +1,10 @@
 """metrics.jsonl is the truth, and every view of it agrees."""
 
 import gzip
+import json
 import math
 import mmap
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,9 +19,10 @@ from scaling.models import Model, build
 from scaling.observe.memory import peak_bytes, reset_peak
 from scaling.observe.metrics import StepMeter
 from scaling.observe.profile import StepProfiler
-from scaling.observe.sinks import TensorBoardSink
+from scaling.observe.sinks import TensorBoardSink, about_run
 from scaling.parallel.mesh import Mesh
 from scaling.parallel.telemetry import exchanging, is_traced, timed
+from scaling.runs.folder import RunFolder
 from scaling.train.evaluate import Evaluation
 from scaling.train.loop import optimizer_maker
 from scaling.train.objective import Objective
@@ -66,6 +69,36 @@ def test_tensorboard_shows_each_row_once_at_its_time(tmp_path):
     events.Reload()
     assert {"speed/tokens_per_s", "time/step_s", "validation/loss"} <= set(events.Tags()["scalars"])
     assert not any(tag.partition("/")[2] == "time" for tag in events.Tags()["scalars"])
+
+
+def test_what_is_said_about_a_run_is_there_once_and_follows_its_configuration(tmp_path):
+    """Also where a process was killed between writing anew and removing what was before."""
+    rows = [train_row(1, time=1e9)]
+
+    def start(channels: int) -> list[Path]:
+        (tmp_path / "config.yaml").write_text(f"model: {{channels: {channels}}}")
+        (tmp_path / "identity.json").write_text(json.dumps({"model": {"channels": channels}}))
+        run = RunFolder(tmp_path)
+        sink = TensorBoardSink(run.tensorboard)
+        sink.start(rows, about_run(run))
+        sink.close()
+        return sorted(run.tensorboard.iterdir())
+
+    first = start(8)
+    assert len(first) == 1 and start(8) == first
+    twice = first[0].with_name(first[0].name + ".twice")
+    shutil.copy(first[0], twice)
+    mended = start(8)
+    assert len(mended) == 1 and twice not in mended
+    other = start(16)
+    assert len(other) == 1 and other != mended
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (text,) = events.Tensors("configuration/text_summary")
+    assert b"channels: 16" in text.tensor_proto.string_val[0]
+    assert {"command/text_summary", "_hparams_/session_start_info", "custom_scalars__config__"} < {
+        *events.Tags()["tensors"], *events.summary_metadata
+    }  # fmt: skip
 
 
 def test_rows_of_early_versions_have_no_time(tmp_path):

@@ -173,7 +173,7 @@ def test_presets_foresee_times_and_say_that_they_are_not_measured(machine, capsy
 
 def test_the_best_of_a_search_fits_and_trains(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    small = ["experiment=recall", "task.tokens=16", "train.batch_size=4",
+    small = ["experiment=recall", "task.tokens=16", "task.held_out_size=8", "train.batch_size=4",
              "train.micro_batch_size=2", "model.channels=4", "model.hidden=4"]  # fmt: skip
     main([*small, "machine=h100", "search=true", "gpus=1", "memory_gib=1", "output=found"])
     text = capsys.readouterr().out

@@ -13,6 +13,7 @@ from scaling.algebra.vectors import principal_axes
 from scaling.models import build
 from scaling.models.equivariant_transformer import DotAttention
 from scaling.models.hyena import HyenaBlock
+from scaling.models.layers import LocalWeights
 from scaling.models.messages import LocalMessages
 from scaling.models.transformer import AttentionBlock
 from scaling.models.vector_transformer import VectorAttention
@@ -166,6 +167,35 @@ def test_messages_are_their_formulas(kind):
         expected = f[0, :, i] + branch.read_scalars.weight @ df / count
         assert torch.allclose(new_f[0, :, i], expected, atol=1e-10)
         assert torch.allclose(new_x[0, :, :, i], x[0, :, :, i] + dx / count, atol=1e-6)
+
+
+def test_local_weights_are_their_formulas():
+    """Values and every gradient; vectors of any lengths, a zero one too."""
+    torch.manual_seed(0)
+    module = LocalWeights(3, 2, 4, hidden=5).double()
+    y, scalars = torch.randn(2, 3, 3, N).double() * 3, torch.randn(2, 2, N).double()
+    y[0, 1, :, 2] = 0.0
+    weight, bias, last_weight, last_bias = parameters = list(module.parameters())
+    leaves = [y.requires_grad_(), scalars.requires_grad_(), *parameters]
+    expected = torch.zeros(2, 4, 3, N).double()
+    for b in range(2):
+        for i in range(N):
+            features = [scalars[b, 0, i], scalars[b, 1, i]]
+            for m in range(3):
+                for other in range(m, 3):
+                    product = y[b, m, :, i].dot(y[b, other, :, i])
+                    features.append(product.sign() * torch.log1p(product.abs()))
+            h = torch.nn.functional.silu(weight @ torch.stack(features) + bias)
+            w = (last_weight @ h + last_bias).reshape(4, 3)
+            for c in range(4):
+                for m in range(3):
+                    expected[b, c, :, i] = expected[b, c, :, i] + w[c, m] * y[b, m, :, i]
+    weights = torch.randn_like(expected)
+    out = module(y, scalars)
+    torch.testing.assert_close(out, expected, atol=1e-12, rtol=1e-12)
+    ours, theirs = (torch.autograd.grad((x * weights).sum(), leaves) for x in (out, expected))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-11, rtol=1e-11)
 
 
 def test_principal_axes_are_eigenvectors():

@@ -11,6 +11,7 @@ import torch
 
 from scaling.ops import scalar_long_conv
 from scaling.parallel.telemetry import (
+    Transfer,
     exchanging,
     innermost_range,
     measuring,
@@ -25,7 +26,7 @@ ROOT = Path(__file__).parents[3]
 @pytest.fixture
 def counted_moments(monkeypatch):
     """Every look at the clock is a second later than the one before."""
-    moments = iter(range(1000))
+    moments = map(float, range(1000))
     monkeypatch.setattr("scaling.parallel.telemetry.perf_counter", lambda: next(moments))
 
 
@@ -59,6 +60,23 @@ def test_a_measurement_sees_what_another_inside_sees(counted_moments):
     with exchanging("test", 3):
         pass
     assert outer.sent_bytes == 12
+
+
+def test_what_arrives_before_anybody_waits_was_hidden(counted_moments):
+    """Begun at 1, arrived at 2, waited for from 3 to 6; the other arrives only while waited for."""
+    with measuring() as measured:
+        early = Transfer()
+        early.arrived()
+        with exchanging("early", 8, early):
+            pass
+        late = Transfer()
+        with exchanging("late", 8, late):
+            pass
+    counts = measured.exchanges
+    assert counts["early"].transfer_s == 1 < counts["early"].seconds
+    assert counts["late"].transfer_s > counts["late"].seconds
+    assert measured.waited_s == counts["early"].seconds + counts["late"].seconds
+    assert measured.transfer_s == 1 + counts["late"].transfer_s
 
 
 def test_an_error_ends_a_measurement():

@@ -135,7 +135,7 @@ def test_little_is_kept_and_all_of_it_is_offloaded(monkeypatch):
     kept = {}
     for how in ("none", "tiles", "operators"):
         execution = EXECUTIONS.get(how, Execution(tile_bytes=1 << 40))
-        model, batch = small_model("se3_hyena", operators=3), small_batch([1000])
+        model, batch = small_model("se3_hyena", operators=3, layers=2), small_batch([1000])
         set_execution(model, execution)
         found: dict[int, Tensor] = {}
 

@@ -1,0 +1,45 @@
+"""The columns of a sweep's table: one row a repeat of a cell, in rows.csv and metrics.jsonl.
+
+A cell that failed has its labels, and in `status` why there is nothing else. Keys of the sweep's
+grid, such as model.hidden or seed, are columns of their own.
+"""
+
+COLUMNS = {  # name: unit, meaning
+    "point": ("", "names the cell and the repeat"),
+    "status": ("", "ok, or why the row holds nothing else"),
+    "kind": ("", "step: some steps on random input; train: a whole run"),
+    "hardware": ("", "cores and processor, or GPUs"),
+    "versions": ("", "of torch and Longfold"),
+    "threads": ("", "of each rank"),
+    "oversubscribed": ("", "whether there are more threads than cores, or more ranks than GPUs"),
+    "model": ("", "its name"),
+    "parameters": ("", "their number"),
+    "engine": ("", "ddp or deepspeed"),
+    "zero_stage": ("", "DeepSpeed's; 0 for ddp"),
+    "length": ("tokens", "N, of a sequence; of a run the mean of its sequences"),
+    "rows": ("sequences", "of a step, on each data-parallel rank"),
+    "sp": ("ranks", "P, that share a sequence"),
+    "dp": ("", "data-parallel ranks"),
+    "ranks": ("ranks", "sp times dp"),
+    "repeat": ("", "which of the repeats in fresh processes"),
+    "step_s": ("s", "median step of the slowest rank; of a run its mean over steps"),
+    "step_low_s": ("s", "lower quartile of the timed steps"),
+    "step_high_s": ("s", "upper quartile"),
+    "tokens_per_s": ("tokens/s", "of all ranks together"),
+    "tokens_per_s_rank": ("tokens/s", "of one rank"),
+    "comm_s": ("s", "of a step, waiting in the sequence's exchanges: what computing did not hide"),
+    "comm_hidden": ("", "share of the exchanges' time that computing hid; empty on one rank"),
+    "comm_bytes": ("B", "sent in a step by the rank that sends most; gradients not counted"),
+    "formula_bytes": ("B", "the same by the model's formulas, mean over ranks; without the door"),
+    "all_to_alls": ("", "of a step"),
+    "peak_bytes": ("B", "of the rank that has most"),
+    "base_bytes": ("B", "of that, before the first step"),
+    "flops": ("FLOP", "counted of a step, all ranks together, without recomputation"),
+    "fft_flops": ("FLOP", "of these, of transforms and of products of frequencies"),
+    "data_wait_s": ("s", "of a step, waiting for data; 0 where input is made once"),
+    "loss": ("", "last validation's, over that of the trivial answer"),
+    "steps": ("", "of the run's optimiser"),
+    "tokens": ("tokens", "that the run trained on"),
+    "train_flops": ("FLOP", "counted of the run's training"),
+    "seconds": ("s", "of the run's training steps"),
+}

@@ -1,0 +1,1 @@
+"""Power laws of measured sweeps, with intervals."""

@@ -1,0 +1,1 @@
+"""One HTML file out of run folders."""
