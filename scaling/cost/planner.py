@@ -2,7 +2,7 @@
 
 What live tensors hold is counted on a step of the same shapes that computes nothing (trace.py).
 Parameters, optimiser and data follow from their shapes. On a CPU the process counts, too: its
-libraries, and the holes that tiles leave in its heap; these are measured here, on a small step.
+libraries, and the holes in its heap; these are measured here, on a small step.
 """
 
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ from data_pipeline.counter_rng import hash64
 from data_pipeline.stream.stream import AHEAD
 from data_pipeline.tasks.protocol import Task
 from scaling.cost.trace import (
+    HEAP,
     KEPT,
-    TILE,
     StepTrace,
     forward_and_backward,
     random_batch,
@@ -85,9 +85,7 @@ def memory_by_part(job: Job, trace: StepTrace, process: tuple[int, int] = (0, 0)
         parts.pop(KEPT, None)
     itself, heap = process
     if itself:
-        # What a tile leaves on the heap, beyond the tile itself, which is counted already.
-        holes = max(heap - job.execution.tile_budget("cpu"), 0)
-        parts = {"process": itself} | parts | {TILE: holes + parts.get(TILE, 0)}
+        parts = {"process": itself} | parts | {HEAP: heap + parts.get(HEAP, 0)}
     return parts
 
 
@@ -104,7 +102,8 @@ def sample_bytes(task: Task, length: int, rows: int, micro_batches: int, sp: int
 
 
 def process_bytes(job: Job) -> tuple[int, int]:
-    """What a CPU's process holds after a small step: by itself, and on the heap that tiles left.
+    """What a CPU's process holds after a small step: by itself, and on its heap beyond what a trace
+    of that step tells, in holes that nothing fits.
     Call it in a process that has loaded what a rank loads, and has done nothing large yet."""
     return_large_blocks()
     set_execution(job.model, job.execution)
@@ -117,7 +116,8 @@ def process_bytes(job: Job) -> tuple[int, int]:
     whole = resident_bytes()
     trim_heap()
     itself = resident_bytes()
-    return itself, whole - itself
+    small = trace_step(job.model, job.execution, tokens)
+    return itself, max(whole - itself - small.heap, 0)
 
 
 def _states(job: Job) -> dict[str, int]:

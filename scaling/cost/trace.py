@@ -25,15 +25,18 @@ from torch.utils.flop_counter import flop_registry
 from data_pipeline.batch import GeometricBatch
 from scaling.execution import Execution, simulated
 from scaling.models.protocol import Model
+from scaling.observe.memory import LARGE_BLOCK
 from scaling.ops.pairs import BLOCK
 from scaling.ops.tiles import PROBE, most_kept_per_token, set_execution
 from scaling.parallel.shard import SequenceShard, redistribute_batch
 from scaling.parallel.telemetry import ExchangeCount, innermost_range, measuring
 
-MOST_TILES = 32
+MOST_TILES = 16
 """Tiles of a part in the step that runs here; parts that keep hardly anything may then stay whole,
 which foresees a little too much memory."""
 KEPT, TILE = "kept activations", "tile workspace"
+HEAP = "left free on the heap"
+"""On a CPU small tensors lie on the process's heap, which hardly shrinks when they are freed."""
 PURPOSES = {"transforms": "FFT workspace and spectra", "comm": "exchange buffers"}
 """Of what is made inside these timed ranges. All else is kept where it has every token, and
 part of a tile where it has not: tokens are the last axis."""
@@ -66,7 +69,9 @@ class StepTrace:
     exchanges: dict[str, ExchangeCount] = field(default_factory=dict)
     """By operator; no seconds."""
     held: Counter[str] = field(default_factory=Counter)
-    """Bytes of live tensors when they were most, by purpose."""
+    """Bytes of live tensors, and of the heap beyond them, when they were most, by purpose."""
+    heap: int = 0
+    """Bytes of small tensors when these were most; 0 on a GPU."""
 
     @property
     def sent_bytes(self) -> int:
@@ -103,13 +108,13 @@ def trace_step(
         tile = execution.tile_budget(device)
         coarse = max(tile, int(most_kept_per_token(model) * shard.n_local / MOST_TILES))
         set_execution(model, replace(execution, tile_bytes=coarse))
-        operators = _Operators(shard.n_local, coarse / tile)
+        operators = _Operators(shard.n_local, coarse / tile, heap=device == "cpu")
         with measuring() as measured:
             natural = SequenceShard(length, layout="contiguous")
             batch = redistribute_batch(_batch(model, rows, natural), natural, shard)
             with operators:
                 forward_and_backward(model, batch, shard)
-    return StepTrace(operators.calls, dict(measured.exchanges), operators.peak)
+    return StepTrace(operators.calls, dict(measured.exchanges), operators.peak, operators.heap)
 
 
 def _batch(model: Model, rows: int, shard: SequenceShard) -> GeometricBatch:
@@ -160,12 +165,16 @@ class _Operators(TorchDispatchMode):
     Args:
         tokens: of this process.
         tiles: real tiles in one of those that run here.
+        heap: whether small tensors lie on a heap.
     """
 
-    def __init__(self, tokens: int, tiles: float) -> None:
+    def __init__(self, tokens: int, tiles: float, heap: bool) -> None:
         super().__init__()
         self.calls: dict[tuple[str, Operator], float] = {}
         self.peak: Counter[str] = Counter()
+        self.heap = 0
+        self._small, self._largest_small = 0, LARGE_BLOCK if heap else 0
+        self._waited = 0.0  # bytes of tiles' results that are being joined
         self._tokens, self._tiles = tokens, tiles
         self._blocks = max(tokens / BLOCK, 1) ** 2
         self._held: Counter[str] = Counter()
@@ -197,6 +206,10 @@ class _Operators(TorchDispatchMode):
             cost = _cost(function, args, kwargs, tensors, results)
             self._calls[key] = cost, _again(tensors, result)
         self._count(function, cost, [*tensors, *results])
+        if self._largest_small:
+            joined = function is torch.ops.aten.cat.default and self._is_whole(results[0])
+            self._waited = self._waited + self._missing(results[0]) if joined else 0.0
+            self.heap = max(self.heap, round(self._small + self._waited))
         for x in results:
             self._hold(x)
         return result
@@ -234,17 +247,28 @@ class _Operators(TorchDispatchMode):
             size = round(size / self._tiles)
         if part == "pairs" and self._is_block(x):
             size, purpose = round(size / self._blocks), TILE
+        small = size if size < self._largest_small else 0
         self._known.add(key)
         self._held[purpose] += size
         self._total += size
-        if self._total > self._most:
-            self._most, self.peak = self._total, self._held.copy()
-        finalize(storage, self._freed, key, purpose, size)
+        self._small += small
+        self.heap = max(self.heap, self._small)
+        if self._total + self.heap - self._small > self._most:
+            self._most = self._total + self.heap - self._small
+            self.peak = self._held.copy()
+            if self._largest_small:
+                self.peak[HEAP] = self.heap - self._small
+        finalize(storage, self._freed, key, purpose, size, small)
 
-    def _freed(self, key: int, purpose: str, size: int) -> None:
+    def _freed(self, key: int, purpose: str, size: int, small: int) -> None:
         self._known.discard(key)
         self._held[purpose] -= size
         self._total -= size
+        self._small -= small
+
+    def _missing(self, joined: Tensor) -> float:
+        """Results of tiles wait for each other: all of them, where one real tile's were counted."""
+        return joined.numel() * joined.itemsize * (1 - 1 / self._tiles)
 
 
 def _leaves(arguments: Any) -> list[Any]:
