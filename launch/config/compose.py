@@ -20,7 +20,8 @@ T = TypeVar("T")
 
 COMMANDS = {
     "train": "Train a model on a task (under any launcher: -m launch.train).",
-    "eval": "Evaluate a run, path its folder; its task, model, train and execution hold.",
+    "eval": "Evaluate a run or an exported model, path its folder; its own settings hold.",
+    "export": "Write a run's model into a folder of its own, paths the run and the folder.",
     "prepare": "Build a data store from structure files or the bundled ones; verify it; show it.",
     "plan": "Foresee memory and time of a training run; search what fits a cluster.",
     "sweep": "Measure tokens/s, exchanged bytes and memory over lengths and ranks.",
