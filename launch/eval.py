@@ -1,4 +1,4 @@
-"""Evaluate a trained run: python -m launch eval runs/NAME [split=...] [store=...] [key=value] ...
+"""Evaluate a trained model: python -m launch eval FOLDER [split=...] [store=...] [key=value] ...
 
 torchrun | accelerate launch | deepspeed ... launch.eval       the same, on many ranks
 
@@ -8,6 +8,7 @@ takes part, whichever trained it: every rank holds all parameters, and no optimi
 
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.chains import SPLITS
@@ -47,7 +48,7 @@ def sections_of_run(paths: list[str]) -> dict[str, Any]:
     if len(paths) != 1:
         raise ConfigError(f"eval takes one path, the folder of a run, before the first key=value, "
                           f"and not {len(paths)}: python -m launch eval runs/NAME")  # fmt: skip
-    run = RunFolder(paths[0]).config()
+    run = trained_with(paths[0])
     for section in ("task", "model", "train"):
         if not isinstance(run.get(section), dict):
             raise RunError(f"{paths[0]} is no training run: its config.yaml has no {section}")
@@ -57,10 +58,24 @@ def sections_of_run(paths: list[str]) -> dict[str, Any]:
     return kept | {"train": train}
 
 
+def trained_with(path: str) -> dict[str, Any]:
+    """The configuration of the run in a folder, or of the one that a model there comes from.
+
+    Raises:
+        RunError: neither is there, or it cannot be read.
+    """
+    from scaling.models.pretrained import is_pretrained, read_config
+
+    if is_pretrained(Path(path)):
+        return read_config(Path(path))["run"]
+    return RunFolder(path).config()
+
+
 def evaluate(config: EvalConfig, device: "torch.device") -> None:
     """Print the errors on the split, and add their row; inside the process group, if any."""
-    from scaling.checkpoint.checkpoint import load_model
+    from scaling.checkpoint.checkpoint import load_exported, load_model
     from scaling.engine.build import check_precision
+    from scaling.models.pretrained import is_pretrained
     from scaling.ops.tiles import set_execution
     from scaling.parallel.collectives import first_rank_says, group_size
     from scaling.parallel.mesh import Mesh
@@ -72,7 +87,7 @@ def evaluate(config: EvalConfig, device: "torch.device") -> None:
     with options_within(config, "parallel"):
         mesh = Mesh(*mesh_sizes(config.parallel, group_size(None)))
     run = RunFolder(config.paths[0])
-    task, model = task_and_model_of_run(config, run.config())
+    task, model = task_and_model_of_run(config, trained_with(config.paths[0]))
     set_execution(model, config.execution)
     objective = Objective.for_run(model, mesh, config.train, device)
     digest, fix = task.digest, "use the version of the program that wrote it"
@@ -80,7 +95,10 @@ def evaluate(config: EvalConfig, device: "torch.device") -> None:
         digest = None
         fix = (f"store={config.store} gives {task.vectors} vector and {task.scalars} scalar "
                "channels: choose one that gives those of the run's data")  # fmt: skip
-    step, damage = load_model(run.checkpoints, objective, digest, fix)
+    if is_pretrained(run.path):
+        step, damage = load_exported(run.path, model, digest, fix), ""
+    else:
+        step, damage = load_model(run.checkpoints, model, digest, fix)
     with options_within(config, "train"):
         row = Evaluation(objective, objective, task, config.train).row(step, config.split)
     row |= {"store": config.task.get("store"), "precision": config.train.precision}

@@ -109,6 +109,10 @@ def _fitted(entry: Mapping[str, Any]) -> Iterator[str]:
         yield f"    held out, {held['beyond']:.3g} times the largest fitted: {_named(held['at'])}"
         yield f"        predicted {_interval(held | {'value': held['predicted']})}"
         yield f"        measured {_number(held['measured'])}, {where}; error {held['error']:+.1%}"
+    for each in entry["reaches"]:
+        if each["value"]:
+            yield (f"    longest in {each['level'] / 2**30:g} GiB: {_interval(each)}, "
+                   f"{each['beyond']:.3g} times the largest measured")  # fmt: skip
     for exponent in [name for name in entry["dropped"][0] if name != "at"]:
         values = [each[exponent] for each in entry["dropped"]]
         yield f"    {exponent} with any one scale dropped: {min(values):.4g} to {max(values):.4g}"

@@ -44,7 +44,8 @@ class PlanConfig(Config):
     """What a rank runs on: this (measured by bench=machine), a100, h100, h200, or the folder of a
     bench=machine."""
     network: str | None = None
-    """nvlink, infiniband, ethernet; null: as measured, or NVLink within 8 GPUs, else InfiniBand."""
+    """nvlink3, nvlink4, infiniband, ethernet; null: as measured, or a node's NVLink up to 8 GPUs,
+    InfiniBand beyond."""
     tokens: Annotated[float, Gt(0)] = 1e9
     """To train on."""
     search: bool = False

@@ -20,13 +20,15 @@ T = TypeVar("T")
 
 COMMANDS = {
     "train": "Train a model on a task (under any launcher: -m launch.train).",
-    "eval": "Evaluate a run, path its folder; its task, model, train and execution hold.",
+    "eval": "Evaluate a run or an exported model, path its folder; its own settings hold.",
+    "export": "Write a run's model into a folder of its own, paths the run and the folder.",
     "prepare": "Build a data store from structure files or the bundled ones; verify it; show it.",
     "plan": "Foresee memory and time of a training run; search what fits a cluster.",
     "sweep": "Measure tokens/s, exchanged bytes and memory over lengths and ranks.",
     "fit": "Fit power laws with intervals to measured sweeps, paths their folders.",
     "bench": "Measure operators and training steps beside their rivals.",
     "report": "Show runs and sweeps, paths their folders, in one HTML file.",
+    "status": "Say how runs are, paths their folders; without one: all runs, sweeps and benches.",
 }
 
 
@@ -49,7 +51,7 @@ def command_line(
         print(usage(command, schema))
         sys.exit(0)
     sections = sections_of(paths)
-    if _takes_paths(schema) and not paths:
+    if _paths_of(schema) == "path ..." and not paths:
         raise ConfigError(f"{command} takes folders before the first key=value: python -m launch "
                           f"{command} FOLDER ...")  # fmt: skip
     config = compose(command, overrides, schema, paths, sections)
@@ -107,7 +109,7 @@ def compose(
         ConfigError: unknown group option, unknown key, wrong type; one line with the nearest name.
     """
     values, written = _compose_values(command, overrides, sections)
-    if _takes_paths(schema):
+    if _paths_of(schema):
         values["paths"] = list(paths)
     elif paths:
         raise ConfigError(f"{command} takes no path, and {paths[0]!r} is no key=value: write "
@@ -117,8 +119,12 @@ def compose(
     return config
 
 
-def _takes_paths(schema: Any) -> bool:
-    return "paths" in (each.name for each in dataclasses.fields(schema))
+def _paths_of(schema: Any) -> str:
+    """How a command's paths are written: none, some or any number."""
+    for field in dataclasses.fields(schema):
+        if field.name == "paths":
+            return "path ..." if field.default_factory is dataclasses.MISSING else "[path ...]"
+    return ""
 
 
 def _compose_values(
@@ -218,7 +224,7 @@ def to_yaml(config: Any) -> str:
 def usage(command: str, schema: type) -> str:
     """Help of a command: its groups with their options, and every key with its default."""
     values, folder = _compose_values(command, [])[0], config_folder()
-    if _takes_paths(schema):
+    if _paths_of(schema):
         values["paths"] = ["path"]
     text = (folder / f"{command}.yaml").read_text()
     if "  - train\n" in text:  # it takes what train takes
@@ -230,8 +236,8 @@ def usage(command: str, schema: type) -> str:
     }
     return "\n".join([
         COMMANDS[command], "",
-        f"usage: python -m launch {command}{' path ...' * _takes_paths(schema)} "
-        "[group=option] [key=value] ...",
+        " ".join(["usage: python -m launch", command, *filter(None, [_paths_of(schema)]),
+                  "[group=option] [key=value] ..."]),
         "       --cfg prints the resulting configuration and stops", "",
         "groups:", *(f"  {group:<12}{names}" for group, names in options.items()), "",
         "keys and defaults:", to_yaml(build(schema, values)),

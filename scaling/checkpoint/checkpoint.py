@@ -31,12 +31,15 @@ from data_pipeline.disk import sync, write_atomically
 from data_pipeline.errors import LongfoldError, RunError
 from data_pipeline.stream.stream import Stream
 from scaling.engine.base import Engine
+from scaling.models.pretrained import read_pretrained
 from scaling.parallel.collectives import first_rank_gives, first_rank_says
 
 Shapes = dict[str, tuple[int, ...]]
 """Name -> shape of a whole tensor."""
 
 FORMAT = 1
+OBJECTIVE = "model."
+"""Before the names of a model's tensors, as the trained objective holds it."""
 DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
 """What reading a file that is not as it was written can raise."""
 
@@ -106,13 +109,13 @@ class Checkpoints:
             shutil.rmtree(old)
 
 
-def load_model(folder: Path, module: nn.Module, digest: str | None, fix: str) -> tuple[int, str]:
-    """Fills a module, on every rank, from the newest checkpoint of a run whose model is whole, also
+def load_model(folder: Path, model: nn.Module, digest: str | None, fix: str) -> tuple[int, str]:
+    """Fills a model, on every rank, from the newest checkpoint of a run whose model is whole, also
     while the run goes on. Collective; only the first rank reads.
 
     Args:
         digest: of the data that the run must have been trained on; None: whatever it was.
-        fix: the way out where the checkpoint's model has other shapes than the module.
+        fix: the way out where the checkpoint's model has other shapes.
 
     Returns:
         Its step, and what is wrong with newer ones, if anything.
@@ -125,7 +128,7 @@ def load_model(folder: Path, module: nn.Module, digest: str | None, fix: str) ->
         damage = ""
         for path in reversed(_complete(folder)):
             try:
-                state, (model,) = _read(path, "model.pt")
+                state, (saved,) = _read(path, "model.pt")
                 trained_on = state["stream"]["digest"]
             except DAMAGE as error:
                 damage = damage or f"{path} is damaged ({_reason(error)})"
@@ -133,16 +136,34 @@ def load_model(folder: Path, module: nn.Module, digest: str | None, fix: str) ->
             if digest not in (None, trained_on):
                 raise RunError(f"{path} was trained on other data than the task's store holds now: "
                                "restore it, or choose data by store=...")  # fmt: skip
-            _check_shapes(path, _shapes(module.state_dict()), model, fix)
-            module.load_state_dict(model)
+            saved = {name.removeprefix(OBJECTIVE): x for name, x in saved.items()}
+            _check_shapes(path, _shapes(model.state_dict()), saved, fix)
+            model.load_state_dict(saved)
             return state["step"], damage
         raise RunError(damage + ", and so is every older one: train the run again" if damage else
                        f"{folder.parent} has no checkpoint yet: a run that trains saves one every "
                        "train.save_every steps")  # fmt: skip
 
     answer = first_rank_says(read)
-    first_rank_gives(module.state_dict().values())
+    first_rank_gives(model.state_dict().values())
     return answer
+
+
+def load_exported(folder: Path, model: nn.Module, digest: str | None, fix: str) -> int:
+    """The same from what `export` wrote. Returns the step."""
+
+    def read() -> int:
+        saved = read_pretrained(folder)
+        if digest not in (None, saved.config["digest"]):
+            raise RunError(f"{folder} was trained on other data than the task's store holds now: "
+                           "restore it, or choose data by store=...")  # fmt: skip
+        _check_shapes(folder, _shapes(model.state_dict()), saved.weights, fix)
+        model.load_state_dict(saved.weights)
+        return saved.config["step"]
+
+    step = first_rank_says(read)
+    first_rank_gives(model.state_dict().values())
+    return step
 
 
 def _complete(folder: Path) -> list[Path]:

@@ -6,7 +6,8 @@ has been measured here.
     A100    NVIDIA A100 80GB SXM data sheet: FP32 19.5, BF16 312 TFLOP/s; 2,039 GB/s
     H100    NVIDIA H100 SXM data sheet: FP32 67, BF16 989 TFLOP/s dense; 3.35 TB/s
     H200    NVIDIA H200 SXM data sheet: as H100; 4.8 TB/s
-    NVLink  half of the H100 data sheet's 900 GB/s both ways; InfiniBand: a NDR port, 400 Gbit/s
+    NVLink  half of what the data sheets give both ways, A100 600, H100 and H200 900 GB/s;
+            InfiniBand: a NDR port, 400 Gbit/s
     shares  products 0.7, memory and networks 0.8 of the peak, 6 us to start an operator from
             Python, 15 to 50 us for a collective: usual orders of magnitude
 """
@@ -75,6 +76,9 @@ class Machine:
     than these rates say; 1 where nothing was measured."""
     measured: bool = False
     network: Network | None = None
+    """Between its ranks, as measured."""
+    within_node: Network | None = None
+    """Between the GPUs of a node."""
 
     def least(self, operator: Operator, bf16: bool = False) -> tuple[float, ...]:
         """Seconds of one call at these rates, by kind of work."""
@@ -112,25 +116,29 @@ def between(rates: Mapping[int, float], size: int) -> float:
     return rates[low] ** (1 - share) * rates[high] ** share
 
 
-def _gpu(name: str, fp32: float, bf16: float, memory: float) -> Machine:
-    """Peaks in TFLOP/s and TB/s."""
-    any_side = {64: 0.7e12 * fp32}
-    return Machine(name, "cuda", any_side, any_side, 0.8e12 * memory, 6e-6,
-                   products_bf16={64: 0.7e12 * bf16})  # fmt: skip
-
-
-MACHINES = {
-    "a100": _gpu("A100 80GB SXM", 19.5, 312.0, 2.039),
-    "h100": _gpu("H100 SXM", 67.0, 989.0, 3.35),
-    "h200": _gpu("H200 SXM", 67.0, 989.0, 4.8),
-}
 NETWORKS = {
-    "nvlink": Network("NVLink", 15e-6, 0.8 * 450e9),
+    "nvlink3": Network("NVLink 3", 15e-6, 0.8 * 300e9),
+    "nvlink4": Network("NVLink 4", 15e-6, 0.8 * 450e9),
     "infiniband": Network("InfiniBand NDR", 25e-6, 0.8 * 50e9),
     "ethernet": Network("Ethernet, 100 Gbit/s", 50e-6, 0.8 * 12.5e9),
 }
+
+
+def _gpu(name: str, fp32: float, bf16: float, memory: float, within_node: str) -> Machine:
+    """Peaks in TFLOP/s and TB/s."""
+    any_side = {64: 0.7e12 * fp32}
+    return Machine(name, "cuda", any_side, any_side, 0.8e12 * memory, 6e-6,
+                   products_bf16={64: 0.7e12 * bf16},
+                   within_node=NETWORKS[within_node])  # fmt: skip
+
+
+MACHINES = {
+    "a100": _gpu("A100 80GB SXM", 19.5, 312.0, 2.039, "nvlink3"),
+    "h100": _gpu("H100 SXM", 67.0, 989.0, 3.35, "nvlink4"),
+    "h200": _gpu("H200 SXM", 67.0, 989.0, 4.8, "nvlink4"),
+}
 NODE = 8
-"""GPUs that NVLink joins."""
+"""GPUs of a node."""
 THIS = "benches/machine"
 LEAST_SHARE = 0.05
 """Of a step, that a part must take to calibrate anything."""

@@ -22,7 +22,13 @@ from scaling.cost.trace import (
 )
 from scaling.execution import Execution
 from scaling.models.protocol import Model
-from scaling.observe.memory import resident_bytes, return_large_blocks, trim_heap
+from scaling.observe.memory import (
+    peak_bytes,
+    reset_peak,
+    resident_bytes,
+    return_large_blocks,
+    trim_heap,
+)
 from scaling.ops.tiles import most_kept_per_token, set_execution
 
 SAMPLED_TOKENS = 1 << 15
@@ -30,6 +36,8 @@ SAMPLED_TOKENS = 1 << 15
 TILES = 3
 """Of the small step that is run here: each one leaves its holes where the others did."""
 SMALLEST_STEP = 1 << 10
+STEPS = 3
+"""That are run here: later ones find a heap with holes."""
 ADAM_STATES = 2
 
 
@@ -102,22 +110,26 @@ def sample_bytes(task: Task, length: int, rows: int, micro_batches: int, sp: int
 
 
 def process_bytes(job: Job) -> tuple[int, int]:
-    """What a CPU's process holds after a small step: by itself, and on its heap beyond what a trace
-    of that step tells, in holes that nothing fits.
+    """What a CPU's process holds by itself, and at the peak of small steps beyond what a trace of
+    them tells: holes that nothing fits.
     Call it in a process that has loaded what a rank loads, and has done nothing large yet."""
     return_large_blocks()
     set_execution(job.model, job.execution)
     kept = max(most_kept_per_token(job.model), 1.0)
     tokens = max(round(TILES * job.execution.tile_budget("cpu") / kept), SMALLEST_STEP)
     tokens = min(job.length, tokens, SAMPLED_TOKENS)
+    batch = random_batch(job.model, 1, tokens)
+    reset_peak(torch.device("cpu"))
     with torch.autocast("cpu", torch.bfloat16, enabled=job.bf16):
-        forward_and_backward(job.model, random_batch(job.model, 1, tokens))
-    job.model.zero_grad()
-    whole = resident_bytes()
+        for _ in range(STEPS):
+            forward_and_backward(job.model, batch)
+            job.model.zero_grad()
+    peak = peak_bytes(torch.device("cpu"))
+    del batch
     trim_heap()
     itself = resident_bytes()
-    small = trace_step(job.model, job.execution, tokens)
-    return itself, max(whole - itself - small.heap, 0)
+    traced = sum(trace_step(job.model, job.execution, tokens).held.values())
+    return itself, max(peak - itself - traced, 0)
 
 
 def _states(job: Job) -> dict[str, int]:

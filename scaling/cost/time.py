@@ -30,11 +30,12 @@ class Networks:
 
 
 def networks_of(job: Job, machine: Machine, network: Network | None) -> Networks:
-    """The one that is asked for, or this machine's, or NVLink in a node and InfiniBand beyond."""
+    """The one that is asked for, or this machine's, or its node's, and InfiniBand beyond."""
     if chosen := network or machine.network:
         return Networks(chosen, chosen)
     sequence, world = (
-        NETWORKS["nvlink" if ranks <= NODE else "infiniband"] for ranks in (job.sp, job.world)
+        (ranks <= NODE and machine.within_node) or NETWORKS["infiniband"]
+        for ranks in (job.sp, job.world)
     )
     return Networks(sequence, world)
 

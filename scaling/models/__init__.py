@@ -1,6 +1,7 @@
 """One file a model; models hold no process group."""
 
 from bisect import bisect_left
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from scaling.models.frame_averaged_hyena import FrameAveragedHyena
 from scaling.models.geometric_hyena import GeometricHyena
 from scaling.models.hyena import Hyena
 from scaling.models.linear_motion import LinearMotion
+from scaling.models.pretrained import read_pretrained
 from scaling.models.protocol import Model as Model
 from scaling.models.protocol import equivariance_error as equivariance_error
 from scaling.models.se3_hyena import SE3Hyena
@@ -64,6 +66,20 @@ def build(
         width, nearest = reachable_widths(name, parameters, chosen)
         chosen[width] = min(nearest, key=lambda value: abs(nearest[value] - parameters))
     return MODELS[name](**chosen)
+
+
+def from_pretrained(folder: Path | str) -> Model:
+    """The model that `python -m launch export` wrote into a folder, in float32 on the CPU.
+
+    Raises:
+        RunError: no exported model is there, or it is damaged.
+        ConfigError: this version has no such model or option.
+    """
+    saved = read_pretrained(Path(folder))
+    channels = {key: saved.config[key] for key in ("vectors", "scalars")}
+    model = build(**saved.config["model"], **channels)
+    saved.fill(model)
+    return model
 
 
 def reachable_widths(

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import product
-from math import isfinite
+from math import isfinite, nan
 from typing import Any
 
 import numpy as np
@@ -21,17 +21,27 @@ BEYOND = 4
 """The curve goes on to so many times the largest scale."""
 CURVE = 33
 """Points of a curve."""
+FURTHEST, STEPS = 1e4, 4000
+"""Times the largest scale, to where a level is looked for, in so many equal ratios."""
 
 
 class Refused(ValueError):
     """The data do not say what a form asks; the text says why."""
 
 
-def entry(form: Form, data: Data, columns: Sequence[str], draws: int, seed: int) -> dict[str, Any]:
+def entry(
+    form: Form,
+    data: Data,
+    columns: Sequence[str],
+    draws: int,
+    seed: int,
+    levels: Sequence[float] = (),
+) -> dict[str, Any]:
     """What a form says of data; see docs/fits.md for its keys.
 
     Args:
         columns: names of the form's variables in the rows.
+        levels: of a form of one variable; where the law reaches them is asked.
 
     Raises:
         Refused: too few scales, or an exponent that the data do not determine.
@@ -63,6 +73,7 @@ def entry(form: Form, data: Data, columns: Sequence[str], draws: int, seed: int)
             "remark": checks.remark(scatter, checks.pattern_chance(estimate, random)),
         },
         "curve": curve(estimate, columns),
+        "reaches": [reach(estimate, level) for level in levels],
         "method": {
             "loss": "Huber's of log(measured / predicted)",
             "bound": f"{HUBER:g} standard deviations of the residuals: {estimate.bound:.3g}",
@@ -124,6 +135,15 @@ def curve(estimate: Estimate, columns: Sequence[str]) -> list[dict[str, float]]:
         named(columns, at) | dict(zip(("value", "low", "high"), map(float, each), strict=True))
         for at, each in zip(x, numbers, strict=True)
     ]
+
+
+def reach(estimate: Estimate, level: float) -> dict[str, float]:
+    """Where a rising law of one variable reaches a level, with the interval of where it may."""
+    x = np.geomspace(estimate.data.x.min(), FURTHEST * estimate.data.x.max(), STEPS)
+    found = {"level": level}
+    for name, y in zip(("value", "high", "low"), estimate.predictions(x[:, None]), strict=True):
+        found[name] = float(x[y <= level][-1]) if (y <= level).any() and y[-1] > level else nan
+    return found | {"beyond": found["value"] / estimate.data.x.max()}
 
 
 def named(columns: Sequence[str], at: np.ndarray) -> dict[str, float]:

@@ -18,6 +18,8 @@ from scaling.runs.rows import Row
 SETTINGS = ("model", "parameters", "length", "rows", "vectors", "scalars", "engine", "zero_stage",
             "dp", "sp", "threads")  # fmt: skip
 """Columns whose values tell rows of different fits apart, besides those of the sweep's grid."""
+MEMORIES = tuple(gib * 2.0**30 for gib in (16, 40, 80))
+"""Of common processors, for which the longest sequence is asked."""
 CIRCUMSTANCES = ("hardware", "versions")
 """Must not differ within a fit."""
 
@@ -36,11 +38,14 @@ class Law:
     """Settings that may differ beside them."""
     frontier: bool = False
     """Only the best run of every budget of compute counts."""
+    levels: tuple[float, ...] = ()
+    """Of the target, whose variable is asked for."""
 
 
 def _laws() -> Iterator[Law]:
     for target in ("step_s", "peak_bytes"):
-        yield Law(target, "step", Form("c + a N^b"), ("length",))
+        levels = MEMORIES if target == "peak_bytes" else ()
+        yield Law(target, "step", Form("c + a N^b"), ("length",), levels=levels)
         yield Law(target, "step", Form("c + a P^-g"), ("ranks",), ("sp",))
         yield Law(target, "step", Form("c + a N^b P^-g"), ("length", "ranks"), ("sp",))
     yield Law("loss", "train", Form("c + a N^b"), ("length",))
@@ -89,7 +94,7 @@ def _entries(law: Law, rows: list[Row], draws: int, seed: int) -> Iterator[dict[
                     raise Refused(f"{column} is mixed ({'; '.join(mixed)}): fit them apart")
             data, beaten = _data(law, usable)
             faults += Counter({"beaten at equal compute": beaten} if beaten else {})
-            found = entry(law.form, data, law.columns, draws, seed)
+            found = entry(law.form, data, law.columns, draws, seed, law.levels)
         except Refused as refusal:
             found = {"refused": f"{refusal}{_left_out(faults)}"}
         yield head | {"group": group} | found | {"left_out": dict(faults)}

@@ -250,6 +250,18 @@ def test_different_settings_are_fits_of_their_own():
     assert memory["parameters"]["b"]["value"] == pytest.approx(1, abs=1e-3)
 
 
+def test_the_longest_sequence_that_a_memory_holds():
+    rows = [row | {"peak_bytes": int(row["peak_bytes"] * 1.01 ** (n % 3 - 1))}
+            for n, row in enumerate(steps())]  # fmt: skip
+    (memory,) = fitted(rows, "peak_bytes")
+    for each, gib in zip(memory["reaches"], (16, 40, 80), strict=True):
+        longest = (gib * 2**30 - 3e8) / 600
+        assert each["low"] < longest < each["high"] < 1.5 * each["low"]
+        assert each["beyond"] == pytest.approx(each["value"] / LENGTHS[-1])
+    (time,) = fitted(rows)
+    assert time["reaches"] == []
+
+
 def run(size: int, tokens: float, seed: int = 0) -> Row:
     random = np.random.default_rng([size, int(tokens), seed])
     loss = (0.05 + 5 * size**-0.35 + 30 * tokens**-0.37) * np.exp(0.005 * random.normal())
