@@ -169,17 +169,31 @@ def network_named(name: str) -> Network:
 
 
 def measured_machine(rows: Sequence[Row], options: Mapping[str, Any], name: str) -> Machine:
-    """From the rows of a bench=machine: peaks of one thread, an exchange of two ranks, and by how
-    much each part of its steps took longer than its operators at these peaks.
+    """From the rows of a bench=machine: its rates, and by how much each part of its steps took
+    longer than its operators at these rates.
 
     Args:
         options: of the bench.
     """
-    value = {(each["case"], each["length"]): each["value"] for each in rows if "case" in each}
+    machine = measured_rates(rows, name)
+    return replace(machine, factors=_factors(machine, _values(rows), options))
+
+
+def _values(rows: Sequence[Row]) -> dict[tuple[str, int], float]:
+    return {(each["case"], each["length"]): each["value"] for each in rows if "case" in each}
+
+
+def measured_rates(rows: Sequence[Row], name: str) -> Machine:
+    """From the rows of a bench=machine: peaks of one thread, and an exchange of two ranks.
+
+    Raises:
+        ConfigError: some are not measured.
+    """
+    value = _values(rows)
     one = {(case.removeprefix("1 thread: "), n): x for (case, n), x in value.items()
            if case.startswith("1 thread: ")}  # fmt: skip
     try:
-        machine = Machine(
+        return Machine(
             name,
             "cpu",
             _products(one, "float32"),
@@ -194,7 +208,6 @@ def measured_machine(rows: Sequence[Row], options: Mapping[str, Any], name: str)
     except (KeyError, ValueError):
         raise ConfigError(f"{name} lacks some of a machine's peaks; measure it to the end: "
                           "python -m launch bench bench=machine") from None  # fmt: skip
-    return replace(machine, factors=_factors(machine, value, options))
 
 
 def _products(one: Mapping[tuple[str, int], float], dtype: str) -> dict[int, float]:

@@ -202,6 +202,25 @@ def test_efficiencies_beside_the_ideal():
     }
 
 
+def test_the_share_of_measured_peaks_is_said_where_they_are_known(tmp_path, monkeypatch):
+    """Two threads of 5 flop/s each, of which a step uses 4."""
+    monkeypatch.chdir(tmp_path)
+    cell = {"sp": 2, "length": 256, "ranks": 2, "threads": 1, "step_s": 2.0, "flops": 8.0}
+    swept = Sweep(model={"name": "linear_motion"}, lengths=[256], sp=[2])
+    title = "share of the measured peaks of matrix products"
+    assert title not in [each["case"] for each in swept.conclude([cell])[0]]
+    rates = {"(16 x 16) @ (16 x 9), float32": 5e-9, "(16 x 16) @ (16 x 9), bfloat16": 1e-9,
+             "copy": 1.0, "triad": 1.0}  # fmt: skip
+    values = {f"1 thread: {case}": rate for case, rate in rates.items()}
+    values |= {"all-to-all: latency": 1.0, "all-to-all: sent by a rank": 1.0}
+    rows = [{"case": case, "length": 0, "value": x} for case, x in values.items()]
+    folder = tmp_path / "benches/machine"
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = {each["case"]: each["value"] for each in swept.conclude([cell])[0]}
+    assert found[title] == pytest.approx(0.4) and found["computed"] == pytest.approx(4e-9)
+
+
 def test_a_point_that_fails_says_why_and_is_tried_again(tmp_path: Path):
     """Out of time, and an error inside a rank."""
     tiny = [*TINY, "lengths=[8]", "sp=[1]", f"sweeps={tmp_path}"]

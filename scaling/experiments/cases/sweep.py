@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter
 
+from data_pipeline.errors import LongfoldError
+from scaling.cost.machine import THIS, measured_rates
 from scaling.experiments.cases.train_step import step_cost
 from scaling.experiments.experiment import Experiment, Point, row
 from scaling.experiments.grid import axes, cells, with_values
@@ -18,12 +20,15 @@ from scaling.experiments.timing import available_cores
 from scaling.models import build
 from scaling.observe.memory import hardware
 from scaling.runs.environment import describe_environment
+from scaling.runs.folder import RunFolder
 from scaling.runs.rows import Row
 
 STEP = (  # case, unit, column, units of the column in one
     ("all ranks together", "tokens/s", "tokens_per_s", 1),
     ("step", "s", "step_s", 1),
     ("computed", "GFLOP/s", "flops_per_s", 1e9),
+    ("of that, transforms", "GFLOP/s", "fft_flops_per_s", 1e9),
+    ("share of the measured peaks of matrix products", "", "peak_share", 1),
     ("waiting in exchanges", "s", "comm_s", 1),
     ("exchanges of a step", "all-to-alls", "all_to_alls", 1),
     ("sent per rank and step", "MB", "comm_bytes", 1e6),
@@ -102,7 +107,8 @@ class Sweep(SweepOptions, Experiment):
             words = [f"{key.rpartition('.')[2]}={each[key]}" for key in keys if key in each]
             label = ", ".join([*words, f"dp={dp}"] if dp > 1 else words)
             groups.setdefault((label, dp, each["sp"], round(each["length"])), []).append(each)
-        medians = {group: _medians(some) for group, some in groups.items()}
+        peak = _measured_peak()
+        medians = {group: _medians(some, peak) for group, some in groups.items()}
         found = [
             row(f"{label}: {case}" if label else case, x[column] / units, unit, sp=sp, length=n)
             for case, unit, column, units in (STEP if self.kind == "step" else RUN)
@@ -114,15 +120,29 @@ class Sweep(SweepOptions, Experiment):
         return found + more, what if self.kind == "step" else f"Runs of {' '.join(self.train)}."
 
 
-def _medians(repeats: Sequence[Row]) -> dict[str, int | float]:
-    """Of the numbers that all have."""
+def _measured_peak() -> float | None:
+    """Matrix products of one thread, flop/s, where bench=machine has measured them here."""
+    try:
+        return max(measured_rates(RunFolder(THIS).rows(), THIS).products.values())
+    except LongfoldError:
+        return None
+
+
+def _medians(repeats: Sequence[Row], peak: float | None) -> dict[str, int | float]:
+    """Of the numbers that all have.
+
+    Args:
+        peak: of one thread, flop/s.
+    """
     found = {}
     for name in repeats[0]:
         values = [x for each in repeats if isinstance(x := each.get(name), (int, float))]
         if len(values) == len(repeats):
             found[name] = median(values)
-    if "flops" in found:
-        found["flops_per_s"] = found["flops"] / found["step_s"]
+    for name in found.keys() & {"flops", "fft_flops"}:
+        found[f"{name}_per_s"] = found[name] / found["step_s"]
+    if peak and "flops_per_s" in found:
+        found["peak_share"] = found["flops_per_s"] / (found["ranks"] * found["threads"] * peak)
     return found
 
 
