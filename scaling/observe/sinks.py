@@ -32,7 +32,7 @@ SECTIONS = {
 }
 PAGES = {
     "learning": {
-        "loss": ["train/loss", "validation/loss"],
+        "loss": ["loss/train", "loss/validation"],
         "gradient norm": ["train/grad_norm"],
     },
     "scaling": {
@@ -143,7 +143,9 @@ def _summaries(row: Row) -> Iterator[Summary]:
     sections = SECTIONS if split == "train" else {}
     for name, value in row.items():
         if isinstance(value, (int, float)) and name not in ("step", "time"):
-            yield scalar(f"{sections.get(name, split)}/{name}", value)
+            # The few columns that the page of hyperparameters begins with are the first by name.
+            tag = f"loss/{split}" if name == "loss" else f"{sections.get(name, split)}/{name}"
+            yield scalar(tag, value)
 
 
 def _expected(rows: Sequence[Row], about: Sequence[Summary]) -> Counter[Shown]:

@@ -35,7 +35,7 @@ DRAWN = """
 """
 """Of the cards that are drawn by now (those in sight): tag, and how many points each line has."""
 OF_RUNS = {
-    "train/loss": [4, 4], "validation/loss": [4, 4], "memory/peak_bytes": [4, 4],
+    "loss/train": [4, 4], "loss/validation": [4, 4], "memory/peak_bytes": [4, 4],
     "speed/tokens": [4, 4], "speed/tokens_per_s": [4, 4], "time/step_s": [4, 4],
     "time/projection_s": [4, 4], "time/transforms_s": [4, 4], "time/comm_s": [4, 4],
     "time/other_s": [4, 4], "exchange/comm_bytes": [4, 4], "train/grad_norm": [4],
@@ -139,6 +139,44 @@ def test_custom_scalars_images_and_texts_are_there(page: Browser, tensorboard: s
     assert sorted(images) == sorted(f"scaling/{name}" for name in OF_SWEEP)
     text = asked(page, "text/text?run=known/tensorboard&tag=command/text_summary")
     assert "python -m launch sweep sweep=known" in text[0]["text"]
+
+
+GROUPS = """
+(() => fetch('data/plugin/hparams/session_groups', {method: 'POST', body: JSON.stringify({
+  experimentName: '', allowedStatuses: ['STATUS_UNKNOWN', 'STATUS_SUCCESS', 'STATUS_RUNNING'],
+  colParams: [], startIndex: 0, sliceSize: 100})}).then(answer => answer.json()))()
+"""
+"""What the page of hyperparameters gets to draw from."""
+
+
+SHOWN = """
+(() => {
+  const text = root => [...root.childNodes].map(each => each.nodeType === 3 ? each.data :
+    ['STYLE', 'SCRIPT'].includes(each.tagName) ? '' :
+    text(each) + (each.shadowRoot ? text(each.shadowRoot) : '')).join(' ');
+  const shown = text(document.body);
+  return shown.includes('whole/tensorboard') ? shown : null;
+})()
+"""
+"""All text of the page, once it names the first run."""
+
+
+def test_hyperparameters_stand_beside_the_final_loss(page: Browser, tensorboard: str):
+    """As the page gets them, and as its table shows them."""
+    page.open(f"{tensorboard}#hparams")
+    runs = {each["name"].partition("/")[0]: each for each in page.evaluate(GROUPS)["sessionGroups"]}
+    assert set(runs) == {"whole", "lacking"}
+    expected = {row["split"]: row["loss"] for row in run_rows()}  # the last of each
+    for name, each in runs.items():
+        assert each["hparams"] == {"model.name": "se3_hyena", "model.channels": 16}
+        final = {metric["name"]["tag"]: metric["value"] for metric in each["metricValues"]}
+        assert ("train/grad_norm" in final) == (name == "whole")
+        for split, loss in expected.items():
+            assert final[f"loss/{split}"] == pytest.approx(loss)
+    shown = page.wait_for(SHOWN)
+    for text in ("model.name", "se3_hyena", "model.channels", "loss/validation",
+                 f"{expected['validation']:.5f}"):  # fmt: skip
+        assert text in shown
 
 
 @pytest.mark.parametrize(

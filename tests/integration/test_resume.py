@@ -151,7 +151,7 @@ def test_killed_and_started_again_in_a_new_process_is_bitwise_the_same(tmp_path,
     assert not list((run / "checkpoints").glob("*.tmp"))
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
-    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, STEPS + 1))
+    assert [event.step for event in events.Scalars("loss/train")] == list(range(1, STEPS + 1))
 
 
 def test_deepspeed_killed_on_one_rank_goes_on_as_one_process(tmp_path, straight):

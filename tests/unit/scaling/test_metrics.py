@@ -42,7 +42,7 @@ def curve(folder: Path) -> list[tuple[int, float, float]]:
     """Step, value and time that TensorBoard shows of the training loss."""
     events = EventAccumulator(str(folder))
     events.Reload()
-    return [(e.step, e.value, e.wall_time) for e in events.Scalars("train/loss")]
+    return [(e.step, e.value, e.wall_time) for e in events.Scalars("loss/train")]
 
 
 def test_tensorboard_shows_each_row_once_at_its_time(tmp_path):
@@ -67,7 +67,7 @@ def test_tensorboard_shows_each_row_once_at_its_time(tmp_path):
     assert gone_on > resumed and curve(tmp_path) == shown
     events = EventAccumulator(str(tmp_path))
     events.Reload()
-    assert {"speed/tokens_per_s", "time/step_s", "validation/loss"} <= set(events.Tags()["scalars"])
+    assert {"speed/tokens_per_s", "time/step_s", "loss/validation"} <= set(events.Tags()["scalars"])
     assert not any(tag.partition("/")[2] == "time" for tag in events.Tags()["scalars"])
 
 
