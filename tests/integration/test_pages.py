@@ -1,9 +1,11 @@
 """TensorBoard and the report in headless Chromium: what is drawn is what the rows hold."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
@@ -15,11 +17,13 @@ from scaling.experiments.board import write_board
 from scaling.observe.sinks import PAGES, TensorBoardSink, about_run
 from scaling.report.page import write_report
 from scaling.runs.folder import RunFolder
+from scaling.runs.rows import of_split, read_rows
 from tests.browser import PATIENCE_S, Browser, browser
 from tests.sweep_rows import known_fits, known_rows, run_config, run_rows, write_folder
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
 
+DOCS = Path(__file__).parents[2] / "docs"
 DRAWN = """
 (() => {
   const all = (root, name) => [...root.querySelectorAll('*')].flatMap(each => [
@@ -71,17 +75,24 @@ def record(folder: Path, rows: list[dict]) -> None:
 
 @pytest.fixture(scope="module")
 def tensorboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of one that shows a run, one whose loss is gone, and a sweep."""
+    """Address of one that shows a run, one that lacks a tag, and a sweep."""
     folder = tmp_path_factory.mktemp("logs")
     record(folder / "whole", run_rows())
     lacking = [{k: v for k, v in row.items() if k != "grad_norm"} for row in run_rows()]
     record(folder / "lacking", lacking)
     write_board(RunFolder(write_folder(folder / "known", known_rows(), fits=known_fits())))
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder), "--port", "0",
+    with serving(folder) as address:
+        yield address
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[str]:
+    """TensorBoard on a folder, until the end."""
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", folder.name, "--port", "0",
                "--load_fast", "false", "--reload_interval", "0"]  # fmt: skip
     log = folder / "log"
     with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output)
+        process = subprocess.Popen(command, cwd=folder.parent, stdout=output, stderr=output)
     try:
         yield _address(process, log)
     finally:
@@ -121,6 +132,26 @@ def test_scalars_are_the_rows_and_a_tag_that_is_gone_is_noticed(page: Browser, t
     assert [tag for tag in OF_RUNS if found[tag] != [4, 4]] == ["train/grad_norm"]
     for tag, lines in page.wait_for(DRAWN):
         assert lines == sorted(found[tag]), tag
+
+
+def test_the_readmes_picture_shows_the_recorded_runs(page: Browser, tmp_path: Path):
+    """LONGFOLD_PICTURES=docs puts it where the README has it."""
+    shown = "loss|tokens_per_s|equivariance|comm_bytes|peak"
+    rows = {name: read_rows(DOCS / f"runs/{name}.jsonl") for name in ("first_light", "recall")}
+    for name, of_run in rows.items():
+        record(tmp_path / "runs" / name, of_run)
+    with serving(tmp_path / "runs") as address:
+        page.resize(1500, 770)
+        page.open(f"{address}#scalars&_smoothingWeight=0&tagFilter={quote(shown)}")
+        drawn = page.wait_for(f"(drawn => drawn && drawn.length >= 6 && drawn)({DRAWN.strip()})")
+        for name, of_run in rows.items():
+            for split in ("train", "validation"):
+                tag = f"run={name}/tensorboard&tag=loss/{split}"
+                losses = [value for *_, value in asked(page, f"scalars/scalars?{tag}")]
+                assert losses == pytest.approx([row["loss"] for row in of_split(of_run, split)])
+    assert {"exchange/comm_bytes", "loss/train", "memory/peak_bytes"} <= {tag for tag, _ in drawn}
+    assert all(len(lines) == 2 for _, lines in drawn)
+    page.screenshot(Path(os.environ.get("LONGFOLD_PICTURES", tmp_path)) / "tensorboard.png")
 
 
 def test_custom_scalars_images_and_texts_are_there(page: Browser, tensorboard: str):
