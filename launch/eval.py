@@ -19,6 +19,7 @@ from launch.config.settings import EvalConfig, mesh_sizes
 from launch.ranks.discovery import discover
 from launch.ranks.process import run_command, share_cores
 from launch.train import on_ranks, task_and_model
+from scaling.runs.exported import is_exported, read_config
 from scaling.runs.folder import RunFolder, add_evaluation
 from scaling.train.settings import EvaluationSettings
 
@@ -64,9 +65,7 @@ def trained_with(path: str) -> dict[str, Any]:
     Raises:
         RunError: neither is there, or it cannot be read.
     """
-    from scaling.models.pretrained import is_pretrained, read_config
-
-    if is_pretrained(Path(path)):
+    if is_exported(Path(path)):
         return read_config(Path(path))["run"]
     return RunFolder(path).config()
 
@@ -75,7 +74,6 @@ def evaluate(config: EvalConfig, device: "torch.device") -> None:
     """Print the errors on the split, and add their row; inside the process group, if any."""
     from scaling.checkpoint.checkpoint import load_exported, load_model
     from scaling.engine.build import check_precision
-    from scaling.models.pretrained import is_pretrained
     from scaling.ops.tiles import set_execution
     from scaling.parallel.collectives import first_rank_says, group_size
     from scaling.parallel.mesh import Mesh
@@ -95,7 +93,7 @@ def evaluate(config: EvalConfig, device: "torch.device") -> None:
         digest = None
         fix = (f"store={config.store} gives {task.vectors} vector and {task.scalars} scalar "
                "channels: choose one that gives those of the run's data")  # fmt: skip
-    if is_pretrained(run.path):
+    if is_exported(run.path):
         step, damage = load_exported(run.path, model, digest, fix), ""
     else:
         step, damage = load_model(run.checkpoints, model, digest, fix)

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from data_pipeline.disk import sync, write_atomically
 from data_pipeline.errors import RunError
+from scaling.runs.exported import CONFIG, FORMAT, read_config
 
-CONFIG, WEIGHTS, README = "config.json", "model.safetensors", "README.md"
-FORMAT = 1
+WEIGHTS, README = "model.safetensors", "README.md"
 
 
 @dataclass(frozen=True)
@@ -76,29 +76,6 @@ def write_pretrained(
     except (OSError, SafetensorError) as error:
         raise RunError(f"{folder} cannot be written ({error}); make room, or name another folder"
                        ) from error  # fmt: skip
-
-
-def is_pretrained(folder: Path) -> bool:
-    return (folder / CONFIG).exists()
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """What config.json says.
-
-    Raises:
-        RunError: there is none, or it cannot be read.
-    """
-    path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text())
-        if config["format"] != FORMAT:
-            raise RunError(f"{folder} has format {config['format']}, this program reads {FORMAT}")
-        return config
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise RunError(f"{folder} is no exported model (no {CONFIG}): python -m launch export "
-                       "runs/NAME FOLDER makes one") from error  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path} cannot be read ({error!r}); export the run again") from error
 
 
 def read_pretrained(folder: Path) -> Pretrained:

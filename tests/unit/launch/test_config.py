@@ -287,7 +287,7 @@ def test_paths_stand_before_the_first_override(capsys: pytest.CaptureFixture):
     assert paths("runs/a") == ["runs/a"]
     assert paths("runs/a", "./b=c", "store=x") == ["runs/a", "./b=c"]
     for arguments, named in [
-        ([], r"^paths=\[\]: list should have at least 1 item"),
+        ([], "^prepare takes folders before the first key=value"),
         (["a", "b", "c"], r"^paths=\['a', 'b', 'c'\]: list should have at most 2 items"),
         (["a", "store=x", "b"], "cannot read 'b': .* paths stand before 'store=x'"),
     ]:
