@@ -14,9 +14,11 @@ from data_pipeline.errors import ConfigError, RunError, StoreError
 from data_pipeline.sources.arrays import ArraySource
 from data_pipeline.store.build import build
 from launch import eval as evaluation
-from launch import train
+from launch import plan, train
+from scaling.models import MODELS
 from scaling.runs.rows import Row, of_split, read_rows
 from scaling.train.report import Reporter, Summary
+from tests.small_models import NEAR
 
 SMALL = ["model.channels=2", "model.hidden=4", "model.operators=1", "train.batch_size=4",
          "train.micro_batch_size=2", "train.steps=4", "train.save_every=2", "train.log_every=1",
@@ -81,6 +83,39 @@ def test_validation_is_that_of_the_training_to_the_last_digit(name: str, request
     assert row["standard_error"] > 0 if name == "recall" else row["samples"] == 1
     summary = json.loads((run / "status.json").read_text())["summary"]
     assert row["baselines"] == summary["baselines"]
+
+
+TASKS = {
+    "recall": ["task.tokens=16", "task.held_out_size=2"],
+    "needles": ["task.tokens=24", "task.pairs=4", "task.held_out_size=2"],
+    "nbody": ["task.particles=20", "task.train_size=8", "task.held_out_size=2", "task.steps=20"],
+    "denoising": ["task.neighbours=1", "task.atoms=[point]"],
+}
+
+
+@pytest.mark.slow  # some minutes
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_trains_and_is_evaluated_and_planned_on_every_task(model, task, tmp_path):
+    tiny = {key: "null" if x is None else x for key, x in MODELS[model].tiny().items()}
+    options = [f"model.{key}={value}" for key, value in tiny.items()]
+    data = TASKS[task]
+    if task == "denoising":
+        data = [*data, f"task.store={write_store(tmp_path / 'store')}"]
+    if "neighbours" in tiny:
+        options = [*options, "model.neighbours=3"]
+    told = [f"task={task}", f"model={model}", *data, *options, "train.batch_size=2",
+            "train.micro_batch_size=2", "engine=ddp", "device=cpu"]  # fmt: skip
+    run = [*told, "train.steps=1", f"runs={tmp_path}", "name=run", "optim.warmup_steps=0"]
+    if model in NEAR and task in ("recall", "needles"):  # where nothing has a place
+        with pytest.raises(ConfigError, match="all points of row 0 are at one place"):
+            train.main(run)
+    else:
+        train.main(run)
+        row = evaluate(tmp_path / "run")
+        assert np.isfinite(row["loss"]) and row["samples"] >= 1
+    plan.main([*told, "ranks=2", "machine=h100", f"output={tmp_path}"])
+    assert json.loads((tmp_path / "plan.json").read_text())["step_s"] > 0
 
 
 def test_other_splits_precisions_and_micro_batches(recall: Path, capsys):
