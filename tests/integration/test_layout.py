@@ -193,5 +193,5 @@ def test_what_is_checked_before_a_commit_holds(hook: dict[str, Any]):
         listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
         kinds = (".py",) if "python" in hook.get("types_or", ["python"]) else ("",)
         command += [name for name in listed.stdout.splitlines() if name.endswith(kinds)]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert ended.returncode == 0, ended.stdout + ended.stderr
