@@ -32,9 +32,12 @@ if TYPE_CHECKING:
     from scaling.models import Model
 
 
+DEFAULT_RANKS = 2
+
+
 @dataclass
 class PlanConfig(Config):
-    ranks: Annotated[int, Ge(1)] = 2
+    ranks: Annotated[int, Ge(1)] = DEFAULT_RANKS
     """Processes of the job; on GPUs one each."""
     gpus: Annotated[int, Ge(1)] | None = None
     """The same as ranks."""
@@ -57,6 +60,8 @@ class PlanConfig(Config):
     finds; null: none, or plans."""
 
     def __post_init__(self) -> None:
+        if self.gpus and self.ranks not in (DEFAULT_RANKS, self.gpus):
+            raise ConfigError(f"ranks={self.ranks} and gpus={self.gpus} are one number: give one")
         self.ranks = self.gpus or self.ranks
         if self.train.precision == "float64":
             raise ConfigError("train.precision=float64: plan foresees float32 and bf16 alone")

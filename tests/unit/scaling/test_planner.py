@@ -197,6 +197,7 @@ def test_the_best_of_a_search_fits_and_trains(tmp_path, capsys, monkeypatch):
     ("arguments", "said"),
     [
         (["ranks=0"], "ranks=0: must be greater than or equal to 1"),
+        (["ranks=4", "gpus=8"], "ranks=4 and gpus=8 are one number: give one"),
         (["parallel.sp=3"], r"dp\(1\) \* sp\(3\) = 3"),
         (["parallel.dp=2"], r"batch_size=1: must be a multiple of dp\(2\)"),
         (["device=cuda", "machine=this"], "device=cuda: name the GPU"),
