@@ -2,12 +2,13 @@
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 
+from scaling.experiments.curves import Chart
 from scaling.experiments.options import Checked
 from scaling.runs.rows import Row
 
@@ -70,6 +71,10 @@ class Experiment(Checked, ABC):
     def conclude(self, rows: list[Row]) -> tuple[list[Row], str]:
         """The rows of table and figure, from those of all points; and remarks."""
         return rows, ""
+
+    def chart(self, concluded: Sequence[Row]) -> Chart | None:
+        """The figure of what was concluded; None: its values over N."""
+        return None
 
 
 def row(

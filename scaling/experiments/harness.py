@@ -16,6 +16,7 @@ from data_pipeline.disk import locked
 from data_pipeline.errors import RunError
 from scaling.experiments.board import write_board
 from scaling.experiments.experiment import Experiment, Point
+from scaling.experiments.figures import draw
 from scaling.experiments.options import Running
 from scaling.experiments.views import as_csv, plot, table
 from scaling.observe.memory import hardware
@@ -164,7 +165,10 @@ def _present(
     text = "\n\n".join(filter(None, [table(concluded, experiment.goals), remarks, missing]))
     run.write(SUMMARY, f"`{environment['command']}`\n\n{text}\n\n{_circumstances(environment)}\n")
     with run.writing():
-        plot(concluded, run.path / FIGURE, run.path.name, missing)
+        if chart := experiment.chart(concluded):
+            draw(chart).savefig(run.path / FIGURE, dpi=150)
+        else:
+            plot(concluded, run.path / FIGURE, run.path.name, missing)
         if experiment.independent:
             write_board(run)
     print("", text, "", f"numbers   {run.path / TABLE}", sep="\n")

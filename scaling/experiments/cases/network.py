@@ -9,7 +9,7 @@ relative errors): r is how many times in a row a rank waits for the link's laten
 the bytes counted cross it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Annotated, Any, ClassVar
@@ -20,6 +20,7 @@ from annotated_types import Ge, MinLen
 from scipy.optimize import nnls
 
 from scaling.experiments.cases.train_step import step_cost
+from scaling.experiments.curves import Chart, Line, Spot
 from scaling.experiments.experiment import Experiment, Point, row
 from scaling.experiments.options import Count, Positive, StepOptions
 from scaling.runs.rows import Row
@@ -89,3 +90,24 @@ class Network(StepOptions, Experiment):
             f"{waited[worst]['case'].removesuffix(': waiting')}, {ratios[worst]:.3g} times."
         )
         return [*rows, *more, share | {"sp": 2, "length": self.length}], remarks
+
+    def chart(self, concluded: Sequence[Row]) -> Chart:
+        """Waiting over the bandwidth, measured and as foreseen."""
+
+        def lines(ending: str) -> list[Line]:
+            rows = [each for each in concluded if each["case"].endswith(ending)]
+            at = {latency: [each for each in rows if each["latency_ms"] == latency]
+                  for latency in sorted(self.latencies)}  # fmt: skip
+            return [
+                Line([Spot(each["bandwidth_mbit"], each["value"]) for each in some], some,
+                     f"{latency:g} ms" + ending.partition(",")[2])
+                for latency, some in at.items()
+            ]  # fmt: skip
+
+        return Chart(
+            "what two ranks wait for each other",
+            "bandwidth, Mbit/s",
+            "waiting in a step, s",
+            lines(": waiting"),
+            lines(": waiting, foreseen"),
+        )

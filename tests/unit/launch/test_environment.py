@@ -152,15 +152,16 @@ def test_compressed_lists_of_slurm():
 
 
 def test_ranks_share_the_cores_unless_told():
+    huge = {"THP_MEM_ALLOC_ENABLE": "1"}
     environ: dict[str, str] = {}
     share_cores(Ranks(local_world=10_000, world=10_000), environ)
-    assert environ == {"OMP_NUM_THREADS": "1"}
-    chosen = {"OMP_NUM_THREADS": "7"}
+    assert environ == {"OMP_NUM_THREADS": "1"} | huge
+    chosen = {"OMP_NUM_THREADS": "7", "THP_MEM_ALLOC_ENABLE": "0"}
     share_cores(Ranks(local_world=2, world=2), chosen)
-    assert chosen == {"OMP_NUM_THREADS": "7"}
+    assert chosen == {"OMP_NUM_THREADS": "7", "THP_MEM_ALLOC_ENABLE": "0"}
     alone: dict[str, str] = {}
     share_cores(Ranks(), alone)
-    assert alone == {}
+    assert alone == huge
 
 
 def test_a_gpu_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch):
