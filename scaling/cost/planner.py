@@ -35,6 +35,8 @@ SAMPLED_TOKENS = 1 << 15
 """Of a sample that is made here to weigh it."""
 TILES = 3
 """Of the small step that is run here: each one leaves its holes where the others did."""
+PAIRED_TOKENS = 1 << 11
+"""The most that are run here of a model of all pairs, whose time is quadratic."""
 SMALLEST_STEP = 1 << 10
 STEPS = 3
 """That are run here: later ones find a heap with holes."""
@@ -117,7 +119,8 @@ def process_bytes(job: Job) -> tuple[int, int]:
     set_execution(job.model, job.execution)
     kept = max(most_kept_per_token(job.model), 1.0)
     tokens = max(round(TILES * job.execution.tile_budget("cpu") / kept), SMALLEST_STEP)
-    tokens = min(job.length, tokens, SAMPLED_TOKENS)
+    most = PAIRED_TOKENS if job.model.work(job.length).pair_flops else SAMPLED_TOKENS
+    tokens = min(job.length, tokens, most)
     batch = random_batch(job.model, 1, tokens)
     reset_peak(torch.device("cpu"))
     with torch.autocast("cpu", torch.bfloat16, enabled=job.bf16):
