@@ -66,7 +66,7 @@ def test_every_rank_together_sends_the_work_of_the_model():
     """Over all ranks, the exchanges of one step are those that `Model.work` states; the door's are
     the data's."""
     length, ranks = 53, 3
-    for name in ("hyena", "transformer"):
+    for name in ("se3_hyena", "hyena", "transformer"):
         model = small_model(name, torch.float32)
         sent = 0
         for rank in range(ranks):
@@ -283,16 +283,16 @@ def test_a_configured_bench_has_each_prediction_before_its_measurements():
 
 
 def test_the_bench_concludes_with_its_errors():
-    """On a machine that does what its rates say, times are foreseen, but for what a first trace
-    does once (tables that are kept); memory as stated."""
+    """On a machine that does what its rates say, times are foreseen; memory as stated."""
     machine = OPTIONS | {"lengths": [128], "transforms": [128]}
     bench = Plan(machine=machine, models={"tiny": {"name": "hyena", "channels": 8}},
                  lengths=[256, 512], longest={}, sp=[1], seconds=0.01)  # fmt: skip
     rows = [each | {"sp": 1} for each in bench_rows({"bytes": 1.7, "calls": 2.5})]
     known = measured_machine(rows, OPTIONS, "known")
     for n, memory, slower in ((256, 97, 1.0), (512, 104, 1.25)):
-        trace = bench._job("tiny", n, 1)
-        seconds = slower * sum(step_seconds(trace, trace.trace(), known).values())
+        one = bench._job("tiny", n, 1)
+        one.trace()  # the first makes tables that are kept
+        seconds = slower * sum(step_seconds(one, one.trace(), known).values())
         values = {"memory, foreseen": memory, "memory, measured": 100, "step, measured": seconds,
                   "spread": 0.01 if n == 256 else 0.2}  # fmt: skip
         rows += [{"case": f"tiny: {key}", "length": n, "sp": 1, "value": float(x)}
@@ -302,6 +302,6 @@ def test_the_bench_concludes_with_its_errors():
     assert errors == pytest.approx({
         "memory, worst error": 0.04, "memory, most too low": 0.03,
         "step, median error": 0.1, "step, worst error": 0.2,
-    }, abs=0.02)  # fmt: skip
+    }, abs=1e-6)  # fmt: skip
     assert "Worst step: tiny, N = 512, sp = 1: -" in said
     assert "Spread above 5%: tiny at 512 on 1 (20%)." in said
