@@ -12,8 +12,8 @@ from data_pipeline.options import check_options
 
 CPU_TILE_BYTES = 32 << 20
 """A tile stays in the caches."""
-GPU_TILE_BYTES = 512 << 20
-"""A tile keeps all processors busy."""
+GPU_TILE_BYTES = 4 << 30
+"""A tile keeps all processors busy for longer than it takes to start the next operator."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Execution:
 
     tile_bytes: Annotated[int, Ge(1)] | None = None
     """Activations that a tile of tokens keeps, bytes. A part that keeps less in all is neither cut
-    nor run again. null: 32 MiB on a CPU, 512 MiB on a GPU."""
+    nor run again. null: 32 MiB on a CPU, 4 GiB on a GPU."""
     recompute_operators: bool = False
     """Keep nothing of an operator but its inputs, and run it again, exchanges too, for its
     gradient."""

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 
+import torch
 from jaxtyping import Shaped
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -112,7 +113,13 @@ class WorkCounter:
 
 
 _counter: ContextVar[WorkCounter | None] = ContextVar("work_counter", default=None)
-work_counter = _counter.get
+
+
+def work_counter() -> WorkCounter | None:
+    """The one that hears this step, if any; a compiler, which cannot look it up, sees none."""
+    return None if torch.compiler.is_compiling() else _counter.get()
+
+
 """Who counts this thread's work; None: nobody."""
 
 

@@ -63,15 +63,19 @@ class Case:
         one = scalar_long_conv if self.operator == "scalar" else vector_long_conv
         return (one(x["q"], x["k"], shard, **self.options),)
 
-    def error(self, group: Any) -> float:
+    def error(self, group: Any, device: str = "cpu") -> float:
         """Largest one of this rank's values and gradients, relative to the whole tensor's norm."""
         shard = SequenceShard(self.length, group)
-        local = {name: shard.scatter(x).requires_grad_() for name, x in self.operands.items()}
-        results = self.call(local, shard)
-        torch.autograd.backward(results, [shard.scatter(x) for x in self.weights])
+
+        def local(x: Tensor) -> Tensor:
+            return shard.scatter(x).to(device)
+
+        operands = {name: local(x).requires_grad_() for name, x in self.operands.items()}
+        results = self.call(operands, shard)
+        torch.autograd.backward(results, [local(x) for x in self.weights])
         errors = [
-            ((a - shard.scatter(b)).double().norm() / b.double().norm().clamp(min=1e-9)).item()
-            for a, b in zip([*results, *gradients(local)], self.expected, strict=True)
+            ((a - local(b)).double().norm() / b.double().norm().clamp(min=1e-9)).item()
+            for a, b in zip([*results, *gradients(operands)], self.expected, strict=True)
         ]
         return max(errors) if all(error == error for error in errors) else float("inf")
 

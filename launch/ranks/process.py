@@ -107,7 +107,7 @@ def process_group(
     _met_others = True
     yield
     # Not in a finally: after an error the other ranks are elsewhere and would never come here.
-    dist.barrier()
+    dist.barrier(device_ids=None if device.index is None else [device.index])
     dist.destroy_process_group()
 
 

@@ -79,14 +79,18 @@ class _Path(NamedTuple):
     """Left (0), right (1) and result (2), the one with fewest components first."""
 
 
-@lru_cache
-def _paths(left: int, right: int) -> list[_Path]:
-    """Those between operands of so many components."""
+def _between(left: int, right: int) -> list[_Path]:
     return [
         _Path(number, terms, tuple(sorted(range(3), key=lambda role: GRADES[grades[role]])))
         for number, (terms, grades) in enumerate(zip(_TERMS, _PATHS, strict=True))
         if all(i < left and j < right for (i, j, _), _ in terms)
     ]
+
+
+_BETWEEN: dict[tuple[int, int], list[_Path]] = {
+    sizes: _between(*sizes) for sizes in product(SIZES, SIZES)
+}
+"""Paths between operands of so many components."""
 
 
 def _result_size(x: Tensor, y: Tensor) -> int:
@@ -95,12 +99,13 @@ def _result_size(x: Tensor, y: Tensor) -> int:
 
 def _formula(x: Tensor, y: Tensor, weights: Tensor, first: Tensor | None, scale: float) -> Tensor:
     """All terms in one expression."""
-    a, b, signed = x.unbind(1), y.unbind(1), _signed(weights, scale).unsqueeze(-1)
+    a, b, weights = x.unbind(1), y.unbind(1), scale * weights.unsqueeze(-1)
     sums: list[Any] = [] if first is None else list((scale * first).unbind(1))
     sums += [0] * (_result_size(x, y) - len(sums))
-    for path in _paths(x.shape[1], y.shape[1]):
+    for path in _BETWEEN[x.shape[1], y.shape[1]]:
         for (i, j, k), sign in path.terms:
-            sums[k] = sums[k] + sign * (signed[path.number] * a[i] * b[j])
+            sign *= _PATHS[path.number][-1]
+            sums[k] = sums[k] + sign * (weights[path.number] * a[i] * b[j])
     return torch.stack(sums, 1)
 
 
@@ -120,7 +125,7 @@ class _WeightedProduct(torch.autograd.Function):
                 torch.mul(first[tile], scale, out=goal[:, : ctx.given])
             goal[:, ctx.given :].zero_()
             components = goal.unbind(1)
-            for path in _paths(x.shape[1], y.shape[1]):
+            for path in _BETWEEN[x.shape[1], y.shape[1]]:
                 small, other = (role for role in path.by_size if role < 2)
                 weight = signed[path.number, tile[2]]
                 weighted = _weighted(path, small, values[small], weight)
@@ -141,7 +146,7 @@ class _WeightedProduct(torch.autograd.Function):
         for tile in tiles(x):
             values = [z[tile].to(dtype).unbind(1) for z in (x, y, grads[0])]
             goals = [z[tile].zero_().unbind(1) for z in (grad_x, grad_y)]
-            for path in _paths(x.shape[1], y.shape[1]):
+            for path in _BETWEEN[x.shape[1], y.shape[1]]:
                 weight, by_weight = (z[path.number, tile[2]] for z in (signed, grad_weights))
                 _add_slopes(path, values, weight, goals, by_weight)
         grad_first = grads[0][:, : ctx.given] * ctx.scale if ctx.given else None
@@ -181,7 +186,13 @@ def _weighted(
 
 
 def _signed(weights: Tensor, scale: float) -> Tensor:
-    return weights * weights.new_tensor([sign * scale for *_, sign in _PATHS]).unsqueeze(-1)
+    return weights * (scale * _signs(weights.dtype, weights.device))
+
+
+@lru_cache
+def _signs(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Of the paths; brought to a device once, since it waits for that."""
+    return torch.tensor([[sign] for *_, sign in _PATHS], dtype=dtype, device=device)
 
 
 def tiles(x: Tensor, all_channels: bool = False) -> Iterator[tuple[slice, slice, slice, slice]]:

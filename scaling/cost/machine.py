@@ -127,7 +127,7 @@ NETWORKS = {
 def _gpu(name: str, fp32: float, bf16: float, memory: float, within_node: str) -> Machine:
     """Peaks in TFLOP/s and TB/s."""
     any_side = {64: 0.7e12 * fp32}
-    return Machine(name, "cuda", any_side, any_side, 0.8e12 * memory, 6e-6,
+    return Machine(name, "cuda", any_side, any_side, 0.8e12 * memory, 15e-6,
                    products_bf16={64: 0.7e12 * bf16},
                    within_node=NETWORKS[within_node])  # fmt: skip
 
@@ -193,18 +193,21 @@ def measured_rates(rows: Sequence[Row], name: str) -> Machine:
     one = {(case.removeprefix("1 thread: "), n): x for (case, n), x in value.items()
            if case.startswith("1 thread: ")}  # fmt: skip
     try:
+        network = None
+        if ("all-to-all: latency", 0) in value:
+            network = Network("this machine's", 1e-6 * value["all-to-all: latency", 0],
+                              1e9 * value["all-to-all: sent by a rank", 0], True)  # fmt: skip
         return Machine(
             name,
-            "cpu",
+            next((each["device"] for each in rows if "device" in each), "cpu"),
             _products(one, "float32"),
             {n: 1e9 * x for (case, n), x in one.items() if case == "real transform"},
             1e9 * max(one["copy", 0], one["triad", 0]),
             1e-6 * one.get(("an operator of one number", 0), 5.0),
             _products(one, "bfloat16"),
             measured=True,
-            network=Network("this machine's", 1e-6 * value["all-to-all: latency", 0],
-                            1e9 * value["all-to-all: sent by a rank", 0], True),
-        )  # fmt: skip
+            network=network,
+        )
     except (KeyError, ValueError):
         raise ConfigError(f"{name} lacks some of a machine's peaks; measure it to the end: "
                           "python -m launch bench bench=machine") from None  # fmt: skip
@@ -231,7 +234,8 @@ def _factors(
     parts, least, measured = list[str](), list[np.ndarray](), list[float]()
     for name, section in options["models"].items():
         for n in sorted({n for case, n in value if case.startswith(f"{name}: ")}):
-            trace = trace_step(build(**section, **channels), Execution(**options["execution"]), n)
+            model = build(**section, **channels)
+            trace = trace_step(model, Execution(**options["execution"]), n, device=machine.device)
             times = {p: value[f"{name}: {p}", n] for p in PARTS if (f"{name}: {p}", n) in value}
             for part, seconds in times.items():
                 calls = [(op, k) for (where, op), k in trace.operators.items() if where == part]

@@ -11,6 +11,7 @@ optimizer   5 numbers read and written for each parameter, and 15 operators for 
 from dataclasses import dataclass
 from math import ceil
 
+from data_pipeline.errors import ConfigError
 from scaling.cost.machine import NETWORKS, NODE, Machine, Network
 from scaling.cost.planner import Job
 from scaling.cost.trace import KEPT, StepTrace
@@ -30,9 +31,15 @@ class Networks:
 
 
 def networks_of(job: Job, machine: Machine, network: Network | None) -> Networks:
-    """The one that is asked for, or this machine's, or its node's, and InfiniBand beyond."""
+    """The one that is asked for, or this machine's, or its node's, and InfiniBand beyond.
+
+    Raises:
+        ConfigError: several ranks of a machine whose exchange was not measured.
+    """
     if chosen := network or machine.network:
         return Networks(chosen, chosen)
+    if machine.measured and job.world > 1:
+        raise ConfigError(f"{machine.name}: measured without an exchange of ranks; name network=")
     sequence, world = (
         (ranks <= NODE and machine.within_node) or NETWORKS["infiniband"]
         for ranks in (job.sp, job.world)

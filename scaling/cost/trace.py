@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from math import log2
+from math import log2, prod
 from operator import itemgetter
 from typing import Any, NamedTuple
 from weakref import finalize
@@ -26,7 +26,7 @@ from data_pipeline.batch import GeometricBatch
 from scaling.execution import Execution, simulated
 from scaling.models.protocol import Model
 from scaling.observe.memory import LARGE_BLOCK
-from scaling.ops.pairs import BLOCK
+from scaling.ops.pairs import block_tokens
 from scaling.ops.tiles import PROBE, most_kept_per_token, set_execution
 from scaling.parallel.shard import SequenceShard, redistribute_batch
 from scaling.parallel.telemetry import ExchangeCount, innermost_range, measuring
@@ -108,7 +108,7 @@ def trace_step(
         tile = execution.tile_budget(device)
         coarse = max(tile, int(most_kept_per_token(model) * shard.n_local / MOST_TILES))
         set_execution(model, replace(execution, tile_bytes=coarse))
-        operators = _Operators(shard.n_local, coarse / tile, heap=device == "cpu")
+        operators = _Operators(shard.n_local, coarse / tile, device)
         with measuring() as measured:
             natural = SequenceShard(length, layout="contiguous")
             batch = redistribute_batch(_batch(model, rows, natural), natural, shard)
@@ -165,18 +165,17 @@ class _Operators(TorchDispatchMode):
     Args:
         tokens: of this process.
         tiles: real tiles in one of those that run here.
-        heap: whether small tensors lie on a heap.
+        device: which is meant, cpu or cuda; on a CPU small tensors lie on a heap.
     """
 
-    def __init__(self, tokens: int, tiles: float, heap: bool) -> None:
+    def __init__(self, tokens: int, tiles: float, device: str) -> None:
         super().__init__()
         self.calls: dict[tuple[str, Operator], float] = {}
         self.peak: Counter[str] = Counter()
         self.heap = 0
-        self._small, self._largest_small = 0, LARGE_BLOCK if heap else 0
+        self._small, self._largest_small = 0, LARGE_BLOCK if device == "cpu" else 0
         self._waited = 0.0  # bytes of tiles' results that are being joined
-        self._tokens, self._tiles = tokens, tiles
-        self._blocks = max(tokens / BLOCK, 1) ** 2
+        self._tokens, self._tiles, self._device = tokens, tiles, device
         self._held: Counter[str] = Counter()
         self._total, self._most = 0.0, 0.0
         self._known: set[int] = set()
@@ -221,8 +220,8 @@ class _Operators(TorchDispatchMode):
         part, times = part if part in PARTS else "other", 1.0
         if part == "projection" and not any(self._is_whole(x) for x in tensors):
             times = self._tiles
-        if part == "pairs" and any(self._is_block(x) for x in tensors):
-            times = self._blocks
+        if part == "pairs":
+            times = max(map(self._blocks, tensors), default=1.0)
         if times > 1:
             cost = Operator(cost.bytes / times, cost.matrix_flops / times, cost.side,
                             cost.transform_flops / times, cost.length)  # fmt: skip
@@ -232,9 +231,12 @@ class _Operators(TorchDispatchMode):
         """Whether it has every token of this process, with which it is more than a tile."""
         return x.ndim > 0 and x.shape[-1] > 0 and x.shape[-1] % self._tokens == 0
 
-    def _is_block(self, x: Tensor) -> bool:
-        """Whether it is of pairs of tokens."""
-        return self._blocks > 1 and x.numel() >= (self._tokens - 1) ** 2
+    def _blocks(self, x: Tensor) -> float:
+        """In how many it is made, if it is of all pairs of tokens: (b, h, ..., n, n)."""
+        if x.numel() < (self._tokens - 1) ** 2:
+            return 1.0
+        block = block_tokens(self._device, prod(x.shape[:-2][:2]))
+        return max(self._tokens / block, 1.0) ** 2
 
     def _hold(self, x: Tensor) -> None:
         storage = x.untyped_storage()
@@ -245,8 +247,8 @@ class _Operators(TorchDispatchMode):
         purpose = PURPOSES.get(part or "", KEPT if whole else TILE)
         if part == "projection" and not whole:
             size = round(size / self._tiles)
-        if part == "pairs" and self._is_block(x):
-            size, purpose = round(size / self._blocks), TILE
+        if part == "pairs" and (blocks := self._blocks(x)) > 1:
+            size, purpose = round(size / blocks), TILE
         small = size if size < self._largest_small else 0
         self._known.add(key)
         self._held[purpose] += size

@@ -18,7 +18,7 @@ from torch import Tensor
 from data_pipeline.errors import ShapeError
 from scaling.algebra.vectors import cross
 from scaling.ops.masked_rows import MaskedRows
-from scaling.ops.pairs import BLOCK, SoftmaxTerms, all_pairs
+from scaling.ops.pairs import SoftmaxTerms, all_pairs
 from scaling.parallel.shard import SequenceShard
 
 Vectors = Float[Tensor, "*b 3 n"]
@@ -51,7 +51,6 @@ def vector_attention(
     if block is not None or shard is not None:
         x, y, z = (each.reshape(-1, 1, *each.shape[-2:]) for each in (q, k, v))
         rows = MaskedRows(torch.ones(len(x), x.shape[-1], dtype=torch.bool, device=q.device), shard)
-        block = BLOCK if block is None else block
         u = all_pairs(VectorPairs(), [x / math.sqrt(n)], [y, z], rows, block=block)
         return (u / math.sqrt(n)).reshape(q.shape)
     pairs = cross(q.unsqueeze(-1), k.unsqueeze(-2), dim=-3)

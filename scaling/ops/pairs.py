@@ -26,8 +26,18 @@ from scaling.parallel.ring import GradientsHome, blocks_in_turn
 from scaling.parallel.telemetry import timed
 from scaling.work import work_counter
 
-BLOCK = 256
-"""Queries, and keys, of a block: its pairs fit a CPU's cache."""
+CPU_BLOCK = 256
+"""Queries, and keys, of a block on a CPU: its pairs fit the cache."""
+GPU_PAIRS = 1 << 23
+"""Pairs of a block on a GPU, all rows and heads together: they keep all processors busy for longer
+than it takes to start the next operator."""
+
+
+def block_tokens(device_type: str, rows_and_heads: int) -> int:
+    """Queries, and keys, of a block."""
+    if device_type == "cpu":
+        return CPU_BLOCK
+    return max(math.isqrt(GPU_PAIRS // max(rows_and_heads, 1)), CPU_BLOCK)
 
 
 class PairTerms(ABC):
@@ -65,7 +75,7 @@ def all_pairs(
     rows: MaskedRows,
     shared: Sequence[Tensor] = (),
     causal: bool = False,
-    block: int = BLOCK,
+    block: int | None = None,
 ) -> Float[Tensor, "b h d n"]:
     """u for this rank's tokens; 0 where a token has nobody to attend to.
 
@@ -77,12 +87,14 @@ def all_pairs(
         rows: valid tokens, bodies and shard.
         shared: further tensors that `terms` computes with; they get gradients.
         causal: token i attends to tokens j <= i.
-        block: that many queries and keys at once.
+        block: that many queries and keys at once; None: as suits the device.
 
     Raises:
         ShapeError: fields that are not of the rows' tokens, or not of one dtype.
         OptionError: block < 1.
     """
+    if block is None:
+        block = block_tokens(q[0].device.type, math.prod(q[0].shape[:2]))
     if block < 1:
         raise OptionError("block", block, "must be 1 or more")
     fields = (*q, *k)

@@ -10,7 +10,8 @@ from scaling.experiments.experiment import Experiment, Point, row
 from scaling.experiments.options import Count, Positive, Selection
 from scaling.experiments.timing import both_ways, medians, now, peak_of
 from scaling.ops import vector_long_conv
-from scaling.ops.attention import BLOCK, vector_attention
+from scaling.ops.attention import vector_attention
+from scaling.ops.pairs import block_tokens
 from scaling.runs.rows import Row
 
 CONVOLUTION, PLAIN, BLOCKED = "long convolution", "plain attention", "attention in blocks"
@@ -67,7 +68,7 @@ class Attention(Experiment):
         q, k, v, g = torch.randn(4, self.channels, 3, length, device=device)
         if side == CONVOLUTION:
             return both_ways(vector_long_conv, [q, k], [g])
-        block = None if side == PLAIN else BLOCK
+        block = None if side == PLAIN else block_tokens(device.type, self.channels)
         return both_ways(partial(vector_attention, block=block), [q, k, v], [g])
 
     def _excess(self, side: str, length: int, device: torch.device) -> tuple[float, str] | None:

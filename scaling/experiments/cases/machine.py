@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from scaling.experiments.cases.train_step import training_step
 from scaling.experiments.experiment import Experiment, Point, row
-from scaling.experiments.options import Counts, Positive, Selection, StepOptions
+from scaling.experiments.options import Count, Counts, Positive, Selection, StepOptions
 from scaling.experiments.timing import available_cores, medians, now
 from scaling.models import build
 from scaling.observe.metrics import WARMUP_STEPS
@@ -32,6 +32,8 @@ SQUARE = 1024
 """Rows and columns of the square product."""
 MESSAGE = 1 << 24
 """Numbers that the exchange's bandwidth is measured with."""
+GPU_CALLS = 50
+"""One after the other, so that starting the first and waiting for the last do not count."""
 LEAST_STEPS = 3
 PARTS: dict[str, str | None] = {
     "projection": "projection",
@@ -67,18 +69,21 @@ class Machine(StepOptions, Experiment):
         models: sections like `model`, under names for the table.
         lengths: N, tokens of the one sequence of a step.
         transforms: lengths of the real Fourier transforms.
+        exchange: ranks of the all-to-all, each with a GPU of its own; 1: none is measured.
         seconds: of each group of peaks, and of the steps of one model and length.
     """
 
     models: dict[str, dict[str, Any]]
     lengths: Selection
     transforms: Counts
+    exchange: Count = 2
     seconds: Positive = 4.0
 
     def points(self) -> Iterator[Point]:
         yield Point("peaks", ONE)
         yield Point("peaks", ALL)
-        yield Point("exchange", ranks=2)
+        if self.exchange > 1:
+            yield Point("exchange", ranks=self.exchange)
         for name in self.models:
             for n in sorted(self.lengths):
                 yield Point("step", name, n)
@@ -100,9 +105,12 @@ class Machine(StepOptions, Experiment):
             unit: str, *sides: tuple[str, int | float, Callable[[], object]], length: int = 0
         ) -> Iterator[Row]:
             """sides: name, flops or bytes of a call, and the call."""
-            seconds = medians({name: call for name, _, call in sides}, self.seconds, device)
+            calls = 1 if device.type == "cpu" else GPU_CALLS
+            repeated = {name: partial(_repeat, call, calls) for name, _, call in sides}
+            seconds = medians(repeated, self.seconds, device)
             for name, work, _ in sides:
-                yield row(f"{threads}: {name}", work / 1e9 / seconds[name], unit, length=length)
+                rate = calls * work / 1e9 / seconds[name]
+                yield row(f"{threads}: {name}", rate, unit, length=length, device=device.type)
 
         products = []
         for dtype in (torch.float32, torch.bfloat16):
@@ -128,7 +136,7 @@ class Machine(StepOptions, Experiment):
             yield from rates("GFLOP/s", (TRANSFORM, flops, transform), length=n)
 
     def _exchange(self, ranks: int, device: torch.device) -> Iterator[Row]:
-        """An all-to-all of two ranks: of nearly nothing, and of much."""
+        """An all-to-all: of nearly nothing, and of much."""
         nothing, much = (torch.randn(n, device=device) for n in (2 * ranks, MESSAGE))
         sides = {
             name: partial(dist.all_to_all_single, torch.empty_like(x), x)
@@ -172,12 +180,17 @@ class Machine(StepOptions, Experiment):
                     more.append(row(f"{name}: {part} / step", seconds, "s", share, sp=1, length=n))
                 peaks = _peaks_of_one_thread(rows, n)
                 for part, work, peak in BOUNDS:
-                    if part not in times:
+                    if part not in times or (f"{name}: {work}", n) not in found:
                         continue
                     least = found[f"{name}: {work}", n] / peaks[peak]
                     case = f"{name}: {work} at the peak of {peak} / {part}"
                     more.append(row(case, least, "s", least / times[part], sp=1, length=n))
         return rows + more, REMARK
+
+
+def _repeat(call: Callable[[], object], times: int) -> None:
+    for _ in range(times):
+        call()
 
 
 def _peaks_of_one_thread(rows: list[Row], length: int) -> dict[str, float]:

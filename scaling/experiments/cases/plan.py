@@ -79,18 +79,20 @@ class Plan(StepOptions, Experiment):
             return self._measure(point.side, point.length, device)
         return self._calibration().measure(point, device)
 
-    def _job(self, name: str, length: int, ranks: int) -> Job:
+    def _job(self, name: str, length: int, ranks: int, device: str) -> Job:
         model = build(**self.models[name], vectors=self.vectors, scalars=self.scalars)
         token = sum(x.nbytes for x in random_batch(model, self.rows, 1).tensors.values())
         data = 2 * token * -(-length // ranks)  # as it came, and in the model's layout
-        return Job(model, self.execution, length, self.rows, 1, ranks, ranks, 0, data)
+        return Job(model, self.execution, length, self.rows, 1, ranks, ranks, 0, data, device)
 
     def _foresee(self, name: str, length: int, device: torch.device) -> Iterator[Row]:
         """Memory; time follows when the machine is known."""
-        training_step(self, self.models[name], LIBRARIES_TOKENS, device)()
-        process = process_bytes(self._job(name, length, 1))
+        process = (0, 0)
+        if device.type == "cpu":
+            training_step(self, self.models[name], LIBRARIES_TOKENS, device)()
+            process = process_bytes(self._job(name, length, 1, "cpu"))
         for ranks in sorted(self.sp):
-            job = self._job(name, length, ranks)
+            job = self._job(name, length, ranks, device.type)
             parts = memory_by_part(job, job.trace(), process)
             yield row(f"{name}: memory, {FORESEEN}", sum(parts.values()), "B", sp=ranks)
 
@@ -126,7 +128,7 @@ class Plan(StepOptions, Experiment):
                 continue
             if value[case, n, sp] > self.spread:
                 wide.append(f"{name} at {n:,} on {sp} ({value[case, n, sp]:.0%})")
-            job = self._job(name, n, sp)
+            job = self._job(name, n, sp, machine.device)
             foreseen = {
                 "memory": value[f"{name}: memory, {FORESEEN}", n, sp],
                 "step": sum(step_seconds(job, job.trace(), machine).values()),

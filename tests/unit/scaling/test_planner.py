@@ -22,6 +22,7 @@ from scaling.cost.machine import (
     Network,
     between,
     measured_machine,
+    measured_rates,
 )
 from scaling.cost.planner import Job, memory_by_part, process_bytes, sample_bytes
 from scaling.cost.time import budget, step_seconds
@@ -266,6 +267,19 @@ def test_a_bench_that_lacks_peaks_is_no_machine():
         measured_machine(bench_rows({})[3:], OPTIONS, "half")
 
 
+def test_a_lone_gpu_is_measured_without_an_exchange():
+    """Times of one rank follow; several need a network to be named."""
+    rows = [row | {"device": "cuda"} for row in bench_rows({}) if "all-to-all" not in row["case"]]
+    machine = measured_rates(rows, "mine")
+    assert (machine.device, machine.network) == ("cuda", None)
+    model = build("hyena", vectors=1, scalars=4)
+    one, two = (Job(model, Execution(), 64, 1, 1, sp, sp, 0, 0, "cuda") for sp in (1, 2))
+    assert step_seconds(one, one.trace(), machine)
+    with pytest.raises(ConfigError, match="mine: measured without an exchange"):
+        step_seconds(two, two.trace(), machine)
+    assert step_seconds(two, two.trace(), machine, NETWORKS["nvlink4"])["exchange"] > 0
+
+
 def test_the_bench_sets_foreseen_beside_measured():
     """Small, in this process; a point that is foreseen exactly and one that is not."""
     bench = Plan(machine={}, models={"tiny": {"name": "hyena", "channels": 4}}, lengths=[256],
@@ -297,7 +311,7 @@ def test_the_bench_concludes_with_its_errors():
     rows = [each | {"sp": 1} for each in bench_rows({"bytes": 1.7, "calls": 2.5})]
     known = measured_machine(rows, OPTIONS, "known")
     for n, memory, slower in ((256, 97, 1.0), (512, 104, 1.25)):
-        one = bench._job("tiny", n, 1)
+        one = bench._job("tiny", n, 1, "cpu")
         one.trace()  # the first makes tables that are kept
         seconds = slower * sum(step_seconds(one, one.trace(), known).values())
         values = {"memory, foreseen": memory, "memory, measured": 100, "step, measured": seconds,
