@@ -68,6 +68,9 @@ def train(config: Config, device: "torch.device") -> None:
 
     with options_within(config, "parallel"):
         mesh = Mesh(*mesh_sizes(config.parallel, group_size(None)))
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refuses
+        torch.use_deterministic_algorithms(True)
     torch.manual_seed(config.train.seed)  # the same parameters on every rank
     task, model = task_and_model(config)
     set_execution(model, config.execution)

@@ -128,7 +128,7 @@ def run_command(command: Callable[[list[str]], None], arguments: list[str]) -> i
         _silence(sys.stdout)
         code = 1
     except Exception as error:
-        code, text = 1, _lost_rank(error) or traceback.format_exc().rstrip()
+        code, text = 1, _known(error) or traceback.format_exc().rstrip()
     return _leave(code, text)
 
 
@@ -157,8 +157,15 @@ def _silence(stream: TextIO) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _lost_rank(error: Exception) -> str | None:
-    """One line where the cause is another rank, whose own message says more than our traceback."""
+def _known(error: Exception) -> str | None:
+    """One line where a traceback would say less: too little memory, or another rank, whose own
+    message says why."""
+    if "torch" in sys.modules:
+        from scaling.observe.memory import out_of_memory
+
+        if lack := out_of_memory(error):
+            return (f"error: {lack}; python -m launch plan with the same arguments says what takes "
+                    "how much, and with search=true memory_gib=... what fits")  # fmt: skip
     text = str(error)
     if re.search(r"[Cc]onnection (closed|reset) by peer", text):
         return "error: another rank ended first; its message says why"

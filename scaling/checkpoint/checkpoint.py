@@ -5,9 +5,9 @@
         optimizer.pt               optimiser state by parameter name, whole
         state.json                 step, data cursor, random state, identity of the run, checksums
 
-The first rank writes, into `step-N.tmp`; once it is on disk it is renamed, and only then are older
-ones deleted: a process killed at any moment leaves a complete one, and the highest step is the
-newest. To go on every rank reads (the run directory must be visible to all, as the data is).
+While training goes on the first rank writes into `step-N.tmp`; once on disk it is renamed, and
+only then are older ones deleted: a process killed at any moment leaves a complete one. To go on
+every rank reads the newest whole one (the run directory must be visible to all, as the data is).
 
 Random state is one for all ranks: whatever is random for a token is a function of the token.
 """
@@ -16,7 +16,8 @@ import base64
 import json
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from data_pipeline.disk import sync, write_atomically
 from data_pipeline.errors import LongfoldError, RunError
 from data_pipeline.stream.stream import Stream
-from scaling.engine.base import Engine
+from scaling.engine.base import Engine, on_cpu
 from scaling.models.pretrained import read_pretrained
 from scaling.parallel.collectives import first_rank_gives, first_rank_says
 
@@ -38,6 +39,7 @@ Shapes = dict[str, tuple[int, ...]]
 """Name -> shape of a whole tensor."""
 
 FORMAT = 1
+FILES = ("model.pt", "optimizer.pt")
 OBJECTIVE = "model."
 """Before the names of a model's tensors, as the trained objective holds it."""
 DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
@@ -49,13 +51,26 @@ class Checkpoints:
     """The checkpoints of one run."""
 
     folder: Path
-    keep: int
-    """How many are kept, at least 1."""
+    keep_last: int = 2
+    """How many of the newest are kept, at least 1."""
+    keep_best: int = 0
+    """How many more, of those with the smallest loss."""
+    losses: Callable[[], Mapping[int, float]] = dict
+    """Of steps, as far as they are known."""
+
+    def __post_init__(self) -> None:
+        self._writing: Future[None] | None = None  # on the first rank
 
     def save(self, step: int, engine: Engine, stream: Stream, identity: dict[str, Any]) -> None:
-        """Writes a checkpoint of all ranks. Collective; it is complete on return."""
+        """Copies the state of all ranks, and begins to write it; the one before is complete on
+        return. Collective.
+
+        Raises:
+            RunError: the one before could not be written.
+        """
+        self.wait()
         parameters, optimizer = engine.state()
-        buffers = {name: value.cpu() for name, value in _buffers(engine).items()}
+        buffers = {name: on_cpu(value) for name, value in _buffers(engine).items()}
         state = {
             "format": FORMAT,
             "step": step,
@@ -63,19 +78,41 @@ class Checkpoints:
             "random": _random_state(),
             "identity": identity,
         }
-        first_rank_says(lambda: self._write(step, parameters | buffers, optimizer, state))
+        first_rank_says(lambda: self._begin(step, parameters | buffers, optimizer, state))
 
-    def load(self, engine: Engine, stream: Stream) -> int:
-        """Goes on from the newest checkpoint, if there is one. Returns its step, else 0.
+    @property
+    def failed(self) -> bool:
+        """Whether what this rank was writing could not be written; `wait` says why."""
+        done = self._writing is not None and self._writing.done()
+        return done and self._writing is not None and self._writing.exception() is not None
+
+    def wait(self) -> None:
+        """Until what was saved last is complete. Collective.
 
         Raises:
-            RunError: it is damaged, or belongs to another model or other data.
+            RunError: it could not be written.
         """
-        folder = first_rank_says(lambda: _newest(self.folder))
+        first_rank_says(self._end)
+
+    def close(self) -> None:
+        """Lets this rank end what it is writing; whether that succeeds is not said."""
+        if self._writing is not None:
+            self._writing.exception()
+
+    def load(self, engine: Engine, stream: Stream) -> tuple[int, str]:
+        """Goes on from the newest whole checkpoint, if there is one. Collective.
+
+        Returns:
+            Its step, else 0, and what is wrong with newer ones, if anything.
+
+        Raises:
+            RunError: all are damaged, or it belongs to another model or other data.
+        """
+        folder, damage = first_rank_says(lambda: _newest_whole(self.folder, *FILES)[:2])
         if folder is None:
-            return 0
+            return 0, ""
         with _naming(folder):
-            state, (model, optimizer) = _read(folder, "model.pt", "optimizer.pt")
+            state, (model, optimizer) = _read(folder, *FILES)
         mine = engine.shapes | _shapes(_buffers(engine))
         fix = "use the model options that wrote it, or another name=..."
         _check_shapes(folder, mine, model, fix)
@@ -85,7 +122,17 @@ class Checkpoints:
         with _naming(folder):
             stream.load_state_dict(state["stream"])
             _set_random_state(state["random"])
-        return state["step"]
+        return state["step"], damage
+
+    def _begin(self, *content: Any) -> None:
+        writer = ThreadPoolExecutor(1, "checkpoint")
+        self._writing = writer.submit(self._write, *content)
+        writer.shutdown(wait=False)
+
+    def _end(self) -> None:
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
     def _write(self, step: int, model: Any, optimizer: Any, state: dict[str, Any]) -> None:
         self.folder.mkdir(exist_ok=True)
@@ -95,7 +142,7 @@ class Checkpoints:
         temporary = target.with_suffix(".tmp")
         temporary.mkdir()
         checksums = {}
-        for name, content in (("model.pt", model), ("optimizer.pt", optimizer)):
+        for name, content in zip(FILES, (model, optimizer), strict=True):
             with (temporary / name).open("wb") as file:
                 torch.save(content, file)
             sync(temporary / name)
@@ -103,10 +150,17 @@ class Checkpoints:
         write_atomically(
             temporary / "state.json", json.dumps(state | {"checksums": checksums}, indent=1)
         )
+        if target.exists():  # damaged: training went on from an older one
+            shutil.rmtree(target)
         temporary.rename(target)
         sync(self.folder)
-        for old in _complete(self.folder)[: -self.keep]:
-            shutil.rmtree(old)
+        *older, _ = _complete(self.folder)
+        loss = self.losses()
+        evaluated = [path for path in older if _step(path) in loss]
+        best = sorted(evaluated, key=lambda path: loss[_step(path)])[: self.keep_best]
+        for old in older[: len(older) + 1 - self.keep_last]:
+            if old not in best:
+                shutil.rmtree(old)
 
 
 def load_model(folder: Path, model: nn.Module, digest: str | None, fix: str) -> tuple[int, str]:
@@ -125,24 +179,19 @@ def load_model(folder: Path, model: nn.Module, digest: str | None, fix: str) -> 
     """
 
     def read() -> tuple[int, str]:
-        damage = ""
-        for path in reversed(_complete(folder)):
-            try:
-                state, (saved,) = _read(path, "model.pt")
-                trained_on = state["stream"]["digest"]
-            except DAMAGE as error:
-                damage = damage or f"{path} is damaged ({_reason(error)})"
-                continue
-            if digest not in (None, trained_on):
-                raise RunError(f"{path} was trained on other data than the task's store holds now: "
-                               "restore it, or choose data by store=...")  # fmt: skip
-            saved = {name.removeprefix(OBJECTIVE): x for name, x in saved.items()}
-            _check_shapes(path, _shapes(model.state_dict()), saved, fix)
-            model.load_state_dict(saved)
-            return state["step"], damage
-        raise RunError(damage + ", and so is every older one: train the run again" if damage else
-                       f"{folder.parent} has no checkpoint yet: a run that trains saves one every "
-                       "train.save_every steps")  # fmt: skip
+        path, damage, state, saved = _newest_whole(folder, "model.pt")
+        if path is None:
+            raise RunError(f"{folder.parent} has no checkpoint yet: a run that trains saves one "
+                           "every train.save_every steps")  # fmt: skip
+        with _naming(path):
+            trained_on = state["stream"]["digest"]
+        if digest not in (None, trained_on):
+            raise RunError(f"{path} was trained on other data than the task's store holds now: "
+                           "restore it, or choose data by store=...")  # fmt: skip
+        weights = {name.removeprefix(OBJECTIVE): x for name, x in saved[0].items()}
+        _check_shapes(path, _shapes(model.state_dict()), weights, fix)
+        model.load_state_dict(weights)
+        return state["step"], damage
 
     answer = first_rank_says(read)
     first_rank_gives(model.state_dict().values())
@@ -171,8 +220,29 @@ def _complete(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-" + 8 * "[0-9]") if path.is_dir())
 
 
-def _newest(folder: Path) -> Path | None:
-    return next(reversed(_complete(folder)), None)
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _newest_whole(
+    folder: Path, *names: str
+) -> tuple[Path | None, str, dict[str, Any], list[dict[str, Any]]]:
+    """The newest checkpoint whose state and files of these names are whole, None if there is no
+    checkpoint at all; what is wrong with newer ones; state and files.
+
+    Raises:
+        RunError: all are damaged.
+    """
+    damage = ""
+    for path in reversed(_complete(folder)):
+        try:
+            return path, damage, *_read(path, *names)
+        except DAMAGE as error:
+            damage = damage or f"{path} is damaged ({_reason(error)})"
+    if damage:
+        raise RunError(f"{damage}, and so is every older one: remove {folder.parent} and train "
+                       "again")  # fmt: skip
+    return None, "", {}, []
 
 
 @contextmanager
@@ -183,11 +253,8 @@ def _naming(folder: Path) -> Iterator[None]:
     except LongfoldError:  # says more itself
         raise
     except DAMAGE as error:
-        others = [path.name for path in _complete(folder.parent) if path != folder]
-        older = f"remove it to go on from {others[-1]}, or " if others else ""
-        run = folder.parent.parent
         raise RunError(
-            f"{folder} is damaged ({_reason(error)}); {older}remove {run} to start anew"
+            f"{folder} is damaged ({_reason(error)}); remove it to go on from an older one"
         ) from error
 
 

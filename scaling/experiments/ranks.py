@@ -20,6 +20,7 @@ from scaling.experiments.experiment import Point
 from scaling.experiments.options import Running
 from scaling.experiments.registry import EXPERIMENTS
 from scaling.experiments.two_nodes import Link, Node, two_nodes
+from scaling.observe.memory import out_of_memory
 from scaling.runs.rows import Row
 
 PORT = 29500
@@ -37,8 +38,8 @@ def measure_case(case_file: Path, device: torch.device) -> list[Row]:
     try:
         return list(experiment.measure(Point(**case["point"]), device))
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or "memory" in str(error):
-            raise LongfoldError(f"out of memory: {str(error).partition(chr(10))[0]}") from None
+        if lack := out_of_memory(error):
+            raise LongfoldError(lack) from None
         raise
 
 

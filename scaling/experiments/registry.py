@@ -1,6 +1,7 @@
 """The experiments by name."""
 
 from scaling.experiments.cases.attention import Attention
+from scaling.experiments.cases.checkpoint import Checkpoint
 from scaling.experiments.cases.clifford import Clifford
 from scaling.experiments.cases.convert import Convert
 from scaling.experiments.cases.data import Data
@@ -19,6 +20,7 @@ from scaling.experiments.experiment import Experiment
 
 BENCHES: dict[str, type[Experiment]] = {
     "attention": Attention,
+    "checkpoint": Checkpoint,
     "clifford": Clifford,
     "convert": Convert,
     "data": Data,

@@ -59,6 +59,14 @@ def return_large_blocks() -> None:
     _glibc("mallopt", _M_TRIM_THRESHOLD, LARGE_BLOCK)
 
 
+def out_of_memory(error: Exception) -> str | None:
+    """What a device or the system said when it had no more; None: the error is another."""
+    text = str(error).partition("\n")[0].rpartition("DefaultCPUAllocator: ")[2]
+    if isinstance(error, MemoryError) or re.search(r"out of memory|[Cc]an't allocate memory", text):
+        return f"out of memory: {text or 'the system has no more'}"
+    return None
+
+
 def trim_heap() -> None:
     """Gives back what glibc's heap holds without need; elsewhere nothing."""
     _glibc("malloc_trim", 0)

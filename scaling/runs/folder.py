@@ -77,9 +77,9 @@ class RunFolder:
         """All whole rows so far."""
         return read_rows(self._rows_file)
 
-    def evaluated(self, step: int) -> bool:
-        """Whether the rows hold the validation of this step."""
-        return any(row["step"] == step for row in of_split(self.rows(), "validation"))
+    def validation_losses(self) -> dict[int, float]:
+        """By the steps that were validated."""
+        return {row["step"]: row["loss"] for row in of_split(self.rows(), "validation")}
 
     def _read(self, name: str) -> dict[str, Any]:
         path = self.path / name

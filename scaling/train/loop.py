@@ -62,18 +62,19 @@ def fit(
     with Reporter(run, task, train.steps) as report, StopRequest(run.stop_file) as stop:
         trainer = build_trainer(model, task, mesh, train, optim, engine, device)
         evaluation = Evaluation(trainer.engine, trainer.objective, task, train)
-        checkpoints = Checkpoints(run.checkpoints, train.keep)
+        losses = run.validation_losses
+        checkpoints = Checkpoints(run.checkpoints, train.keep_last, train.keep_best, losses)
         profiler = StepProfiler(run.path / "profile", train.profile_steps, report.say)
-        with closing(trainer.stream) as stream, profiler:
-            step = checkpoints.load(trainer.engine, stream)
-            report.start(step)
-            if step and due(step) and first_rank_says(lambda: not run.evaluated(step)):
+        with closing(trainer.stream) as stream, closing(checkpoints), profiler:
+            step, damage = checkpoints.load(trainer.engine, stream)
+            report.start(step, damage)
+            if step and due(step) and first_rank_says(lambda: step not in losses()):
                 report.row(evaluation.row(step))  # it had been saved, but not evaluated
             stopped = False
             while step < train.steps and not stopped:
                 step += 1
                 with profiler.step(step), trainer.meter.step():
-                    row, stopped = trainer.step(step, stop.asked())
+                    row, stopped = trainer.step(step, stop.asked() or checkpoints.failed)
                 last = step == train.steps
                 if last or step % train.log_every == 0:
                     report.row(row | trainer.meter.row())
@@ -83,6 +84,7 @@ def fit(
                 if due(step):
                     report.row(evaluation.row(step))
                 report.advance(step, save)
+            checkpoints.wait()
         return report.finish(step)
 
 

@@ -145,8 +145,12 @@ class Reporter:
     def __enter__(self) -> "Reporter":
         return self
 
-    def start(self, step: int) -> None:
-        """Training goes on after `step`; rows of later steps, which no checkpoint holds, go."""
+    def start(self, step: int, damage: str = "") -> None:
+        """Training goes on after `step`; rows of later steps, which no checkpoint holds, go.
+
+        Args:
+            damage: why no newer checkpoint is used.
+        """
         self._began_finished = step >= self._steps
         if self._writer is None:
             return
@@ -154,6 +158,8 @@ class Reporter:
         rows = self._writer.keep(lambda row: row["step"] <= step)
         with self._writer.writing():
             self._sink.start(rows, about_run(self._run))
+        if damage:
+            self.say(f"{damage}: an older one is used")
         if not self._began_finished:
             self._writer.set_status("running")
             if step > 0:

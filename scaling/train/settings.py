@@ -45,8 +45,14 @@ class TrainSettings(EvaluationSettings):
     """Steps between evaluations; the last step is always evaluated."""
     save_every: Annotated[Count, NotIdentity()] = 100
     """Steps between checkpoints; the last step is always saved."""
-    keep: Annotated[Count, NotIdentity()] = 2
-    """Checkpoints kept."""
+    keep_last: Annotated[Count, NotIdentity()] = 2
+    """Newest checkpoints kept."""
+    keep_best: Annotated[int, Ge(0), NotIdentity()] = 0
+    """Checkpoints kept besides, of the steps with the smallest validation loss so far; of these are
+    those that are saved and evaluated, see save_every and evaluate_every."""
+    deterministic: Annotated[bool, NotIdentity()] = False
+    """Use PyTorch's deterministic algorithms alone: the same ranks and machine give the same bits,
+    on GPUs, too; an operator that has none is an error."""
     profile_steps: Annotated[int, Interval(ge=0, le=20), NotIdentity()] = 0
     """Steps that every process traces, after its first two, into <runs>/<name>/profile; 0: none.
     See docs/performance.md. No viewer opens a trace of more than 20."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.batch import GeometricBatch
+from scaling.engine.base import Engine
 from scaling.engine.build import build_engine
 from scaling.engine.loss import engine_loss
 from scaling.experiments.experiment import Experiment, Point, row
@@ -48,6 +49,19 @@ def training_step(
         dp: data-parallel ranks, each with sequences of its own.
         settings: of the engine; None is DDP.
     """
+    return engine_and_step(options, model, length, device, change, dp, settings)[1]
+
+
+def engine_and_step(
+    options: StepOptions,
+    model: Mapping[str, Any],
+    length: int,
+    device: torch.device,
+    change: Callable[[nn.Module], object] | None = None,
+    dp: int = 1,
+    settings: EngineSettings | None = None,
+) -> tuple[Engine, Callable[[], None]]:
+    """`training_step`, and the engine that takes it."""
     torch.manual_seed(options.seed)
     mesh = Mesh(dp, group_size(None) // dp)
     natural = SequenceShard(length, mesh.sequence_group, "contiguous")
@@ -74,7 +88,7 @@ def training_step(
         engine.backward(engine_loss(engine(batch), dp * options.rows * length, engine.world))
         engine.step(1e-3)
 
-    return step
+    return engine, step
 
 
 class _MeanSquare(nn.Module):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from data_pipeline.errors import ConfigError
 from launch.config.compose import compose
@@ -206,6 +207,10 @@ def test_errors_of_the_user_are_one_line_and_ours_have_a_traceback(capsys):
     assert "Traceback" in capsys.readouterr().err
     assert run_command(fails(RuntimeError("Connection closed by peer [::1]:1")), []) == 1
     assert "another rank ended first" in capsys.readouterr().err
+    assert run_command(lambda _: torch.empty(1 << 60), []) == 1  # pyright: ignore
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("error: out of memory: can't allocate memory: you tried to allocate 46")
+    assert "python -m launch plan" in said and "\n" not in said
     assert run_command(fails(KeyboardInterrupt()), []) == 130
 
 

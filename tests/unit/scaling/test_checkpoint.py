@@ -1,9 +1,10 @@
-"""A checkpoint is complete or it is not there; a damaged one names itself and the way out."""
+"""A checkpoint is complete or it is not there; a damaged one is named, and not used."""
 
 import json
 import shutil
 from itertools import pairwise
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
@@ -56,18 +57,23 @@ def everything(engine, stream) -> dict[str, torch.Tensor]:
     return {**state, **engine.module.state_dict(), "cursor": torch.tensor(stream.cursor)}
 
 
+def save(checkpoints: Checkpoints, step: int, state) -> None:
+    checkpoints.save(step, *state, identity={})
+    checkpoints.wait()
+
+
 def test_saved_and_loaded_goes_on_alike(tmp_path):
     """Parameters, buffers, moments, Adam's step, data cursor and random numbers."""
-    first, checkpoints = make(), Checkpoints(tmp_path, keep=2)
-    assert checkpoints.load(*first) == 0
+    first, checkpoints = make(), Checkpoints(tmp_path, keep_last=2)
+    assert checkpoints.load(*first) == (0, "")
     advance(*first)
-    checkpoints.save(1, *first, identity={"a": 1})
+    save(checkpoints, 1, first)
     torch.manual_seed(99)  # of another process
     second = make()
     torch.manual_seed(1234)
-    assert Checkpoints(tmp_path, keep=2).load(*second) == 1
+    assert Checkpoints(tmp_path, keep_last=2).load(*second) == (1, "")
     drawn = torch.randn(3)
-    assert Checkpoints(tmp_path, keep=2).load(*second) == 1
+    assert Checkpoints(tmp_path, keep_last=2).load(*second) == (1, "")
     assert torch.equal(torch.randn(3), drawn)
     for one, other in zip(everything(*first).items(), everything(*second).items(), strict=True):
         assert one[0] == other[0] and torch.equal(one[1], other[1])
@@ -79,38 +85,38 @@ def test_saved_and_loaded_goes_on_alike(tmp_path):
 
 
 def test_only_the_newest_are_kept_and_leftovers_go(tmp_path):
-    state, checkpoints = make(), Checkpoints(tmp_path, keep=2)
+    state, checkpoints = make(), Checkpoints(tmp_path, keep_last=2)
     (tmp_path / "step-00000003.tmp").mkdir()
     (tmp_path / "step-00000003.tmp" / "model.pt").write_text("half")
-    assert checkpoints.load(*state) == 0
+    assert checkpoints.load(*state) == (0, "")
     for step in (1, 2, 3, 12):
-        checkpoints.save(step, *state, identity={})
+        save(checkpoints, step, state)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"step-00000003", "step-00000012"}
-    assert checkpoints.load(*state) == 12
+    assert checkpoints.load(*state) == (12, "")
 
 
 def test_killed_at_any_moment_of_saving_the_one_before_is_read(tmp_path, monkeypatch):
     """The process ends at each call that touches the disk, one after the other."""
-    state, checkpoints = make(), Checkpoints(tmp_path, keep=1)
-    checkpoints.save(1, *state, identity={})
+    state, checkpoints = make(), Checkpoints(tmp_path, keep_last=1)
+    save(checkpoints, 1, state)
     moments = [(torch, "save"), (Path, "rename"), (Path, "replace"), (json, "dumps")]
     for owner, name in moments:
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
-                checkpoints.save(2, *state, identity={})
-        assert checkpoints.load(*state) == 1
-    checkpoints.save(2, *state, identity={})
-    assert checkpoints.load(*state) == 2
+                save(checkpoints, 2, state)
+        assert checkpoints.load(*state) == (1, "")
+    save(checkpoints, 2, state)
+    assert checkpoints.load(*state) == (2, "")
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
 @pytest.mark.parametrize("name", ["model.pt", "optimizer.pt", "state.json"])
-def test_a_damaged_checkpoint_names_itself_and_the_way_out(tmp_path, name, damage):
-    state, checkpoints = make(), Checkpoints(tmp_path, keep=2)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, name, damage):
+    state, checkpoints = make(), Checkpoints(tmp_path, keep_last=2)
     for step in (1, 2):
-        checkpoints.save(step, *state, identity={})
+        save(checkpoints, step, state)
     path = tmp_path / "step-00000002" / name
     content = bytearray(path.read_bytes())
     if damage == "remove":
@@ -118,13 +124,13 @@ def test_a_damaged_checkpoint_names_itself_and_the_way_out(tmp_path, name, damag
     else:
         content[len(content) // 2] ^= 0xFF
         path.write_bytes(content if damage == "flip" else content[: len(content) // 2])
-    with pytest.raises(RunError, match="step-00000002") as error:
-        checkpoints.load(*state)
-    assert "\n" not in str(error.value)
-    assert "is damaged" in str(error.value)
-    assert "remove it to go on from step-00000001" in str(error.value)
+    step, said = checkpoints.load(*state)
+    assert step == 1 and "\n" not in said
+    assert said.startswith(f"{tmp_path / 'step-00000002'} is damaged (")
+    save(checkpoints, 2, state)  # in its place
+    assert checkpoints.load(*state) == (2, "")
     shutil.rmtree(tmp_path / "step-00000002")
-    assert checkpoints.load(*state) == 1
+    assert checkpoints.load(*state) == (1, "")
     later = tmp_path / "step-00000001" / "state.json"
     later.write_text(later.read_text().replace('"format": 1', '"format": 9'))
     with pytest.raises(RunError, match="step-00000001 has format 9, this program reads 1"):
@@ -145,8 +151,8 @@ def test_a_damaged_checkpoint_names_itself_and_the_way_out(tmp_path, name, damag
     ],
 )
 def test_a_state_of_another_type_is_damage(tmp_path, change):
-    pair, checkpoints = make(), Checkpoints(tmp_path, keep=2)
-    checkpoints.save(1, *pair, identity={})
+    pair, checkpoints = make(), Checkpoints(tmp_path, keep_last=2)
+    save(checkpoints, 1, pair)
     path = tmp_path / "step-00000001" / "state.json"
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
     with pytest.raises(RunError, match=r"step-00000001 is damaged .* remove") as error:
@@ -155,8 +161,8 @@ def test_a_state_of_another_type_is_damage(tmp_path, change):
 
 
 def test_another_model_is_refused(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=2)
-    checkpoints.save(1, *make(), identity={})
+    checkpoints = Checkpoints(tmp_path, keep_last=2)
+    save(checkpoints, 1, make())
     other = build_engine(
         "ddp",
         nn.Linear(3, 2),
@@ -178,8 +184,44 @@ def test_another_model_is_refused(tmp_path):
 
 def test_a_full_disk_is_an_error_of_ours(tmp_path):
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
+    checkpoints, state = Checkpoints(tmp_path / "checkpoints"), make()
+    checkpoints.save(1, *state, identity={})
+    checkpoints.close()
+    assert checkpoints.failed
     with pytest.raises(RunError, match="cannot write"):
-        Checkpoints(tmp_path / "checkpoints", keep=1).save(1, *make(), identity={})
+        checkpoints.save(2, *state, identity={})
+    assert not checkpoints.failed
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    """What later steps change does not come into it; nothing is there before it is complete."""
+    written, write = Event(), torch.save
+    monkeypatch.setattr(torch, "save", lambda *all: written.wait(60) and write(*all))
+    state, checkpoints = make(), Checkpoints(tmp_path)
+    advance(*state)
+    torch.manual_seed(7)
+    before = {name: x.clone() for name, x in everything(*state).items()}
+    checkpoints.save(1, *state, identity={})
+    advance(*state)
+    assert not list(tmp_path.glob("step-00000001")) and not checkpoints.failed
+    written.set()
+    checkpoints.wait()
+    other = make()
+    assert checkpoints.load(*other) == (1, "")
+    for name, x in everything(*other).items():
+        assert torch.equal(x, before[name]), name
+        changed = everything(*state)[name]
+        assert "num_batches" in name or not torch.equal(x, changed), name
+
+
+def test_the_best_are_kept_besides_the_newest(tmp_path):
+    losses = {1: 0.5, 2: 0.1, 3: 0.3, 4: 0.2, 5: 0.9}
+    checkpoints = Checkpoints(tmp_path, keep_last=1, keep_best=2, losses=lambda: losses)
+    state, kept = make(), []
+    for step in (1, 2, 3, 4, 5, 6):
+        save(checkpoints, step, state)
+        kept.append([int(path.name[5:]) for path in sorted(tmp_path.iterdir())])
+    assert kept == [[1], [1, 2], [1, 2, 3], [2, 3, 4], [2, 4, 5], [2, 4, 6]]
 
 
 def test_the_learning_rate_is_a_function_of_the_step():
