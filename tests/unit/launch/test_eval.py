@@ -1,6 +1,7 @@
 """A run evaluated after training: its last validation again, other splits and stores, mistakes."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from data_pipeline.errors import ConfigError, RunError, StoreError
 from data_pipeline.sources.arrays import ArraySource
@@ -37,6 +39,26 @@ def recall(tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = tmp_path_factory.mktemp("runs")
     train.main([*RECALL, f"runs={runs}", "name=recall"])
     return runs / "recall"
+
+
+def test_a_deterministic_run_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """And trains: no operator lacks such an algorithm."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    seen = []
+    monkeypatch.setattr(
+        torch.Tensor,
+        "backward",
+        lambda x, *a, _run=torch.Tensor.backward, **k: (
+            seen.append(torch.are_deterministic_algorithms_enabled()) or _run(x, *a, **k)
+        ),
+    )
+    try:
+        for told in ("false", "true"):
+            train.main([*RECALL, f"runs={tmp_path}", f"name={told}", f"train.deterministic={told}"])
+    finally:
+        torch.use_deterministic_algorithms(False)
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+    assert seen == 4 * 2 * [False] + 4 * 2 * [True]
 
 
 @pytest.fixture
