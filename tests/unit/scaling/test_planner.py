@@ -26,7 +26,7 @@ from scaling.cost.machine import (
 )
 from scaling.cost.planner import Job, memory_by_part, process_bytes, sample_bytes
 from scaling.cost.time import budget, step_seconds
-from scaling.cost.trace import Operator, trace_step
+from scaling.cost.trace import Operator, _Operators, trace_step
 from scaling.execution import Execution
 from scaling.experiments.cases.plan import Plan
 from scaling.experiments.experiment import Point
@@ -98,6 +98,19 @@ def test_more_ranks_hold_less_and_one_exchanges_nothing():
     alone, shared = (sum(memory_by_part(*each).values()) for each in zip(jobs, traces, strict=True))
     assert alone > shared
     assert "exchange" not in step_seconds(jobs[0], traces[0], MACHINES["h100"])
+
+
+def test_results_of_tiles_that_wait_to_be_joined_lie_on_the_heap():
+    """All of them, also where a tile that runs here stands for four; what they become is large, and
+    lies elsewhere."""
+
+    def heap(tiles: float) -> int:
+        operators = _Operators(1 << 20, tiles, "cpu")
+        with operators:
+            torch.cat([torch.empty(1 << 17, device="meta") for _ in range(8)], -1)
+        return operators.heap
+
+    assert (heap(1.0), heap(4.0)) == (4 << 20, 7 << 20)
 
 
 def test_coarse_tiles_weigh_and_count_like_real_ones(monkeypatch):
