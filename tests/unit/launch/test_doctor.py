@@ -98,27 +98,22 @@ def test_bundled_data_that_are_not_built_yet_are_no_failure(examine, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def on_two_ranks(folder: Path, checks: str, wrong: str = "") -> tuple[int, dict[str, str], str]:
-    """Exit code of the launcher, table and errors; the second rank does first what is wrong."""
-    (folder / "ranks.py").write_text(
+def test_on_two_ranks_each_reads_its_own(tmp_path):
+    (tmp_path / "ranks.py").write_text(
         "import os, sys\n"
         "from launch import doctor\n"
         "from launch.ranks.process import run_command\n"
-        f"if os.environ['RANK'] == '1':\n    {wrong or 'pass'}\n"
-        f"kept = {checks.split(', ')}\n"
-        "doctor.CHECKS = tuple(check for check in doctor.CHECKS if check.name in kept)\n"
+        "left_out = ('engine', 'slurm', 'model', 'disk of runs')\n"
+        "doctor.CHECKS = tuple(c for c in doctor.CHECKS if c.name not in left_out)\n"
         "sys.exit(run_command(doctor.main, sys.argv[1:]))\n"
     )
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     command = [*TORCHRUN, "ranks.py", *SMALL, "parallel.sp=2"]
-    ended = run(command, timeout=100, cwd=folder, env=os.environ | environment)
-    return ended.returncode, table(ended.stdout), ended.stdout + ended.stderr
-
-
-def test_on_two_ranks_each_reads_its_own(tmp_path):
-    checks = "versions, device, names, clocks, store, who reads what, locks, backend, exchange"
-    code, lines, said = on_two_ranks(tmp_path, checks)
-    assert code == 0 and len(lines) == 10, said
+    ended = run(command, timeout=100, cwd=tmp_path, env=os.environ | environment)
+    lines = table(ended.stdout)
+    wrong = {name for name, line in lines.items() if line.startswith("FAILED")}
+    assert wrong <= {"threads"}, ended.stdout  # a machine of one core has too few
+    assert bool(ended.returncode) == bool(wrong), ended.stderr
     assert lines["ranks"] == f"ok        2 came: ranks 0-1 ({HERE})"
     *_, first, second = lines["who reads what"].splitlines()
     assert first.startswith("rank 0: samples ") and second.startswith("rank 1: samples ")
@@ -126,15 +121,10 @@ def test_on_two_ranks_each_reads_its_own(tmp_path):
     assert "slowest pair ranks 0" in lines["exchange"] and "GB/s" in lines["exchange"]
 
 
-def test_a_rank_that_reads_what_another_reads_is_named(tmp_path):
-    """The second rank reads the first one's tokens; the launcher sees an error."""
-    wrong = "from data_pipeline.stream import order; "
-    wrong += "order.DataSlot.tokens = lambda self, length: (0, length // 2)"
-    code, lines, said = on_two_ranks(tmp_path, "store, who reads what", wrong)
-    line = lines["who reads what"]
-    assert f"are read twice, by rank 0 ({HERE}) and rank 1 ({HERE})" in line
-    assert "; fix: give every rank the same configuration" in line
-    assert code != 0 and "1 of 3 checks failed (who reads what)" in said
+def test_tokens_that_nobody_reads(examine, monkeypatch):
+    monkeypatch.setattr(DataSlot, "tokens", lambda _, length: (0, length // 2))
+    found = examine("store, who reads what", *SMALL)
+    fails(found, "who reads what", "tokens 16-31 are read by nobody", "the same configuration")
 
 
 def test_a_folder_that_cannot_be_written(examine, tmp_path):
