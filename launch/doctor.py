@@ -17,7 +17,7 @@ from functools import partial
 from data_pipeline.errors import RunError
 from launch.checks import data, machine, together
 from launch.checks.finding import Check, Finding, Job, combine, failed, look
-from launch.checks.meeting import Meeting
+from launch.checks.meeting import LOST, Meeting
 from launch.config.compose import command_line
 from launch.config.settings import Config
 from launch.ranks.discovery import Ranks, discover
@@ -71,25 +71,27 @@ def examine(config: Config, ranks: Ranks) -> None:
     meeting = Meeting(ranks, patience, LOOK_S)
     with ExitStack() as stack:
         job = Job(config, ranks, patience, meeting.hosts, stack)
-        _report("ranks", meeting.finding, job)
+        wrong = ["ranks"] * _report("ranks", meeting.finding, job)
         for check in CHECKS:
             with _no_longer_than(patience + LOOK_S, check.name, ranks):
                 here = ranks.local_rank == 0 or not check.once_a_machine
                 finding = look(check, job) if here else None
             agreed = meeting.agree(check.name, finding, partial(combine, check, job))
-            _report(check.name, agreed, job)
+            wrong += [check.name] * _report(check.name, agreed, job)
         meeting.leave()
-        wrong = [name for name, state in job.states.items() if state == "FAILED"]
         if wrong:
             raise RunError(f"{len(wrong)} of {len(job.states)} checks failed "
                            f"({', '.join(wrong)}); their lines say what to do")  # fmt: skip
 
 
-def _report(name: str, finding: Finding, job: Job) -> None:
-    """A line of the table, and the state for later checks."""
+def _report(name: str, finding: Finding, job: Job) -> bool:
+    """A line of the table, and the state for later checks; whether it failed."""
     job.states[name] = finding.state
+    if finding.data == LOST:
+        job.states["ranks"] = "FAILED"
     if job.ranks.rank == 0:
         print("\n".join(table_lines(name, finding)), flush=True)
+    return finding.state == "FAILED"
 
 
 def table_lines(name: str, finding: Finding) -> list[str]:

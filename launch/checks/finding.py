@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from data_pipeline.errors import LongfoldError
 from launch.config.settings import Config
 from launch.ranks.discovery import Ranks
+from launch.ranks.process import lost_rank
 
 if TYPE_CHECKING:
     import torch
@@ -90,6 +91,9 @@ def look(check: Check, job: Job) -> Finding:
     except OSError as error:
         return failed(f"{error}", "make it readable and writable, or choose another")
     except Exception as error:
+        if said := lost_rank(error):
+            text, _, fix = said.removeprefix("error: ").partition("; ")
+            return failed(text, fix)
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         return failed(reason, "nobody foresaw this: report it with this table")
 

@@ -78,9 +78,9 @@ def threads(job: Job) -> Finding:
     """How many this rank computes with, and the cores that it may use."""
     import torch
 
-    own = len(os.sched_getaffinity(0))
-    text = f"{torch.get_num_threads()} a rank, {own} cores"
-    return ok(text, [torch.get_num_threads(), sorted(os.sched_getaffinity(0))])
+    cores = sorted(os.sched_getaffinity(0))
+    text = f"{torch.get_num_threads()} a rank, {len(cores)} core{'s' * (len(cores) > 1)}"
+    return ok(text, [torch.get_num_threads(), cores])
 
 
 def enough_cores(job: Job, findings: dict[int, Finding]) -> Finding:

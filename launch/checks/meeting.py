@@ -19,6 +19,8 @@ from launch.checks.finding import Finding, failed, ok, who
 from launch.ranks.discovery import Ranks
 
 FAREWELL_S = 10.0
+LOST = "a rank is lost"
+"""Data of a finding after which nothing can be done together."""
 
 
 class Meeting:
@@ -63,7 +65,8 @@ class Meeting:
         if missing:
             text = f"{who(missing, self.hosts)} did not answer within {self._look:g} s"
             rest = f" | {together.text}" if together.state == "FAILED" else ""
-            together = failed(text + rest, "look at that machine and at that rank's own output")
+            fix = "look at that machine and at that rank's own output"
+            together = Finding("FAILED", text + rest, fix, data=LOST)
         for rank in missing:
             del self.hosts[rank]  # nobody waits for it again
         if self._store is not None:

@@ -128,7 +128,7 @@ def run_command(command: Callable[[list[str]], None], arguments: list[str]) -> i
         _silence(sys.stdout)
         code = 1
     except Exception as error:
-        code, text = 1, _lost_rank(error) or traceback.format_exc().rstrip()
+        code, text = 1, lost_rank(error) or traceback.format_exc().rstrip()
     return _leave(code, text)
 
 
@@ -157,7 +157,7 @@ def _silence(stream: TextIO) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _lost_rank(error: Exception) -> str | None:
+def lost_rank(error: Exception) -> str | None:
     """One line where the cause is another rank, whose own message says more than our traceback."""
     text = str(error)
     if re.search(r"[Cc]onnection (closed|reset) by peer", text):
