@@ -29,6 +29,7 @@ COMMANDS = {
     "bench": "Measure operators and training steps beside their rivals.",
     "report": "Show runs and sweeps, paths their folders, in one HTML file.",
     "status": "Say how runs are, paths their folders; without one: all runs, sweeps and benches.",
+    "doctor": "Examine machines, ranks and data before a run, under any launcher.",
 }
 
 

@@ -128,7 +128,8 @@ def run_command(command: Callable[[list[str]], None], arguments: list[str]) -> i
         _silence(sys.stdout)
         code = 1
     except Exception as error:
-        code, text = 1, _known(error) or traceback.format_exc().rstrip()
+        said = _lack_of_memory(error) or lost_rank(error)
+        code, text = 1, said or traceback.format_exc().rstrip()
     return _leave(code, text)
 
 
@@ -157,15 +158,19 @@ def _silence(stream: TextIO) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _known(error: Exception) -> str | None:
-    """One line where a traceback would say less: too little memory, or another rank, whose own
-    message says why."""
-    if "torch" in sys.modules:
-        from scaling.observe.memory import out_of_memory
+def _lack_of_memory(error: Exception) -> str | None:
+    if "torch" not in sys.modules:
+        return None
+    from scaling.observe.memory import out_of_memory
 
-        if lack := out_of_memory(error):
-            return (f"error: {lack}; python -m launch plan with the same arguments says what takes "
-                    "how much, and with search=true memory_gib=... what fits")  # fmt: skip
+    if lack := out_of_memory(error):
+        return (f"error: {lack}; python -m launch plan with the same arguments says what takes "
+                "how much, and with search=true memory_gib=... what fits")  # fmt: skip
+    return None
+
+
+def lost_rank(error: Exception) -> str | None:
+    """One line where the cause is another rank, whose own message says more than our traceback."""
     text = str(error)
     if re.search(r"[Cc]onnection (closed|reset) by peer", text):
         return "error: another rank ended first; its message says why"
