@@ -165,10 +165,10 @@ def disk_of_runs(job: Job) -> Finding:
     text = f"{folder}: writes {written:,.0f} MB/s, reads {read:,.0f} MB/s, {_bytes(free)} free"
     if job.parameters is None:
         return ok(text)
-    kept = job.config.train.keep + 1
+    kept = job.config.train.keep_last + 1
     needed = job.parameters * NUMBERS * 4 * kept
     if free < needed:
-        fix = "make room, choose another runs=..., or a smaller train.keep"
+        fix = "make room, choose another runs=..., or a smaller train.keep_last"
         return failed(f"{text}; {kept} checkpoints take {_bytes(needed)}", fix)
     return ok(f"{text}; {kept} checkpoints take {_bytes(needed)}")
 

@@ -146,7 +146,7 @@ def test_checkpoints_that_do_not_fit(examine, monkeypatch):
     usage = SimpleNamespace(free=1000)
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: usage)
     found = examine("store, model, disk of runs", *SMALL)
-    fails(found, "disk of runs", "1.0 kB free; 3 checkpoints take", "a smaller train.keep")
+    fails(found, "disk of runs", "1.0 kB free; 3 checkpoints take", "a smaller train.keep_last")
 
 
 def test_a_store_that_is_missing_or_damaged(examine, tmp_path):
