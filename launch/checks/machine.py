@@ -165,7 +165,7 @@ def disk_of_runs(job: Job) -> Finding:
     text = f"{folder}: writes {written:,.0f} MB/s, reads {read:,.0f} MB/s, {_bytes(free)} free"
     if job.parameters is None:
         return ok(text)
-    kept = job.config.train.keep_last + 1
+    kept = job.config.train.keep_last + job.config.train.keep_best + 1
     needed = job.parameters * NUMBERS * 4 * kept
     if free < needed:
         fix = "make room, choose another runs=..., or a smaller train.keep_last"
