@@ -20,6 +20,7 @@ T = TypeVar("T")
 
 COMMANDS = {
     "train": "Train a model on a task (under any launcher: -m launch.train).",
+    "submit": "Train, or sweep, on a cluster by SLURM; see the job; rehearse it without SLURM.",
     "eval": "Evaluate a run or an exported model, path its folder; its own settings hold.",
     "export": "Write a run's model into a folder of its own, paths the run and the folder.",
     "prepare": "Build a data store from structure files or the bundled ones; verify it; show it.",

@@ -20,6 +20,7 @@ FILES = sorted(file for package in PACKAGES for file in (ROOT / package).rglob("
 
 FLOORS = (
     "launch",
+    "launch.cluster",
     "launch.config",
     "launch.ranks",
     "scaling.report",
