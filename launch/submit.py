@@ -48,6 +48,8 @@ class Work:
 def main(arguments: list[str]) -> None:
     """Write the job, and do what `action` says with it."""
     ours, theirs = _divided(arguments)
+    if "--cfg" in ours:
+        _work(theirs)  # its mistakes are said, too
     options, _ = command_line(ours, "submit", JobOptions)
     work = _work(theirs)
     if work.points and (options.nodes > 1 or options.launcher != "srun"):
@@ -57,6 +59,9 @@ def main(arguments: list[str]) -> None:
     if options.action == "rehearse":
         from launch.cluster.rehearse import rehearse
 
+        if not isinstance(work.config, Config):
+            raise ConfigError("action=rehearse runs one training run: leave sweep=... out; "
+                              "action=print shows its script")  # fmt: skip
         rehearse(options, work.config, work.arguments, work.run)
         return
     told = [each for each in arguments if not each.startswith("action=")]

@@ -17,12 +17,11 @@ from pathlib import Path
 
 from psutil import Error, NoSuchProcess, Process
 
-from data_pipeline.errors import ConfigError, RunError
+from data_pipeline.errors import RunError
 from launch.cluster.options import JobOptions
 from launch.cluster.script import Job, script_of, slurm_folder
 from launch.cluster.snapshot import copy_program
 from launch.config.settings import Config
-from launch.sweep import SweepConfig
 from scaling.runs.folder import RunFolder
 from scaling.runs.rows import Row, of_split
 
@@ -79,22 +78,19 @@ CASES = (
 )
 
 
-def rehearse(
-    options: JobOptions, config: Config | SweepConfig, arguments: Sequence[str], run: Path
-) -> None:
+def rehearse(options: JobOptions, config: Config, arguments: Sequence[str], run: Path) -> None:
     """Print a table: what was done, where it stopped, and how far the loss is from the straight's.
 
     Raises:
-        ConfigError: it is a sweep.
         RunError: a case did not end as it must; its log is named.
     """
-    if not isinstance(config, Config):
-        raise ConfigError("action=rehearse runs one training run: leave sweep=... out; "
-                          "action=print shows its script")  # fmt: skip
     folder, steps = run / "rehearsal", options.rehearse_steps
     options = dataclasses.replace(options, nodes=1, gpus_per_node=0, requeue="auto")
     shutil.rmtree(folder, ignore_errors=True)
     copy_program(folder / "code")
+    shutil.copytree(slurm_folder() / "stand_in", folder / "bin")
+    for program in (folder / "bin").iterdir():
+        program.chmod(0o755)  # an installed wheel's may have lost it
     print(f"rehearsing in {folder}: {options.tasks_per_node} ranks, {steps} steps, "
           f"launcher={options.launcher}", flush=True)  # fmt: skip
     print(f"{'case':<12}{'what was done':<22}{'stopped':>8}{'saved':>7}{'steps after':>13}"
@@ -153,7 +149,7 @@ def _start(
     tasks = str(job.options.tasks_per_node if job.options.launcher == "srun" else 1)
     clean = {key: x for key, x in os.environ.items() if not key.startswith(("SLURM", "SBATCH"))}
     environment = clean | {
-        "PATH": f"{slurm_folder() / 'stand_in'}:{clean.get('PATH', '')}",
+        "PATH": f"{job.folder / 'bin'}:{clean.get('PATH', '')}",
         "STAND_IN_REQUEUED": str(job.folder / "requeued"),
         "SLURM_JOB_ID": str(os.getpid()),
         "SLURM_JOB_NODELIST": "localhost",

@@ -51,6 +51,8 @@ def state_of(run: RunFolder, in_queue: Callable[[str], str | None] = lambda job:
     if queued == "PENDING":
         word = "preempted" if status else "pending"
         return RunState(word, _joined(place, f"job {job} is in the queue", _age(run, rows)))
+    if queued and queued != "COMPLETING" and state != "running":
+        return RunState("running", _joined(place, f"job {job} begins"))
     if state != "running":
         reasons = {
             "failed": str(status.get("error")),
