@@ -20,7 +20,6 @@ T = TypeVar("T")
 
 COMMANDS = {
     "train": "Train a model on a task (under any launcher: -m launch.train).",
-    "submit": "Train, or sweep, on a cluster by SLURM; see the job; rehearse it without SLURM.",
     "eval": "Evaluate a run or an exported model, path its folder; its own settings hold.",
     "export": "Write a run's model into a folder of its own, paths the run and the folder.",
     "prepare": "Build a data store from structure files or the bundled ones; verify it; show it.",
@@ -29,6 +28,7 @@ COMMANDS = {
     "fit": "Fit power laws with intervals to measured sweeps, paths their folders.",
     "bench": "Measure operators and training steps beside their rivals.",
     "report": "Show runs and sweeps, paths their folders, in one HTML file.",
+    "submit": "Train, or sweep, by SLURM, with their keys and those of the job; rehearse it.",
     "status": "Say how runs are, paths their folders; without one: all runs, sweeps and benches.",
 }
 

@@ -83,6 +83,6 @@ def test_a_cancelled_job_saves_and_says_who_ended_it(place: Path):
     wait_for(lambda: (place / "runs" / "job" / "metrics.jsonl").exists(), 120, place)
     say(place, "scancel", job)
     wait_for(lambda: "stopped by SIGTERM" in log_of(place, job), 60, place)
-    assert "JobState=CANCELLED" in log_of(place, job)
+    assert f"JOB {job} ON" in log_of(place, job) and " CANCELLED AT" in log_of(place, job)
     assert status_of(place)["state"] == "interrupted"
     assert "requeue" not in log_of(place, job)
