@@ -267,3 +267,15 @@ def test_the_copy_is_what_trains(cluster):
     environment = json.loads((cluster / "runs" / "job" / "environment.json").read_text())
     assert environment["world"] == 2
     assert environment["git"] == (copied.parents[1] / "COMMIT").read_text().strip()
+
+
+@pytest.mark.slow
+def test_a_rehearsal_ends_on_the_straight_curve_in_every_case(cluster, capsys):
+    submit.main([*SMALL, "name=job", "action=rehearse", "rehearse_steps=12"])
+    lines = capsys.readouterr().out.splitlines()
+    cases = [line.split() for line in lines if line.endswith("  yes")]
+    assert [case[0] for case in cases] == ["straight", "preempted", "timed_out", "killed"]
+    for case in cases[1:]:
+        stopped, saved, after = map(int, case[-5:-2])
+        assert 4 <= saved <= stopped < 12 and saved + after == 12
+    assert not (cluster / "runs" / "job" / "jobs").exists()
