@@ -217,7 +217,7 @@ def batch(cluster: Path, **variables: str) -> subprocess.Popen[str]:
     ("fake", "restarts", "sent", "says", "requeued"),
     [
         ("stop", "0", signal.SIGUSR2, "stopped at the time limit: queued again", True),
-        ("stop", "100", signal.SIGUSR2, "after 100 restarts of at most 100; to go on: python", False),
+        ("stop", "100", signal.SIGUSR2, "after 100 restarts of at most 100; to go on:", False),
         ("nothing saved", "1", signal.SIGUSR2, "nothing was saved: not queued again", False),
         ("stop", "0", signal.SIGTERM, "(slurmstepd's line says why); to go on: python", False),
         ("finish", "0", None, "finished: not queued again", False),
