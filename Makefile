@@ -2,6 +2,7 @@
 # make test      every test that this machine can run, and by name those it cannot
 #                (ARGS="tests/unit -k name" passes on to pytest; ARGS="-m slow" runs the slow ones)
 # make test-fast the tests of formulas and files alone, some minutes
+# make test-slurm    what needs a SLURM, on a private one (root; slurm-wlm, munge)
 # make lint      what is checked before a commit, over all files
 # make sweep     measure tokens/s, bytes and memory over lengths and ranks
 # make bench     measure beside rivals (ARGS="bench=..." which; see --help)
@@ -24,7 +25,7 @@ ACCELERATE_CONFIG ?= configs/accelerate/cpu_deepspeed_zero1.yaml
 ON_CPU := $(if $(findstring cpu,$(ACCELERATE_CONFIG)),DS_ACCELERATOR=cpu)
 THREADS ?= $(shell n=$$(( $$(nproc) / $(NPROC) )); echo $$(( n > 1 ? n : 1 )))
 
-.PHONY: help install train sweep bench test test-fast lint clean FORCE
+.PHONY: help install train sweep bench test test-fast test-slurm lint clean FORCE
 .DEFAULT_GOAL := help
 
 help:
@@ -52,6 +53,13 @@ test: $(VENV)/installed-dev
 
 test-fast: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m "unit and not slow" -q $(ARGS)
+
+SLURM_FOLDER ?= /tmp/longfold-slurm
+
+test-slurm: $(VENV)/installed-dev
+	tests/slurm/start_cluster.sh $(SLURM_FOLDER)
+	SLURM_CONF=$(SLURM_FOLDER)/slurm.conf $(BIN)/python -m pytest -n0 -m slurm $(ARGS); \
+	  code=$$?; tests/slurm/start_cluster.sh --stop $(SLURM_FOLDER); exit $$code
 
 lint: $(VENV)/installed-dev
 	$(BIN)/pre-commit run --all-files

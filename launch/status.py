@@ -1,12 +1,14 @@
 """Say how runs are: python -m launch status [runs/NAME ...]
 
-Without a path: every run in runs/ and sweep in sweeps/. Folders are read, and left alone.
+Without a path: every run in runs/ and sweep in sweeps/. Folders are read, and left alone. SLURM is
+asked about the jobs of those that `submit` put there.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_pipeline.errors import RunError
+from launch.cluster.queue import state_in_queue
 from launch.config.compose import command_line
 from scaling.runs.folder import RunFolder
 from scaling.runs.state import RunState, state_of
@@ -38,7 +40,7 @@ def main(arguments: list[str]) -> None:
 def _state(path: str, alone: bool) -> RunState:
     """One that cannot be read is said in its line, among others."""
     try:
-        return state_of(RunFolder(path))
+        return state_of(RunFolder(path), state_in_queue)
     except RunError as error:
         if alone:
             raise

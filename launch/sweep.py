@@ -28,6 +28,7 @@ from scaling.runs.identity import Identity, NotIdentity
 from scaling.runs.rows import Row, of_split
 
 if TYPE_CHECKING:
+    from scaling.experiments.cases.sweep import Sweep
     from scaling.experiments.experiment import Point
 
 
@@ -49,10 +50,9 @@ def main(arguments: list[str]) -> None:
     """Measure what is missing, then draw."""
     config, overrides = command_line(arguments, "sweep", SweepConfig)
     from scaling.experiments import ranks
-    from scaling.experiments.cases.sweep import Sweep
     from scaling.experiments.harness import run_experiment
 
-    sweep = Sweep(**{each.name: getattr(config, each.name) for each in fields(Sweep)})
+    sweep = sweep_of(config)
     points = list(sweep.points())
     if config.point is not None and config.point >= len(points):
         raise OptionError("point", config.point, f"must be below {len(points)}: so many there are")
@@ -79,6 +79,13 @@ def main(arguments: list[str]) -> None:
     identity = Identity({"": (SweepConfig, asdict(config))})
     command = ["python", "-m", "launch", "sweep", *overrides]
     run_experiment(sweep, labelled, config, identity, "sweeps", command, config.point)
+
+
+def sweep_of(config: SweepConfig) -> "Sweep":
+    """The experiment that a configuration describes."""
+    from scaling.experiments.cases.sweep import Sweep
+
+    return Sweep(**{each.name: getattr(config, each.name) for each in fields(Sweep)})
 
 
 def check_cell(config: SweepConfig, options: Mapping[str, Any], values: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ unmarked). `slow` tests run only where they are asked for: make test ARGS="-m sl
 
 import os
 import shutil
+import subprocess
 from collections import defaultdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,7 +29,7 @@ def missing() -> dict[str, str]:
     """Mark -> why this machine cannot run tests that have it."""
     reasons = {
         "gpu": None if torch.cuda.is_available() else "PyTorch sees no GPU",
-        "slurm": None if shutil.which("sinfo") else "SLURM is not installed",
+        "slurm": _why_no_slurm(),
         "browser": None if shutil.which("chromium") else "Chromium is not installed",
         "mmseqs": None if shutil.which("mmseqs") else "MMseqs2 is not installed",
         "mpirun": None
@@ -38,6 +39,13 @@ def missing() -> dict[str, str]:
         "nodes": _why_no_nodes(),
     }
     return {mark: reason for mark, reason in reasons.items() if reason}
+
+
+def _why_no_slurm() -> str | None:
+    if not shutil.which("sinfo"):
+        return "SLURM is not installed"
+    asked = subprocess.run(["sinfo", "--noheader"], capture_output=True, timeout=60)
+    return "no SLURM is running here: make test-slurm" if asked.returncode else None
 
 
 def _why_no_nodes() -> str | None:

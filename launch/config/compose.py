@@ -28,6 +28,7 @@ COMMANDS = {
     "fit": "Fit power laws with intervals to measured sweeps, paths their folders.",
     "bench": "Measure operators and training steps beside their rivals.",
     "report": "Show runs and sweeps, paths their folders, in one HTML file.",
+    "submit": "Train, or sweep, by SLURM, with their keys and those of the job; rehearse it.",
     "status": "Say how runs are, paths their folders; without one: all runs, sweeps and benches.",
     "doctor": "Examine machines, ranks and data before a run, under any launcher.",
 }

@@ -26,7 +26,7 @@ def describe_environment(**further: Any) -> dict[str, Any]:
         "cpu": _cpu(),
         "cores": os.cpu_count(),
         **further,
-        "git": _git_commit(),
+        "git": git_commit(),
     }
 
 
@@ -36,8 +36,11 @@ def _cpu() -> str:
     return name[1] if name else platform.processor() or platform.machine()
 
 
-def _git_commit() -> str | None:
-    """Of the source tree that runs, where it is one."""
+def git_commit() -> str | None:
+    """Of the source tree that runs, where it is one; of a job's copy, as its COMMIT says."""
+    copied = Path(__file__).parents[2] / "COMMIT"
+    if copied.is_file():
+        return copied.read_text().strip() or None
     try:
         run = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40"],

@@ -7,6 +7,7 @@ status.json         state (running, finished, failed, interrupted), step, proces
 metrics.jsonl       rows: see rows.py                   tensorboard/    a view of them
 checkpoints/        see checkpoint/checkpoint.py        profile/        see observe/profile.py
 evaluations.jsonl   rows that `eval` adds, also while the run goes on
+jobs/               of SLURM, counted from 1: script, configuration, program, logs, job.json
 STOP                put there by a person: save, stop, and remove it
 Experiments have points/ (what their processes were told and said) and tables instead of the latter.
 """
@@ -72,6 +73,14 @@ class RunFolder:
     def status(self) -> dict[str, Any]:
         """What status.json says; empty before the first start."""
         return self._read("status.json")
+
+    def job(self) -> str:
+        """Id of the latest job that was submitted for it; empty: none."""
+        jobs = [path for path in self.path.glob("jobs/*/job.json") if path.parent.name.isdecimal()]
+        if not jobs:
+            return ""
+        newest = max(jobs, key=lambda path: int(path.parent.name))
+        return str(self._read(str(newest.relative_to(self.path))).get("id", ""))
 
     def rows(self) -> list[Row]:
         """All whole rows so far."""

@@ -3,6 +3,7 @@
 import os
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -25,12 +26,16 @@ class RunState:
 
     state: str
     """not started, running, interrupted, finished, failed, killed: its process is gone without a
-    word; unknown: it ran on another machine."""
+    word; unknown: it ran on another machine. Of a job of SLURM too: pending, not begun; preempted,
+    begun and in the queue again."""
     detail: str
 
 
-def state_of(run: RunFolder) -> RunState:
+def state_of(run: RunFolder, in_queue: Callable[[str], str | None] = lambda job: None) -> RunState:
     """Also of one that another process writes.
+
+    Args:
+        in_queue: a job's state in SLURM's queue; empty: it is not there; None: nobody knows.
 
     Raises:
         RunError: the folder holds no run, or its files cannot be read.
@@ -41,6 +46,13 @@ def state_of(run: RunFolder) -> RunState:
     step, steps = _step(rows, status), (config.get("train") or {}).get("steps")
     place = f"step {step:,}" + (f" of {steps:,}" if steps else "") if step is not None else ""
     state = status.get("state", "not started")
+    job = run.job() if state != "finished" else ""
+    queued = in_queue(job) if job else None
+    if queued == "PENDING":
+        word = "preempted" if status else "pending"
+        return RunState(word, _joined(place, f"job {job} is in the queue", _age(run, rows)))
+    if queued and queued != "COMPLETING" and state != "running":
+        return RunState("running", _joined(place, f"job {job} begins"))
     if state != "running":
         reasons = {
             "failed": str(status.get("error")),
@@ -49,6 +61,12 @@ def state_of(run: RunFolder) -> RunState:
         }
         return RunState(state, _joined(place, reasons.get(state, ""), _age(run, rows)))
     if status.get("host") != socket.gethostname():
+        if queued:
+            return RunState("running", _joined(place, f"job {job}", _eta(rows, step, steps),
+                                               _age(run, rows)))  # fmt: skip
+        if queued == "":
+            why = f"job {job} has left the queue without a word; the same command goes on"
+            return RunState("killed", _joined(place, why, _age(run, rows)))
         why = f"on {status.get('host')}, which alone can tell"
         return RunState("unknown", _joined(place, why, _age(run, rows)))
     if not _alive(status.get("pid"), run):

@@ -21,6 +21,7 @@ FILES = sorted(file for package in PACKAGES for file in (ROOT / package).rglob("
 FLOORS = (
     "launch",
     "launch.checks",
+    "launch.cluster",
     "launch.config",
     "launch.ranks",
     "scaling.report",

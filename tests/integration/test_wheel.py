@@ -33,6 +33,8 @@ def test_wheel_holds_the_packages_their_configurations_and_data(wheel: Path):
         if file.is_file() and "__pycache__" not in file.parts
     }
     configs = {f"launch/{f.relative_to(ROOT)}" for f in (ROOT / "configs").rglob("*.*")}
+    slurm = {"job.sbatch.j2", "site.env.example", "stand_in/srun", "stand_in/scontrol"}
+    configs |= {f"launch/slurm/{name}" for name in slurm}
     assert {name for name in names if info not in name} == expected | configs
     assert f"{info}/licenses/LICENSE" in names
     assert f"{info}/entry_points.txt" in names

@@ -1,0 +1,1 @@
+"""Clusters: a job's options, its script, its place in the queue."""
