@@ -10,6 +10,7 @@ displacements, Å, as B factors. The rest of the file stays as it is.
 import os
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
@@ -101,11 +102,11 @@ def predict(config: PredictConfig, device: "torch.device") -> None:
     written = 0
     for source, target in files:
         opened: list[EditableStructure] = []  # on the first rank alone
-        chains = first_rank_says(lambda: _chains(source, opened, config.skip_unreadable))  # noqa: B023
+        chains = first_rank_says(partial(_chains, source, opened, config.skip_unreadable))
         if chains is None:
             continue
         xyz = denoised(objective, inputs, chains)
-        first_rank_says(lambda: _write(opened[0], inputs, xyz, target, source))  # noqa: B023
+        first_rank_says(partial(_write, opened, inputs, xyz, target, source))
         written += 1
     of_all = f"{written} of {len(files)}" if written < len(files) else f"{written}"
     first_rank_says(
@@ -199,13 +200,14 @@ def _chains(
 
 
 def _write(
-    file: "EditableStructure",
+    opened: "list[EditableStructure]",
     inputs: "BackboneInputs",
     xyz: list[np.ndarray],
     target: Path,
     source: Path,
 ) -> None:
     """The file whole or not at all, and a line about it."""
+    (file,) = opened
     edit = file.with_atoms(inputs.atoms, xyz)
     draft = target.with_name(target.name + ".tmp")
     try:
