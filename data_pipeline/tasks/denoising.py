@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -17,17 +17,16 @@ from annotated_types import Ge, Le
 from jaxtyping import Float64
 
 from data_pipeline.batch import Sample
-from data_pipeline.chains import RESIDUES, SPLITS
+from data_pipeline.chains import SPLITS
 from data_pipeline.counter_rng import evaluation_key, hash64, normals, rotations
 from data_pipeline.errors import OptionError
 from data_pipeline.options import check_options
 from data_pipeline.store.reader import Store, open_alike
+from data_pipeline.tasks.backbone import BackboneInputs
 from data_pipeline.tasks.packed import PackedBodies, Pieces
 from data_pipeline.tasks.protocol import Task
-from data_pipeline.tasks.window import EDGES, Window, edges
+from data_pipeline.tasks.window import Window
 
-UNKNOWN = len(RESIDUES)
-"""Number of a residue that is none of the twenty."""
 BUNDLED = "stores/bundled"
 """Where training looks for the data that come with the package."""
 SPREAD = 100.0
@@ -40,11 +39,8 @@ _AT_ONCE = 1 << 16
 class Denoising(Task):
     """Noised backbones with what a conformation shows locally.
 
-    points: noised atoms, Å. vectors: differences of noised positions to the tokens i-k..i-1 and
-    i+1..i+k, zero where either atom is missing, outside the chain or across a chain break; then
-    the store's own `vectors`. scalars: residue type (20 and unknown), atom type, edge features;
-    then the store's own `scalars`. index: place in the chain. segment: unbroken stretch of the
-    chain. Missing atoms have mask False and weight 0. target: the atoms as deposited, Å.
+    inputs: those of `BackboneInputs` from the noised atoms; then the store's own `vectors` and
+    `scalars`. Missing atoms have mask False and weight 0. target: the atoms as deposited, Å.
 
     Packed samples: each chain is a body with a rigid motion of its own, a random rotation about the
     origin of its coordinates, then a normal translation; segments of different chains differ, and
@@ -95,8 +91,9 @@ class Denoising(Task):
         self._arrays = ["xyz", "residue", "segment", *({"vectors", "scalars"} & kinds.keys())]
         channels = {name: kinds[name][1][0] for name in self._arrays if name in kinds}
         self._stored_scalars = channels.get("scalars", 0)
-        self.vectors = 2 * self.neighbours + channels.get("vectors", 0)
-        self.scalars = len(RESIDUES) + 1 + len(self.atoms) + EDGES + self._stored_scalars
+        self._inputs = BackboneInputs(self.atoms, self.neighbours)
+        self.vectors = self._inputs.vectors + channels.get("vectors", 0)
+        self.scalars = self._inputs.scalars + self._stored_scalars
         self.unit = self.sigma**2
         later = {  # options that came one by one: each changes the digest where it does something
             "packed_length": (self.packed_length, packed),
@@ -127,14 +124,9 @@ class Denoising(Task):
     ) -> Sample:
         k, apart = self.neighbours, self.packed_length is not None and self.bodies == "apart"
         window = Window(self.row_lengths(split, items), start, stop)
-        wide = Window(window.lengths, start - k, stop + k)  # differences reach so far
-        arrays = {
-            "xyz": np.full_like(wide.zeros(3), np.nan),
+        wide, arrays = self._inputs.wide(window, start, stop)
+        arrays |= {
             "noise": wide.zeros(3),
-            "residue": np.full(wide.index.shape, UNKNOWN, np.uint8),
-            "segment": np.full_like(wide.index, -1),
-            "place": wide.index.copy(),
-            "end": np.zeros_like(wide.index),
             "vectors": wide.zeros(self.vectors - 2 * k, 3),
             "scalars": wide.zeros(self._stored_scalars),
         }
@@ -150,24 +142,15 @@ class Denoising(Task):
                 there = slice(low - start + k, high - start + k)
                 for name, x in self._tokens(packed.store, pieces, key, low, high).items():
                     arrays[name][row, ..., there] = np.moveaxis(x, 0, -1)
-        xyz, noise, residue, segment, place, end, vectors, scalars = arrays.values()
-        observed = np.all(np.isfinite(xyz), axis=1)
-        xyz = np.where(observed[:, None], xyz, 0)
-        noised = xyz + np.float32(self.sigma) * noise * observed[:, None]
-        differences = self._differences(noised, observed, segment)
+        xyz, noise = arrays["xyz"], arrays.pop("noise")
         inner = slice(k, k + stop - start)
-        place, mask = place[:, inner], observed[:, inner]
-        features = self._features(place, end[:, inner], residue[:, inner])
+        own = {name: arrays.pop(name)[..., inner] for name in ("vectors", "scalars")}
+        arrays["xyz"] = xyz + np.float32(self.sigma) * noise
+        fields = self._inputs.fields(**arrays)
+        fields |= {name: np.concatenate([fields[name], x], 1) for name, x in own.items()}
+        target = np.where(fields["mask"][:, None], xyz[..., inner], 0)
         return window.sample(
-            xyz[..., inner],
-            mask,
-            bodies=tuple(bodies) if apart else None,
-            points=noised[..., inner],
-            vectors=np.concatenate([differences, vectors[..., inner]], 1),
-            scalars=np.concatenate([features, scalars[..., inner]], 1),
-            index=place,
-            mask=mask,
-            segment=segment[:, inner],
+            target, fields["mask"], bodies=tuple(bodies) if apart else None, **fields
         )
 
     def baselines(self, split: str) -> dict[str, float]:
@@ -228,25 +211,6 @@ class Denoising(Task):
             _move(tokens, pieces, key)
         tokens["segment"] = tokens["segment"] + (pieces.per_token(pieces.body) << 32)
         return tokens | {"place": pieces.places, "end": pieces.per_token(pieces.lengths)}
-
-    def _differences(self, x: np.ndarray, observed: np.ndarray, segment: np.ndarray) -> np.ndarray:
-        """(b, 2k, 3, n) from windows of n + 2k tokens."""
-        k, n = self.neighbours, x.shape[-1] - 2 * self.neighbours
-        out = np.empty((len(x), 2 * k, 3, n), np.float32)
-        here = slice(k, k + n)
-        for channel, offset in enumerate([*range(-k, 0), *range(1, k + 1)]):
-            there = slice(k + offset, k + offset + n)
-            near = observed[:, here] & observed[:, there]
-            near &= segment[:, here] == segment[:, there]
-            np.multiply(x[..., there] - x[..., here], near[:, None], out=out[:, channel])
-        return out
-
-    def _features(self, index: np.ndarray, lengths: np.ndarray, residue: np.ndarray) -> np.ndarray:
-        exists, kinds = (index < lengths)[:, None], np.arange(len(self.atoms))[:, None]
-        types = (residue[:, None] == np.arange(UNKNOWN + 1)[:, None]) & exists
-        atoms = (index[:, None] % len(self.atoms) == kinds) & exists
-        parts: list[Any] = [types, atoms, edges(index, lengths)]
-        return np.concatenate(parts, axis=1, dtype=np.float32)
 
 
 def _move(tokens: dict[str, np.ndarray], pieces: Pieces, key: int) -> None:

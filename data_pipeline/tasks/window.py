@@ -49,18 +49,21 @@ class Window:
         or where targets are per sequence every row that is not empty."""
         if weight is None:
             weight = self.mask if target.ndim == 3 else self.ends[:, 0] > 0
-        inputs = {"points": self.zeros(3), "index": self.index, "mask": self.mask} | inputs
         return Sample(
-            GeometricBatch(
-                **{name: _tensor(x) for name, x in inputs.items()},
-                lengths=self.lengths,
-                bodies=bodies,
-            ),
+            self.batch(bodies, **inputs),
             _tensor(target),
             _tensor(weight.astype(np.float32)),
             answer,
             None if marked is None else _tensor(marked),
         )
+
+    def batch(
+        self, bodies: tuple[tuple[int, ...], ...] | None = None, **inputs: np.ndarray
+    ) -> GeometricBatch:
+        """The inputs that are given, without points all zero."""
+        inputs = {"points": self.zeros(3), "index": self.index, "mask": self.mask} | inputs
+        tensors = {name: _tensor(x) for name, x in inputs.items()}
+        return GeometricBatch(**tensors, lengths=self.lengths, bodies=bodies)
 
 
 def _tensor(x: np.ndarray) -> torch.Tensor:

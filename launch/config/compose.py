@@ -22,6 +22,7 @@ COMMANDS = {
     "train": "Train a model on a task (under any launcher: -m launch.train).",
     "eval": "Evaluate a run or an exported model, path its folder; its own settings hold.",
     "export": "Write a run's model into a folder of its own, paths the run and the folder.",
+    "predict": "Denoise the backbones of PDB and mmCIF files, path the folder of a run or a model.",
     "prepare": "Build a data store from structure files or the bundled ones; verify it; show it.",
     "plan": "Foresee memory and time of a training run; search what fits a cluster.",
     "sweep": "Measure tokens/s, exchanged bytes and memory over lengths and ranks.",

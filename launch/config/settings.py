@@ -72,6 +72,27 @@ class EvalConfig:
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
 
 
+@dataclass
+class PredictConfig:
+    """One prediction: `python -m launch predict`."""
+
+    paths: list[str]
+    """One, the folder of a run on task=denoising or of its exported model."""
+    input: str | None = None
+    """A PDB or mmCIF file, or a folder of such with its sub-folders; must be given."""
+    output: str | None = None
+    """Folder for the files with the model's coordinates; must be given."""
+    skip_unreadable: bool = False
+    """Leave out and name files that cannot be read, instead of stopping at them."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where there is one, else cpu."""
+    precision: Literal["float32", "float64", "bf16"] = "float32"
+    """The run's, where it is not given."""
+    execution: Execution = field(default_factory=Execution)
+    """The run's, where it is not given."""
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
+
+
 def mesh_sizes(parallel: ParallelSettings, world: int) -> tuple[int, int]:
     """(dp, sp) for that many ranks, null filled by what the other leaves; `Mesh` checks them."""
     dp, sp = parallel.dp, parallel.sp

@@ -57,7 +57,7 @@ class Evaluation:
         )
         tokens, equivariance = 0.0, None
         devices = [device] if device.type == "cuda" else []
-        with _evaluating(objective), torch.random.fork_rng(devices):
+        with evaluating(objective), torch.random.fork_rng(devices):
             for sample in batches:
                 tokens += sample.tokens / slot.sp
                 sample, shard = objective.enter(objective.place(sample))
@@ -89,7 +89,7 @@ class Evaluation:
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """No gradients, evaluation mode."""
     module.eval()
     try:

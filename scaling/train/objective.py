@@ -79,11 +79,15 @@ class Objective(nn.Module):
         Args:
             sample, shard: as `enter` gives them.
         """
-        device = sample.inputs.points.device.type
-        with torch.autocast(device, torch.bfloat16) if self.bf16 else nullcontext():
-            moved = self.model(sample.inputs, shard)
+        moved = self.moved(sample.inputs, shard)
         errors = self._errors(moved, sample, shard)
         return errors.sum(), errors, moved
+
+    def moved(self, batch: GeometricBatch, shard: SequenceShard) -> GeometricBatch:
+        """The model alone, in the run's precision."""
+        device = batch.points.device.type
+        with torch.autocast(device, torch.bfloat16) if self.bf16 else nullcontext():
+            return self.model(batch, shard)
 
     def _errors(
         self, moved: GeometricBatch, sample: Sample, shard: SequenceShard
