@@ -59,7 +59,9 @@ def say(capsys: pytest.CaptureFixture, *paths: Path | str) -> list[str]:
         ({}, "not started step 3 of 63, last row 5 s ago"),
     ],
 )  # fmt: skip
-def test_every_state_is_a_line(said, expected, tmp_path, capsys):
+def test_every_state_is_a_line(said, expected, tmp_path, capsys, monkeypatch):
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now)
     run = make(tmp_path / "a", **said)
     before = {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
     assert say(capsys, run) == [f"{run}  {expected}"]
