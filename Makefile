@@ -57,7 +57,7 @@ test-fast: $(VENV)/installed-dev
 SLURM_FOLDER ?= /tmp/longfold-slurm
 
 test-slurm: $(VENV)/installed-dev
-	tests/slurm/start_cluster.sh $(SLURM_FOLDER)
+	tests/slurm/start_cluster.sh $(SLURM_FOLDER) 2 2
 	SLURM_CONF=$(SLURM_FOLDER)/slurm.conf $(BIN)/python -m pytest -n0 -m slurm $(ARGS); \
 	  code=$$?; tests/slurm/start_cluster.sh --stop $(SLURM_FOLDER); exit $$code
 

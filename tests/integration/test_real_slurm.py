@@ -1,4 +1,4 @@
-"""Jobs in a real SLURM of one node: make test-slurm."""
+"""Jobs of two ranks in a real SLURM, one on each of two nodes: make test-slurm."""
 
 import json
 import os
@@ -10,13 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from psutil import process_iter
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["experiment=recall", "task.held_out_size=2", "model.channels=2", "model.hidden=2",
          "model.operators=1", "train.batch_size=2", "train.micro_batch_size=2", "engine=ddp",
-         "device=cpu", "tasks_per_node=2", "cpus_per_task=1", "time=2", "warn_s=60"]  # fmt: skip
+         "device=cpu", "nodes=2", "tasks_per_node=1", "cpus_per_task=1", "time=3",
+         "warn_s=60"]  # fmt: skip
 
 
 @pytest.fixture
@@ -59,7 +61,7 @@ def log_of(place: Path, job: str) -> str:
 
 def test_a_job_reaches_its_limit_is_queued_again_and_finishes(place: Path):
     job = submitted(place, "train.steps=800", "train.log_every=10", "train.save_every=800")
-    wait_for(lambda: "queued again" in log_of(place, job), 200, place)
+    wait_for(lambda: "queued again" in log_of(place, job), 300, place)
     saved = status_of(place)
     assert saved["state"] == "interrupted" and 0 < saved["step"] < 800
     wait_for(lambda: say(place, "squeue", "-h", "-j", job, "-o", "%T") == "PENDING\n", 60, place)
@@ -86,3 +88,24 @@ def test_a_cancelled_job_saves_and_says_who_ended_it(place: Path):
     assert f"JOB {job} ON" in log_of(place, job) and " CANCELLED AT" in log_of(place, job)
     assert status_of(place)["state"] == "interrupted"
     assert "requeue" not in log_of(place, job)
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_job_and_the_same_submit_goes_on(place: Path):
+    job = submitted(place, "train.steps=400", "train.log_every=10", "train.save_every=20")
+    checkpoints = place / "runs" / "job" / "checkpoints"
+    wait_for(lambda: list(checkpoints.glob("step-*[0-9]")), 120, place)
+    ranks = [each for each in process_iter(["cmdline", "cwd"])
+             if each.info["cwd"] == str(place) and "launch.train" in (each.info["cmdline"] or ())
+             and "python" in each.info["cmdline"][0]]  # fmt: skip
+    assert len(ranks) == 2
+    ranks[1].kill()
+    wait_for(lambda: "stopped (exit code" in log_of(place, job), 100, place)
+    assert "queued again" not in log_of(place, job)
+    wait_for(lambda: not say(place, "squeue", "-h", "-j", job), 60, place)
+    again = submitted(place, "train.steps=400", "train.log_every=10", "train.save_every=20")
+    log = place / "runs" / "job" / "jobs" / "2" / f"{again}.log"
+    wait_for(lambda: log.exists() and "finished" in log.read_text(), 200, place)
+    rows = (place / "runs" / "job" / "metrics.jsonl").read_text().splitlines()
+    steps = [row["step"] for row in map(json.loads, rows) if row["split"] == "train"]
+    assert steps == list(range(10, 401, 10))
