@@ -83,8 +83,8 @@ class Checkpoints:
     @property
     def failed(self) -> bool:
         """Whether what this rank was writing could not be written; `wait` says why."""
-        done = self._writing is not None and self._writing.done()
-        return done and self._writing is not None and self._writing.exception() is not None
+        writing = self._writing
+        return writing is not None and writing.done() and writing.exception() is not None
 
     def wait(self) -> None:
         """Until what was saved last is complete. Collective.

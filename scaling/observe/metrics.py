@@ -19,6 +19,8 @@ and how ranks spent the step on average; these add up to the mean rank's step_s:
                              ranks at the loss, the backward of modules too small for tiles
 and besides
     transfer_s               exchanges under way; what of it is not in comm_s, computing hid
+    slow_rank slow_by        only where one rank computed SLOW times as long as the others' median
+                             in the last SEEN steps: which, and how many times
 Validation rows: step, split, loss and its standard_error over samples, samples (that count),
 tokens, step_s (of the evaluation), equivariance_error, and where tokens have targets of their own
 error_by_position: eighths of the longest sequence with the loss of the targets from token `from` up
@@ -29,14 +31,16 @@ The first steps of a process (allocations, thread pools, DDP's buckets) are left
 times, unless a row has no others.
 """
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from statistics import median
 
 import torch
 
 from scaling.observe.memory import peak_bytes
-from scaling.parallel.collectives import global_maxima, global_sums
+from scaling.parallel.collectives import global_maxima, global_sums, group_rank, group_size
 from scaling.parallel.telemetry import is_traced, measuring
 from scaling.runs.rows import Row
 
@@ -45,6 +49,9 @@ LARGEST = ("step_s", "forward_s", "backward_s", "comm_bytes")
 """Of the rank where it is largest."""
 TIME_SHARES = ("projection_s", "transforms_s", "comm_s", "optimizer_s", "data_wait_s", "other_s")
 """Of the mean rank."""
+COMPUTING = ("projection", "transforms", "pairs")
+"""Ranges in which a rank waits for no other."""
+SEEN, SLOW = 10, 1.5
 
 
 @dataclass
@@ -56,6 +63,7 @@ class StepMeter:
     """Valid tokens of the step under way, over all ranks."""
     _steps_seen: int = 0
     _steps: list[Row] = field(default_factory=list)
+    _computing: deque[float] = field(default_factory=lambda: deque(maxlen=SEEN))
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -76,6 +84,8 @@ class StepMeter:
         }
         self._steps.append(step)
         self._steps_seen += 1
+        if step["warm"]:
+            self._computing.append(sum(measured.within(name) for name in COMPUTING))
 
     def row(self) -> Row:
         """Tokens of the last step; rates and times since the last row. Collective."""
@@ -89,12 +99,28 @@ class StepMeter:
             *map(mean, LARGEST), peak_bytes(self.device), device=self.device
         )
         averages = (*TIME_SHARES, "transfer_s")
-        ranks, *split = global_sums(1, *map(mean, averages), device=self.device)
+        computing = [0.0] * group_size(None)
+        computing[group_rank(None)] = sum(self._computing)
+        sums = (1, *map(mean, averages), *computing)
+        ranks, *split = global_sums(*sums, device=self.device)
+        slow = {}
+        if len(self._computing) == SEEN:
+            slow = slow_rank(split[len(averages) :])
         seconds = most[0] * len(warm)
         return {
             "tokens": steps[-1]["tokens"],
             "tokens_per_s": sum(step["tokens"] for step in warm) / seconds,
             **dict(zip(LARGEST, most, strict=True)),
-            **{name: value / ranks for name, value in zip(averages, split, strict=True)},
+            **{name: value / ranks for name, value in zip(averages, split, strict=False)},
             "peak_bytes": int(peak),
+            **slow,
         }
+
+
+def slow_rank(seconds: Sequence[float]) -> Row:
+    """The columns of that name, from what each rank computed; none if all are about as fast."""
+    slowest = max(range(len(seconds)), key=seconds.__getitem__)
+    others = median([*seconds[:slowest], *seconds[slowest + 1 :]] or [seconds[slowest]])
+    if seconds[slowest] <= SLOW * others or not others:
+        return {}
+    return {"slow_rank": slowest, "slow_by": seconds[slowest] / others}

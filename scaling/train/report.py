@@ -39,9 +39,12 @@ def progress_line(row: Row, steps: int) -> str:
         error = row["equivariance_error"]
         return f"{at} validation loss {row['loss']:.4f} equivariance error {error:.1e}"
     left = timedelta(seconds=int((steps - row["step"]) * row["step_s"]))
+    slow = ""
+    if "slow_rank" in row:
+        slow = f" rank {row['slow_rank']} computes {row['slow_by']:.1f} times as long as others"
     return (
         f"{at} loss {row['loss']:.4f} {row['tokens_per_s']:,.0f} tokens/s "
-        f"data wait {row['data_wait_s'] * 1e3:.0f} ms eta {left}"
+        f"data wait {row['data_wait_s'] * 1e3:.0f} ms eta {left}{slow}"
     )
 
 

@@ -5,10 +5,12 @@ import json
 import math
 import mmap
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data_pipeline.counter_rng import evaluation_key
@@ -29,6 +31,7 @@ from scaling.train.objective import Objective
 from scaling.train.report import progress_line, summarise
 from scaling.train.settings import OptimSettings, TrainSettings
 from tests.small_models import PlainModel
+from tests.threaded_ranks import run_threaded
 
 CPU = torch.device("cpu")
 
@@ -257,3 +260,25 @@ def test_equivariance_error_tells_equivariant_from_crooked():
     straight = build("se3_hyena", 1, scalars, channels=2, hidden=2, operators=1)
     assert evaluation(straight, 4).row(1)["equivariance_error"] < 2e-5
     assert evaluation(Crooked(), 4).row(1)["equivariance_error"] > 0.1
+
+
+def rows_of_ranks(group, slow: int | None) -> list[dict]:
+    """Of twelve steps and then two more; one rank computes for 20 ms, others for 4."""
+    meter, rows = StepMeter(CPU), []
+    seconds = 0.02 if dist.get_rank() == slow else 0.004
+    for steps in (11, 1, 2):
+        for _ in range(steps):
+            with meter.step(), timed("projection"):
+                time.sleep(seconds)
+        rows.append(meter.row())
+    return rows
+
+
+def test_a_slow_rank_is_named_after_ten_steps():
+    """The first two of a process do not count."""
+    for rows in run_threaded(rows_of_ranks, 3, 1):
+        assert [row.get("slow_rank") for row in rows] == [None, 1, 1]
+        assert 2 < rows[1]["slow_by"] <= 6
+        assert progress_line(train_row(12) | rows[1], 20).endswith(" times as long as others")
+    for rows in run_threaded(rows_of_ranks, 3, None):
+        assert not any("slow_rank" in row for row in rows)
