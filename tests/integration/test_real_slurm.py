@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parents[2]
 SMALL = ["experiment=recall", "task.held_out_size=2", "model.channels=2", "model.hidden=2",
          "model.operators=1", "train.batch_size=2", "train.micro_batch_size=2", "engine=ddp",
-         "device=cpu", "nodes=2", "tasks_per_node=1", "cpus_per_task=1", "time=3",
+         "device=cpu", "nodes=2", "tasks_per_node=1", "cpus_per_task=1", "time=2",
          "warn_s=60"]  # fmt: skip
 
 
@@ -60,24 +60,24 @@ def log_of(place: Path, job: str) -> str:
 
 
 def test_a_job_reaches_its_limit_is_queued_again_and_finishes(place: Path):
-    job = submitted(place, "train.steps=800", "train.log_every=10", "train.save_every=800")
+    job = submitted(place, "train.steps=2000", "train.log_every=10", "train.save_every=2000")
     wait_for(lambda: "queued again" in log_of(place, job), 300, place)
     saved = status_of(place)
-    assert saved["state"] == "interrupted" and 0 < saved["step"] < 800
+    assert saved["state"] == "interrupted" and 0 < saved["step"] < 2000
     wait_for(lambda: say(place, "squeue", "-h", "-j", job, "-o", "%T") == "PENDING\n", 60, place)
     said = say(place, sys.executable, "-m", "launch", "status")
     assert "preempted" in said and f"job {job} is in the queue" in said
     # Not after SLURM's two minutes, and with time enough for the rest.
     say(place, "scontrol", "update", f"JobId={job}", "StartTime=now", "TimeLimit=60")
-    wait_for(lambda: "finished: not queued again" in log_of(place, job), 400, place)
+    wait_for(lambda: "finished: not queued again" in log_of(place, job), 450, place)
     assert "Restarts=1" in say(place, "scontrol", "show", "job", job)
     ranks = (place / "runs" / "job" / "jobs" / "1" / f"{job}_0.log").read_text()
     for line in (f"interrupted at step {saved['step']}", f"going on after step {saved['step']}",
-                 "finished at step 800"):  # fmt: skip
+                 "finished at step 2000"):  # fmt: skip
         assert line in ranks
     rows = (place / "runs" / "job" / "metrics.jsonl").read_text().splitlines()
     steps = [row["step"] for row in map(json.loads, rows) if row["split"] == "train"]
-    assert steps == list(range(10, 801, 10))
+    assert steps == list(range(10, 2001, 10))
 
 
 def test_a_cancelled_job_saves_and_says_who_ended_it(place: Path):
