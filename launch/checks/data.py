@@ -113,10 +113,10 @@ def reading(job: Job) -> Finding:
     if (lack := job.lacks("ranks", "store")) or job.task is None:
         return lack or not_here("no task")
     from data_pipeline.stream.order import DataSlot
-    from data_pipeline.stream.stream import Stream
     from scaling.parallel.mesh import check_sizes
+    from scaling.train.loop import training_stream
 
-    train, calls = job.config.train, []
+    calls: list[list[Any]] = []
     dp, sp = mesh_sizes(job.config.parallel, job.ranks.world)
     with options_within(job.config, "parallel", "train"):
         check_sizes(dp, sp, job.ranks.world)
@@ -128,16 +128,8 @@ def reading(job: Job) -> Finding:
             return sample(split, items, keys, start, stop)
 
         vars(recorded)["sample"] = record
-        stream = Stream(
-            recorded,
-            "train",
-            batch_size=train.batch_size,
-            micro_batch_size=train.micro_batch_size,
-            seed=train.seed,
-            max_length=train.max_length,
-            bucket_steps=train.bucket_steps or 1,
-            slot=DataSlot(job.ranks.rank // sp, dp, job.ranks.rank % sp, sp),
-        )
+        slot = DataSlot(job.ranks.rank // sp, dp, job.ranks.rank % sp, sp)
+        stream = training_stream(recorded, job.config.train, slot)
     with closing(stream):
         sizes = [len(next(stream)) for _ in range(STEPS)]
     steps = [calls[sum(sizes[:n]) : sum(sizes[: n + 1])] for n in range(STEPS)]

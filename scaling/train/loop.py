@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from data_pipeline.batch import Sample
 from data_pipeline.errors import RunError
+from data_pipeline.stream.order import DataSlot
 from data_pipeline.stream.stream import Stream, check_lengths
 from data_pipeline.tasks.protocol import Task
 from scaling.checkpoint.checkpoint import Checkpoints
@@ -157,16 +158,7 @@ def build_trainer(
 ) -> Trainer:
     """Engine, stream and meter of one rank."""
     check_lengths(task, "validation", train.max_length)  # now, not at the first evaluation
-    stream = Stream(
-        task,
-        "train",
-        batch_size=train.batch_size,
-        micro_batch_size=train.micro_batch_size,
-        seed=train.seed,
-        max_length=train.max_length,
-        bucket_steps=train.bucket_steps or 1,
-        slot=mesh.slot,
-    )
+    stream = training_stream(task, train, mesh.slot)
     objective = Objective.for_run(model, mesh, train, device)
     wrapped = build_engine(
         engine.name,
@@ -180,6 +172,20 @@ def build_trainer(
         deepspeed=engine.deepspeed_config,
     )
     return Trainer(wrapped, objective, stream, task, train, optim, StepMeter(device))
+
+
+def training_stream(task: Task, train: TrainSettings, slot: DataSlot) -> Stream:
+    """What a rank in that place reads, step by step."""
+    return Stream(
+        task,
+        "train",
+        batch_size=train.batch_size,
+        micro_batch_size=train.micro_batch_size,
+        seed=train.seed,
+        max_length=train.max_length,
+        bucket_steps=train.bucket_steps or 1,
+        slot=slot,
+    )
 
 
 def learning_rate(step: int, steps: int, optim: OptimSettings) -> float:
