@@ -272,6 +272,24 @@ def test_a_loss_that_is_not_a_number_stops_every_rank_before_it_spreads(distribu
     assert [row["step"] for row in curve(tmp_path)].count(1) == 1
 
 
+def a_disk_that_is_full(group, folder: Path, sp: int) -> str:
+    """On the first rank, from the first checkpoint on, which is that of step 3."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RunError) as error:
+        patch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "no space left")))
+        train(folder, sp=sp)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("sp", [1, 2, 3, 4, 8])
+def test_a_checkpoint_that_cannot_be_written_ends_every_rank_alike(distributed, tmp_path, sp):
+    errors = distributed(a_disk_that_is_full, sp, tmp_path, sp)
+    assert len(set(errors)) == 1 and "no space left" in errors[0] and "make room" in errors[0]
+    last = max(row["step"] for row in curve(tmp_path))
+    assert 3 <= last < STEPS and saved_step(tmp_path) == 0
+    train(tmp_path)
+    assert [row["step"] for row in curve(tmp_path) if row["split"] == "train"] == [*range(1, 7)]
+
+
 def test_a_gradient_that_is_not_finite_names_the_step(tmp_path):
     def happens(out):
         out.vectors.register_hook(lambda gradient: gradient * float("inf"))

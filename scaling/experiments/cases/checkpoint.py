@@ -11,7 +11,7 @@ import torch
 
 from data_pipeline.stream.stream import Stream
 from scaling.checkpoint.checkpoint import Checkpoints
-from scaling.experiments.cases.train_step import engine_and_step
+from scaling.experiments.cases.train_step import training_step
 from scaling.experiments.experiment import Experiment, Point, row
 from scaling.experiments.options import Count, Selection, StepOptions
 from scaling.experiments.timing import now
@@ -45,7 +45,7 @@ class Checkpoint(StepOptions, Experiment):
 
     def measure(self, point: Point, device: torch.device) -> Iterator[Row]:
         """Steps alone, a save that is waited for, and one that is not, in turn."""
-        engine, step = engine_and_step(self, self.model, point.length, device)
+        step = training_step(self, self.model, point.length, device)
         step()
         times: dict[str, list[float]] = {}
 
@@ -61,17 +61,17 @@ class Checkpoint(StepOptions, Experiment):
                 for _ in range(STEPS):
                     step()
                 began = timed("alone", began)
-                checkpoints.save(2 * number, engine, place, {})
+                checkpoints.save(2 * number, step.engine, place, {})
                 checkpoints.wait()
                 began = timed("waited", began)
-                checkpoints.save(2 * number + 1, engine, place, {})
+                checkpoints.save(2 * number + 1, step.engine, place, {})
                 began = timed("held up", began)
                 for _ in range(STEPS):
                     step()
                 timed("meanwhile", began)
                 checkpoints.wait()
         found = {name: median(some[1:]) for name, some in times.items()}
-        size = sum(p.numel() for p in engine.parameters.values())
+        size = sum(p.numel() for p in step.engine.parameters.values())
         yield row("parameters", size, "")
         yield row(HELD_UP, found["held up"], "s", found["held up"] / found["waited"])
         yield row(SLOWER, found["meanwhile"], "s", found["meanwhile"] / found["alone"])

@@ -31,6 +31,21 @@ REDUCTIONS = {"sum", "lengths"}
 """Operators that exchange by all-reduce; all others by one all-to-all a call."""
 
 
+@dataclass
+class TrainingStep:
+    """Forward, backward and AdamW; all ranks call it together."""
+
+    engine: Engine
+    batch: GeometricBatch
+    weight: int
+    """Of the loss: all tokens of all ranks."""
+
+    def __call__(self) -> None:
+        loss = engine_loss(self.engine(self.batch), self.weight, self.engine.world)
+        self.engine.backward(loss)
+        self.engine.step(1e-3)
+
+
 def training_step(
     options: StepOptions,
     model: Mapping[str, Any],
@@ -39,9 +54,9 @@ def training_step(
     change: Callable[[nn.Module], object] | None = None,
     dp: int = 1,
     settings: EngineSettings | None = None,
-) -> Callable[[], None]:
-    """Forward, backward and AdamW of a new model on a random batch of sequences that all ranks
-    share, or all of a data-parallel rank; they call it together.
+) -> TrainingStep:
+    """That of a new model on a random batch of sequences that all ranks share, or all of a
+    data-parallel rank.
 
     Args:
         model: `name` and options.
@@ -49,19 +64,6 @@ def training_step(
         dp: data-parallel ranks, each with sequences of its own.
         settings: of the engine; None is DDP.
     """
-    return engine_and_step(options, model, length, device, change, dp, settings)[1]
-
-
-def engine_and_step(
-    options: StepOptions,
-    model: Mapping[str, Any],
-    length: int,
-    device: torch.device,
-    change: Callable[[nn.Module], object] | None = None,
-    dp: int = 1,
-    settings: EngineSettings | None = None,
-) -> tuple[Engine, Callable[[], None]]:
-    """`training_step`, and the engine that takes it."""
     torch.manual_seed(options.seed)
     mesh = Mesh(dp, group_size(None) // dp)
     natural = SequenceShard(length, mesh.sequence_group, "contiguous")
@@ -83,12 +85,7 @@ def engine_and_step(
         deepspeed=settings.deepspeed_config,
         environment={},  # how this process was launched does not matter here
     )
-
-    def step() -> None:
-        engine.backward(engine_loss(engine(batch), dp * options.rows * length, engine.world))
-        engine.step(1e-3)
-
-    return engine, step
+    return TrainingStep(engine, batch, dp * options.rows * length)
 
 
 class _MeanSquare(nn.Module):

@@ -225,9 +225,10 @@ def test_ranks_do_not_show(name):
 
     alone = places(None)
     assert all(x.shape == (len(c.sequence), 3, 3) for x, c in zip(alone, chains, strict=True))
-    for rank in run_threaded(places, 4):
-        for x, y in zip(rank, alone, strict=True):
-            np.testing.assert_allclose(x, y, rtol=0, atol=2e-6)
+    for world in (1, 2, 3, 4, 8):
+        for rank in run_threaded(places, world):
+            for x, y in zip(rank, alone, strict=True):
+                np.testing.assert_allclose(x, y, rtol=0, atol=2e-6)
 
 
 def test_processes_share_the_work(exported, files, output, tmp_path):
