@@ -290,6 +290,23 @@ def test_a_checkpoint_that_cannot_be_written_ends_every_rank_alike(distributed, 
     assert [row["step"] for row in curve(tmp_path) if row["split"] == "train"] == [*range(1, 7)]
 
 
+def test_a_run_has_finished_only_when_its_last_checkpoint_is_complete(tmp_path, monkeypatch):
+    """A disk that is full at the last one."""
+    write, saved = torch.save, []
+
+    def save(content: Any, file: Any) -> None:
+        saved.append(file)
+        if len(saved) > 2:  # model and optimiser of step 3 are the first two
+            raise OSError(28, "no space left")
+        write(content, file)
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(RunError, match="no space left"):
+        train(tmp_path)
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "failed"
+    assert saved_step(tmp_path) == 3
+
+
 def test_a_gradient_that_is_not_finite_names_the_step(tmp_path):
     def happens(out):
         out.vectors.register_hook(lambda gradient: gradient * float("inf"))

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from data_pipeline.errors import OptionError, ShapeError
 from scaling.ops.masked_rows import MaskedRows
-from scaling.ops.pairs import PairTerms, SoftmaxTerms, all_pairs
+from scaling.ops.pairs import (
+    CPU_BLOCK,
+    GPU_PAIRS,
+    PairTerms,
+    SoftmaxTerms,
+    all_pairs,
+    block_tokens,
+)
 from scaling.parallel.shard import SequenceShard
 from scaling.parallel.telemetry import measuring
 from tests.threaded_ranks import run_threaded
@@ -187,3 +194,12 @@ def test_what_cannot_be_paired_is_refused():
         all_pairs(Attention(), [x[..., :3]], [x, x], rows)
     with pytest.raises(ShapeError, match="one dtype"):
         all_pairs(Attention(), [x], [x.double(), x], rows)
+
+
+@pytest.mark.parametrize("rows_and_heads", [1, 4, 12, 1000])
+def test_a_block_on_a_gpu_holds_as_many_pairs_as_it_may(rows_and_heads):
+    """Of all rows and heads together, but no fewer than a CPU's."""
+    assert block_tokens("cpu", rows_and_heads) == CPU_BLOCK
+    block = block_tokens("cuda", rows_and_heads)
+    assert (block + 1) ** 2 * rows_and_heads > GPU_PAIRS
+    assert block == CPU_BLOCK or block**2 * rows_and_heads <= GPU_PAIRS

@@ -31,6 +31,7 @@ from scaling.execution import Execution
 from scaling.experiments.cases.plan import Plan
 from scaling.experiments.experiment import Point
 from scaling.models import MODELS, build
+from scaling.ops.pairs import block_tokens
 from scaling.ops.tiles import most_kept_per_token
 from tests.small_models import small_model
 
@@ -98,6 +99,17 @@ def test_more_ranks_hold_less_and_one_exchanges_nothing():
     alone, shared = (sum(memory_by_part(*each).values()) for each in zip(jobs, traces, strict=True))
     assert alone > shared
     assert "exchange" not in step_seconds(jobs[0], traces[0], MACHINES["h100"])
+
+
+def test_pairs_are_computed_in_the_blocks_of_the_device():
+    """An operator on pairs counts once a block; nothing else does."""
+    length, heads = 1 << 14, 2
+    model = build("transformer", 1, 3, channels=4, heads=heads, blocks=1)
+    most = {}
+    for device in ("cpu", "cuda"):
+        trace = trace_step(model, Execution(), length, device=device)
+        most[device] = max(n for (part, _), n in trace.operators.items() if part == "pairs")
+    assert most["cpu"] / most["cuda"] == pytest.approx((block_tokens("cuda", heads) / 256) ** 2)
 
 
 def test_results_of_tiles_that_wait_to_be_joined_lie_on_the_heap():
