@@ -1,6 +1,8 @@
 """Clifford layers against the algebra's multiplication table and its symmetries."""
 
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +24,9 @@ from scaling.algebra.clifford import (
 from scaling.experiments.cases.clifford import ERROR, SPEED, Clifford
 from scaling.experiments.experiment import Point
 from scaling.experiments.naive import clifford_mlp, dense_product
+from tests import processes
+
+ROOT = Path(__file__).parents[3]
 
 BLADES = (0b000, 0b001, 0b010, 0b100, 0b110, 0b101, 0b011, 0b111)
 """Basis blades of the components s, v1..v3, b1..b3, p as bit masks of e1, e2, e3."""
@@ -202,3 +207,15 @@ def test_without_a_final_map_the_output_forgets_the_scale():
     for scale in (0.1, 100.0):
         norms = mlp(embed(scale * f, scale * x)).square().sum(1).sqrt()
         assert torch.allclose(norms.mean(1), torch.ones(2, 5), atol=1e-3)
+
+
+def test_a_compiler_takes_a_clifford_mlp_as_one_graph():
+    """In a process whose functions are not watched: watching them breaks every graph."""
+    script = """
+import torch
+from scaling.algebra.clifford import CliffordMLP
+run = torch.compile(CliffordMLP(3, 4, 3), fullgraph=True, backend="eager")
+run(torch.randn(1, 4, 3, 8)).sum().backward()
+"""
+    ended = processes.run([sys.executable, "-W", "error::UserWarning", "-c", script], cwd=ROOT)
+    assert ended.returncode == 0, ended.stderr[-2000:]
