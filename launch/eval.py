@@ -50,9 +50,6 @@ def sections_of_run(paths: list[str]) -> dict[str, Any]:
         raise ConfigError(f"eval takes one path, the folder of a run, before the first key=value, "
                           f"and not {len(paths)}: python -m launch eval runs/NAME")  # fmt: skip
     run = trained_with(paths[0])
-    for section in ("task", "model", "train"):
-        if not isinstance(run.get(section), dict):
-            raise RunError(f"{paths[0]} is no training run: its config.yaml has no {section}")
     known = EvaluationSettings.__dataclass_fields__
     train = {key: value for key, value in run["train"].items() if key in known}
     kept = {section: run[section] for section in ("task", "model", "execution") if section in run}
@@ -63,11 +60,14 @@ def trained_with(path: str) -> dict[str, Any]:
     """The configuration of the run in a folder, or of the one that a model there comes from.
 
     Raises:
-        RunError: neither is there, or it cannot be read.
+        RunError: neither is there, it cannot be read, or it is no training run's.
     """
-    if is_exported(Path(path)):
-        return read_config(Path(path))["run"]
-    return RunFolder(path).config()
+    exported = is_exported(Path(path))
+    run = read_config(Path(path))["run"] if exported else RunFolder(path).config()
+    for section in ("task", "model", "train"):
+        if not isinstance(run.get(section), dict):
+            raise RunError(f"{path} is no training run: its config.yaml has no {section}")
+    return run
 
 
 def evaluate(config: EvalConfig, device: "torch.device") -> None:

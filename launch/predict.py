@@ -58,9 +58,6 @@ def sections_of_run(paths: list[str]) -> dict[str, Any]:
                           f"before the first key=value, and not {len(paths)}: python -m launch "
                           "predict runs/NAME input=... output=...")  # fmt: skip
     run = trained_with(paths[0])
-    for section in ("task", "model", "train"):
-        if not isinstance(run.get(section), dict):
-            raise RunError(f"{paths[0]} is no training run: its config.yaml has no {section}")
     if (name := run["task"].get("name")) != "denoising":
         raise ConfigError(f"{paths[0]} was trained on task={name}, which moves no atoms: name a "
                           "run on task=denoising")  # fmt: skip
