@@ -1,49 +1,60 @@
 """Checkpoints that know neither the number of ranks nor the engine.
 
-    checkpoints/step-00000100/
-        model.pt                   parameters and buffers by name, whole
-        optimizer.pt               optimiser state by parameter name, whole
-        state.json                 step, data cursor, random state, identity of the run, checksums
-
-While training goes on the first rank writes into `step-N.tmp`; once on disk it is renamed, and
-only then are older ones deleted: a process killed at any moment leaves a complete one. To go on
-every rank reads the newest whole one (the run directory must be visible to all, as the data is).
+Every rank copies and writes the shards that it owns, while training goes on; what a checkpoint is
+on disk stands in files.py. A process killed at any moment leaves a complete one. To go on, every
+rank reads what it needs of the newest whole one (the run directory must be visible to all, as the
+data is): beyond the engine's own state a rank holds the copies of its shards and one tensor.
 
 Random state is one for all ranks: whatever is random for a token is a function of the token.
 """
 
 import base64
-import json
+import math
 import shutil
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.disk import sync, write_atomically
-from data_pipeline.errors import LongfoldError, RunError
+from data_pipeline.errors import RunError
 from data_pipeline.stream.stream import Stream
-from scaling.engine.base import Engine, on_cpu
+from scaling.checkpoint.files import (
+    MODEL,
+    OPTIMIZER,
+    begin,
+    check_shapes,
+    complete,
+    naming,
+    newest_whole,
+    note_of,
+    publish,
+    shapes_of,
+    step_of,
+    write_shards,
+)
+from scaling.engine.base import Engine
+from scaling.engine.shards import PARAMETER, Shards, shard_of
 from scaling.models.pretrained import read_pretrained
-from scaling.parallel.collectives import first_rank_gives, first_rank_says
+from scaling.parallel.collectives import (
+    every_rank_says,
+    first_rank_gives,
+    first_rank_says,
+    group_rank,
+    group_size,
+)
 
-Shapes = dict[str, tuple[int, ...]]
-"""Name -> shape of a whole tensor."""
-
-FORMAT = 1
-FILES = ("model.pt", "optimizer.pt")
 OBJECTIVE = "model."
 """Before the names of a model's tensors, as the trained objective holds it."""
-DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
-"""What reading a file that is not as it was written can raise."""
+POLL_S = 0.05
+"""Between two looks of the first rank for the others' files."""
+CLOSE_S = 10.0
+"""How long a run that ends waits for files that other ranks may be writing."""
 
 
 @dataclass
@@ -59,45 +70,68 @@ class Checkpoints:
     """Of steps, as far as they are known."""
 
     def __post_init__(self) -> None:
-        self._writing: Future[None] | None = None  # on the first rank
+        self._writing: Future[None] | None = None  # this rank's files
+        self._publishing: Future[None] | None = None  # on the first rank
+        self._deadline = math.inf
 
     def save(self, step: int, engine: Engine, stream: Stream, identity: dict[str, Any]) -> None:
-        """Copies the state of all ranks, and begins to write it; the one before is complete on
+        """Copies each rank's shards, and begins to write them; the checkpoint before is complete on
         return. Collective.
 
         Raises:
-            RunError: the one before could not be written.
+            RunError: the one before could not be written, or this one cannot be begun.
         """
         self.wait()
-        parameters, optimizer = engine.state()
-        buffers = {name: on_cpu(value) for name, value in _buffers(engine).items()}
+        rank, ranks = group_rank(engine.group), group_size(engine.group)
+        buffers = _buffers(engine)
+        shards: Shards = engine.state()
+        shards |= {name: {PARAMETER: shard_of(x, rank, ranks)} for name, x in buffers.items()}
         state = {
-            "format": FORMAT,
             "step": step,
             "stream": stream.state_dict(),
             "random": _random_state(),
             "identity": identity,
+            "shapes": engine.shapes | shapes_of(buffers),
         }
-        first_rank_says(lambda: self._begin(step, parameters | buffers, optimizer, state))
+        temporary = first_rank_says(partial(begin, self.folder, step))
+        self._deadline = math.inf
+        writer = ThreadPoolExecutor(1, "checkpoint")
+        self._writing = writer.submit(write_shards, temporary, rank, shards)
+        if rank == 0:
+            own = self._writing
+            self._publishing = writer.submit(self._publish, own, temporary, ranks, state)
+        writer.shutdown(wait=False)
 
     @property
     def failed(self) -> bool:
         """Whether what this rank was writing could not be written; `wait` says why."""
-        writing = self._writing
-        return writing is not None and writing.done() and writing.exception() is not None
+        return any(
+            each is not None and each.done() and each.exception() is not None
+            for each in (self._writing, self._publishing)
+        )
 
     def wait(self) -> None:
         """Until what was saved last is complete. Collective.
 
         Raises:
-            RunError: it could not be written.
+            RunError: a rank could not write.
         """
-        first_rank_says(self._end)
+        writing, self._writing = self._writing, None
+        publishing, self._publishing = self._publishing, None
+        if writing is not None:
+            try:
+                every_rank_says(writing.result)
+            except BaseException:
+                self._deadline = 0.0
+                raise
+            first_rank_says(lambda: publishing and publishing.result())
 
     def close(self) -> None:
         """Lets this rank end what it is writing; whether that succeeds is not said."""
-        if self._writing is not None:
-            self._writing.exception()
+        self._deadline = min(self._deadline, time.monotonic() + CLOSE_S)
+        for each in (self._writing, self._publishing):
+            if each is not None:
+                each.exception()
 
     def load(self, engine: Engine, stream: Stream) -> tuple[int, str]:
         """Goes on from the newest whole checkpoint, if there is one. Collective.
@@ -108,56 +142,39 @@ class Checkpoints:
         Raises:
             RunError: all are damaged, or it belongs to another model or other data.
         """
-        folder, damage = first_rank_says(lambda: _newest_whole(self.folder, *FILES)[:2])
-        if folder is None:
+        paths = first_rank_says(partial(complete, self.folder))
+        ranks = {"rank": group_rank(engine.group), "ranks": group_size(engine.group)}
+        path, damage, state, saved = newest_whole(
+            paths, MODEL, OPTIMIZER, **ranks, ask=every_rank_says
+        )
+        if path is None:
             return 0, ""
-        with _naming(folder):
-            state, (model, optimizer) = _read(folder, *FILES)
-        mine = engine.shapes | _shapes(_buffers(engine))
+        buffers = _buffers(engine)
         fix = "use the model options that wrote it, or another name=..."
-        _check_shapes(folder, mine, model, fix)
-        engine.load_state(model, optimizer)
-        for name, buffer in _buffers(engine).items():
-            buffer.copy_(model[name])
-        with _naming(folder):
+        check_shapes(path, engine.shapes | shapes_of(buffers), state["shapes"], fix)
+        engine.load_state(saved)
+        for name, buffer in buffers.items():
+            buffer.copy_(saved.read(name, PARAMETER).view(buffer.shape))
+        with naming(path):
             stream.load_state_dict(state["stream"])
             _set_random_state(state["random"])
         return state["step"], damage
 
-    def _begin(self, *content: Any) -> None:
-        writer = ThreadPoolExecutor(1, "checkpoint")
-        self._writing = writer.submit(self._write, *content)
-        writer.shutdown(wait=False)
-
-    def _end(self) -> None:
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.result()
-
-    def _write(self, step: int, model: Any, optimizer: Any, state: dict[str, Any]) -> None:
-        self.folder.mkdir(exist_ok=True)
-        for leftover in self.folder.glob("*.tmp"):  # of a killed process
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        target = self.folder / _name(step)
-        temporary = target.with_suffix(".tmp")
-        temporary.mkdir()
-        checksums = {}
-        for name, content in zip(FILES, (model, optimizer), strict=True):
-            with (temporary / name).open("wb") as file:
-                torch.save(content, file)
-            sync(temporary / name)
-            checksums[name] = _checksum(temporary / name)
-        write_atomically(
-            temporary / "state.json", json.dumps(state | {"checksums": checksums}, indent=1)
-        )
-        if target.exists():  # damaged: training went on from an older one
-            shutil.rmtree(target)
-        temporary.rename(target)
-        sync(self.folder)
-        *older, _ = _complete(self.folder)
+    def _publish(
+        self, own: Future[None], temporary: Path, ranks: int, state: dict[str, Any]
+    ) -> None:
+        """Makes the checkpoint complete when all ranks have written, and removes older ones."""
+        own.result()
+        for rank in range(ranks):
+            while not note_of(temporary, rank).exists():
+                if time.monotonic() > self._deadline:
+                    raise RunError(f"rank {rank} did not write its part of {temporary}")
+                time.sleep(POLL_S)
+        publish(temporary, ranks, state)
+        *older, _ = complete(self.folder)
         loss = self.losses()
-        evaluated = [path for path in older if _step(path) in loss]
-        best = sorted(evaluated, key=lambda path: loss[_step(path)])[: self.keep_best]
+        evaluated = [path for path in older if step_of(path) in loss]
+        best = sorted(evaluated, key=lambda path: loss[step_of(path)])[: self.keep_best]
         for old in older[: len(older) + 1 - self.keep_last]:
             if old not in best:
                 shutil.rmtree(old)
@@ -179,18 +196,19 @@ def load_model(folder: Path, model: nn.Module, digest: str | None, fix: str) -> 
     """
 
     def read() -> tuple[int, str]:
-        path, damage, state, saved = _newest_whole(folder, "model.pt")
+        path, damage, state, saved = newest_whole(complete(folder), MODEL)
         if path is None:
             raise RunError(f"{folder.parent} has no checkpoint yet: a run that trains saves one "
                            "every train.save_every steps")  # fmt: skip
-        with _naming(path):
+        with naming(path):
             trained_on = state["stream"]["digest"]
-        if digest not in (None, trained_on):
-            raise RunError(f"{path} was trained on other data than the task's store holds now: "
-                           "restore it, or choose data by store=...")  # fmt: skip
-        weights = {name.removeprefix(OBJECTIVE): x for name, x in saved[0].items()}
-        _check_shapes(path, _shapes(model.state_dict()), weights, fix)
-        model.load_state_dict(weights)
+        _check_digest(path, trained_on, digest)
+        shapes = {name.removeprefix(OBJECTIVE): shape for name, shape in state["shapes"].items()}
+        mine = model.state_dict()
+        check_shapes(path, shapes_of(mine), shapes, fix)
+        for saved_as in state["shapes"]:
+            tensor = mine[saved_as.removeprefix(OBJECTIVE)]
+            tensor.copy_(saved.read(saved_as, PARAMETER).view(tensor.shape))
         return state["step"], damage
 
     answer = first_rank_says(read)
@@ -203,10 +221,8 @@ def load_exported(folder: Path, model: nn.Module, digest: str | None, fix: str) 
 
     def read() -> int:
         saved = read_pretrained(folder)
-        if digest not in (None, saved.config["digest"]):
-            raise RunError(f"{folder} was trained on other data than the task's store holds now: "
-                           "restore it, or choose data by store=...")  # fmt: skip
-        _check_shapes(folder, _shapes(model.state_dict()), saved.weights, fix)
+        _check_digest(folder, saved.config["digest"], digest)
+        check_shapes(folder, shapes_of(model.state_dict()), shapes_of(saved.weights), fix)
         model.load_state_dict(saved.weights)
         return saved.config["step"]
 
@@ -215,51 +231,10 @@ def load_exported(folder: Path, model: nn.Module, digest: str | None, fix: str) 
     return step
 
 
-def _complete(folder: Path) -> list[Path]:
-    """The complete checkpoints, the oldest first."""
-    return sorted(path for path in folder.glob("step-" + 8 * "[0-9]") if path.is_dir())
-
-
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
-
-
-def _newest_whole(
-    folder: Path, *names: str
-) -> tuple[Path | None, str, dict[str, Any], list[dict[str, Any]]]:
-    """The newest checkpoint whose state and files of these names are whole, None if there is no
-    checkpoint at all; what is wrong with newer ones; state and files.
-
-    Raises:
-        RunError: all are damaged.
-    """
-    damage = ""
-    for path in reversed(_complete(folder)):
-        try:
-            return path, damage, *_read(path, *names)
-        except DAMAGE as error:
-            damage = damage or f"{path} is damaged ({_reason(error)})"
-    if damage:
-        raise RunError(f"{damage}, and so is every older one: remove {folder.parent} and train "
-                       "again")  # fmt: skip
-    return None, "", {}, []
-
-
-@contextmanager
-def _naming(folder: Path) -> Iterator[None]:
-    """What goes wrong while a checkpoint is read, as one line that names it and the way out."""
-    try:
-        yield
-    except LongfoldError:  # says more itself
-        raise
-    except DAMAGE as error:
-        raise RunError(
-            f"{folder} is damaged ({_reason(error)}); remove it to go on from an older one"
-        ) from error
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+def _check_digest(source: Path, trained_on: str, digest: str | None) -> None:
+    if digest not in (None, trained_on):
+        raise RunError(f"{source} was trained on other data than the task's store holds now: "
+                       "restore it, or choose data by store=...")  # fmt: skip
 
 
 def _buffers(engine: Engine) -> dict[str, Tensor]:
@@ -285,41 +260,3 @@ def _set_random_state(state: dict[str, str]) -> None:
     torch.set_rng_state(tensors["cpu"])
     if "cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["cuda"])
-
-
-def _read(folder: Path, *names: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """State, and what some files hold."""
-    state = json.loads((folder / "state.json").read_text())
-    if state["format"] != FORMAT:
-        raise RunError(f"{folder} has format {state['format']}, this program reads {FORMAT}")
-    if _name(state["step"]) != folder.name:
-        raise ValueError(f"state.json is of step {state['step']}")
-    for name in names:
-        if _checksum(folder / name) != state["checksums"][name]:
-            raise ValueError(f"the checksum of {name} is wrong")
-    load = partial(torch.load, map_location="cpu", weights_only=True, mmap=True)
-    return state, [load(folder / name) for name in names]
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> Shapes:
-    return {name: tuple(x.shape) for name, x in tensors.items()}
-
-
-def _check_shapes(folder: Path, mine: Shapes, saved: Mapping[str, Tensor], fix: str) -> None:
-    """Raises RunError, with the way out, if the checkpoint is of other tensors than `mine`."""
-    theirs = _shapes(saved)
-    wrong = sorted(n for n in mine.keys() | theirs.keys() if mine.get(n) != theirs.get(n))
-    if wrong:
-        raise RunError(
-            f"{folder} holds another model: {wrong[0]} has the shape {theirs.get(wrong[0])} there "
-            f"and {mine.get(wrong[0])} here ({len(wrong)} tensors differ); {fix}"
-        )
-
-
-def _checksum(path: Path) -> int:
-    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
-        return zlib.crc32(content)
-
-
-def _name(step: int) -> str:
-    return f"step-{step:08d}"

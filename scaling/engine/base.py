@@ -9,12 +9,11 @@
 Every engine averages gradients over all its ranks, sequence ranks included, and divides by nothing
 else: see loss.py for the loss that makes this the gradient of the objective. A parameter that a
 step leaves unused has a zero gradient, with every engine. DeepSpeed is told nothing of sequence
-parallelism. `state` and `load_state` speak of whole tensors by parameter name, so that any engine
-reads what any other wrote.
+parallelism. `state` gives what a rank owns in shards by parameter name, so that any engine on any
+number of ranks reads what any other wrote.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -22,10 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from scaling.parallel.collectives import Group, group_size
-
-OptimizerState = dict[str, dict[str, Tensor]]
-"""Parameter name -> state name -> whole tensor (scalars, as Adam's step, have no axes)."""
+from scaling.engine.shards import PARAMETER, SavedState, Shards, shard_of
+from scaling.parallel.collectives import Group, group_rank, group_size
 
 
 class Engine(ABC):
@@ -61,27 +58,34 @@ class Engine(ABC):
         """Clips, moves the parameters, forgets the gradients. Returns the global gradient norm
         before clipping; if that is not finite, nothing has moved."""
 
-    def state(self) -> tuple[dict[str, Tensor], OptimizerState]:
-        """Parameters and optimiser state, whole, on the CPU; meaningful on the group's first rank.
-        Collective."""
-        optimizer = {
-            name: {key: on_cpu(value) for key, value in self.optimizer.state[parameter].items()}
-            for name, parameter in self.parameters.items()
-            if self.optimizer.state.get(parameter)
-        }
-        return {name: on_cpu(p) for name, p in self.parameters.items()}, optimizer
-
-    def load_state(self, parameters: Mapping[str, Tensor], optimizer: OptimizerState) -> None:
-        """Takes over what `state` gave, on every rank. Collective."""
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(parameters[name])
-        for name, state in optimizer.items():
-            device = self.parameters[name].device  # but Adam keeps its step on the CPU
-            self.optimizer.state[self.parameters[name]] = {
-                key: value.to(device if value.ndim else "cpu", copy=True)
-                for key, value in state.items()
+    def state(self) -> Shards:
+        """Copies of this rank's shards of parameters and optimiser state, on the CPU: an equal part
+        of every tensor, where all ranks have it whole."""
+        rank = group_rank(self.group)
+        return {
+            name: {
+                kind: shard_of(value, rank, self.world)
+                for kind, value in {PARAMETER: p, **self.optimizer.state.get(p, {})}.items()
             }
+            for name, p in self.parameters.items()
+        }
+
+    def load_state(self, saved: SavedState) -> None:
+        """Takes over what all ranks of a run gave by `state`. Collective."""
+        for name, parameter in self.parameters.items():
+            with torch.no_grad():
+                parameter.copy_(saved.read(name, PARAMETER).view(self.shapes[name]))
+            if kinds := saved.kinds(name):
+                self.optimizer.state[parameter] = {
+                    kind: self._like(parameter, saved.read(name, kind)) for kind in kinds
+                }
+
+    @staticmethod
+    def _like(parameter: Tensor, values: Tensor) -> Tensor:
+        """A copy where the optimiser wants it: Adam keeps its step, without axes, on the CPU."""
+        if not values.ndim:
+            return values.clone()
+        return values.view(parameter.shape).to(parameter.device, copy=True)
 
     def _clip_gradients(self, clipping: float) -> Tensor:
         """Scales gradients to a global norm of at most `clipping` (0: leaves them); the norm
@@ -141,8 +145,3 @@ class _Touch(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return grads[0], *(None for _ in range(ctx.count))
-
-
-def on_cpu(x: Tensor) -> Tensor:
-    """A copy that later steps do not change."""
-    return x.detach().to("cpu", copy=True)

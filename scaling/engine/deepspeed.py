@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from data_pipeline.errors import ConfigError
-from scaling.engine.base import Engine, OptimizerState, on_cpu
+from scaling.engine.base import Engine
+from scaling.engine.shards import PARAMETER, SavedState, Shard, Shards, on_cpu, shard_of
 from scaling.parallel.collectives import Group, group_rank
 
 
@@ -45,6 +46,11 @@ class DeepSpeedEngine(Engine):
             model=module, optimizer=optimizer, config=config, dist_init_required=False
         )[0]
         self._wrapped = self._deepspeed.optimizer
+        if getattr(self._wrapped, "swap_optimizer", False):
+            raise ConfigError(
+                "zero_optimization.offload_optimizer.device = 'nvme': checkpoints cannot be made "
+                "of what lies there; say 'cpu'"
+            )
         # Under ZeRO the client optimizer lives on inside, over this rank's flat partitions.
         self.optimizer = self._wrapped.optimizer if self.stage else self._wrapped
 
@@ -71,53 +77,61 @@ class DeepSpeedEngine(Engine):
             self._deepspeed.step()
         return norm.item()
 
-    def state(self) -> tuple[dict[str, Tensor], OptimizerState]:
+    def state(self) -> Shards:
         if self.stage == 0:
             return super().state()
-        from deepspeed.utils import safe_get_full_optimizer_state
-
-        # Without any: no step yet, or an optimiser without memory.
-        kinds = next((state for state in self.optimizer.state.values() if state), {})
-        scalars = {key: on_cpu(value) for key, value in kinds.items() if value.ndim == 0}
-        parameters, optimizer = {}, {}
+        shards: Shards = {}
         for name, parameter in self.parameters.items():
-            # Gathering is collective; only the first rank keeps what it gathered.
-            with self._gathered(parameter):
-                value = on_cpu(parameter)
-            state = {}
-            for key in sorted(kinds.keys() - scalars.keys()) if parameter.requires_grad else ():
-                state[key] = safe_get_full_optimizer_state(parameter, key)
-            if group_rank(self.group) == 0:
-                parameters[name] = value
-                optimizer[name] = {key: on_cpu(x) for key, x in state.items()} | scalars
-        return parameters, optimizer if kinds else {}
+            if not parameter.requires_grad:
+                with self._gathered(parameter):
+                    own = shard_of(parameter, group_rank(self.group), self.world)
+                shards[name] = {PARAMETER: own}
+            elif place := self._place(parameter):
+                start, flat, part = place
+                kinds = {PARAMETER: flat, **self.optimizer.state.get(flat, {})}
+                shards[name] = {
+                    kind: Shard(start, on_cpu(x[part] if x.ndim else x))
+                    for kind, x in kinds.items()
+                    if x.ndim or start == 0  # else another rank gives it
+                }
+        return shards
 
-    def load_state(self, parameters: Mapping[str, Tensor], optimizer: OptimizerState) -> None:
+    def load_state(self, saved: SavedState) -> None:
         if self.stage == 0:
-            super().load_state(parameters, optimizer)
+            super().load_state(saved)
             return
-        kinds = next(iter(optimizer.values()), {})
-        flats = (
-            self._wrapped.fp32_partitioned_groups_flat
-            if self.stage == 3
-            else self._wrapped.single_partition_of_fp32_groups
-        )
-        for flat in flats:
-            self.optimizer.state[flat] = {k: x.clone() for k, x in kinds.items() if x.ndim == 0}
-        for key in (key for key, value in kinds.items() if value.ndim):
-            # By way of the parameters: DeepSpeed cuts these, whatever their size.
-            self._set_parameters({name: state[key] for name, state in optimizer.items()})
-            for flat in flats:
-                self.optimizer.state[flat][key] = flat.detach().clone()
-        self._set_parameters(parameters)
-        if optimizer and self.stage < 3:
-            self._wrapped._lazy_init_hp_params_optimizer_state()  # names the parts of the flats
-
-    def _set_parameters(self, values: Mapping[str, Tensor]) -> None:
-        for name, value in values.items():
-            with self._gathered(self.parameters[name], modifier_rank=0), torch.no_grad():
-                self.parameters[name].copy_(value)
+        for name, parameter in self.parameters.items():
+            with self._gathered(parameter, modifier_rank=0), torch.no_grad():
+                if self.stage < 3 or group_rank(self.group) == 0:
+                    parameter.copy_(saved.read(name, PARAMETER).view(self.shapes[name]))
         self._wrapped.refresh_fp32_params()  # the optimiser's flat copy follows the parameters
+        for name, parameter in self.parameters.items():
+            kinds = saved.kinds(name)
+            if kinds and (place := self._place(parameter)):
+                start, flat, part = place
+                state = self.optimizer.state[flat]
+                for kind in kinds:
+                    values = saved.read(name, kind, start, start + part.stop - part.start)
+                    if values.ndim:
+                        state.setdefault(kind, torch.zeros_like(flat))[part] = values
+                    else:
+                        state[kind] = values.clone()
+
+    def _place(self, parameter: Any) -> tuple[int, Tensor, slice] | None:
+        """Where in a trained parameter the elements begin that this rank owns; the flat tensor that
+        ZeRO keeps them in, in float32, and their place there. None if it owns none."""
+        if self.stage == 3:
+            group, offset, size = self._wrapped.grad_position[parameter.ds_id]
+            start = size * group_rank(self.group)
+            length = min(size, parameter.ds_numel - start)  # the last part is padded
+            flat = self._wrapped.fp32_partitioned_groups_flat[group]
+            return (start, flat, slice(offset, offset + length)) if length > 0 else None
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return None
+        flat = self._wrapped.single_partition_of_fp32_groups[mapping.param_group_index]
+        offset, length = mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
+        return mapping.lp_fragment_address.start, flat, slice(offset, offset + length)
 
     def _gathered(
         self, parameter: nn.Parameter, modifier_rank: int | None = None

@@ -181,16 +181,34 @@ def first_rank_gives(tensors: Iterable[Tensor]) -> None:
 
 def first_rank_says(function: Callable[[], Any]) -> Any:
     """Calls it on the first rank; every rank gets its result, or its error. Collective."""
-    answer: list[Any] = [None, None]
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        try:
-            answer[0] = function()
-        except LongfoldError as error:
-            answer[1] = error
-        except OSError as error:  # a full disk must not leave the others waiting
-            answer[1] = RunError(f"cannot write to the run directory: {error}; make room and rerun")
+    answer = [_answer(function) if group_rank(None) == 0 else None]
     if dist.is_initialized():
         dist.broadcast_object_list(answer, src=0)
-    if answer[1] is not None:
-        raise answer[1]
-    return answer[0]
+    return _results(answer)[0]
+
+
+def every_rank_says(function: Callable[[], Any]) -> list[Any]:
+    """Calls it on every rank; each gets the results of all, or the first error. Collective."""
+    answers: list[Any] = [_answer(function)]
+    if dist.is_initialized():
+        answers, own = [None] * group_size(None), answers[0]
+        dist.all_gather_object(answers, own)
+    return _results(answers)
+
+
+def _answer(function: Callable[[], Any]) -> tuple[Any, LongfoldError | None]:
+    """A result or an error; a full disk must not leave the other ranks waiting."""
+    try:
+        return function(), None
+    except LongfoldError as error:
+        return None, error
+    except OSError as error:
+        fix = f"cannot write to the run directory: {error}; make room and rerun"
+        return None, RunError(fix)
+
+
+def _results(answers: list[Any]) -> list[Any]:
+    for _, error in answers:
+        if error is not None:
+            raise error
+    return [result for result, _ in answers]

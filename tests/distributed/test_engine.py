@@ -22,7 +22,9 @@ from data_pipeline.errors import ConfigError, RunError
 from scaling.engine.base import Engine
 from scaling.engine.build import build_engine, deepspeed_config
 from scaling.engine.loss import engine_loss
+from scaling.engine.shards import PARAMETER, SavedState, Shards
 from scaling.parallel.collectives import all_reduce_sum, global_sums
+from tests.states import whole_parameters, whole_state
 
 ROWS, FEATURES, TOKENS = 8, 5, 13
 RATE = 0.2
@@ -148,9 +150,8 @@ def compare_trajectories(
         )
         norms = train(engine, share, range(20), dtype, accumulation)
         expected, expected_norms = one_process(range(20), dtype, "sgd", clipping)
-        values, _ = engine.state()
-        if dist.get_rank(group) == 0:
-            assert relative(values, expected) <= tolerance, (name, zero_stage, accumulation)
+        values = whole_parameters(engine)
+        assert relative(values, expected) <= tolerance, (name, zero_stage, accumulation)
         assert torch.allclose(torch.tensor(norms), torch.tensor(expected_norms), rtol=1e-5)
 
 
@@ -190,16 +191,33 @@ def test_deepspeed_hands_its_state_over(deepspeed_worlds, world):
     expected, _ = one_process(range(6), torch.float32, "adamw", 0.0)
     given = state_of_one_process(range(3))
     for stage in STAGES[world]:
-        (values, optimizer), *_ = deepspeed_worlds[world](hand_state_over, world, stage, given)
+        shards = deepspeed_worlds[world](hand_state_over, world, stage, given)
+        state = SavedState(shards)
+        check_shards(shards, state, given)
         engine = one_process_engine()
-        engine.load_state(values, optimizer)
-        again, optimizer_again = engine.state()
-        assert relative(again, values) == 0
-        for name, state in optimizer.items():
-            for key, value in state.items():
-                assert torch.equal(optimizer_again[name][key], value)
+        engine.load_state(state)
+        again = whole_state(engine)
+        for name in state.names():
+            for kind in [PARAMETER, *state.kinds(name)]:
+                assert torch.equal(again.read(name, kind), state.read(name, kind)), (name, kind)
         train_alone(engine, range(3, 6))
-        assert relative(engine.state()[0], expected) <= 1e-5, stage
+        assert relative(whole_parameters(engine), expected) <= 1e-5, stage
+
+
+def check_shards(shards: list[Shards], state: SavedState, one_process: SavedState) -> None:
+    """Every element of one process's state is there once, and no rank has more than its part of
+    the elements, one tensor's worth aside."""
+    assert set(state.names()) == set(one_process.names())
+    total, largest = 0, 0
+    for name in state.names():
+        assert set(state.kinds(name)) == set(one_process.kinds(name))
+        for kind in [PARAMETER, *state.kinds(name)]:
+            assert state.numel(name, kind) == one_process.numel(name, kind), (name, kind)
+            total += state.numel(name, kind)
+            largest = max(largest, state.numel(name, kind))
+    for each in shards:
+        own = sum(x.values.numel() for kinds in each.values() for x in kinds.values())
+        assert own <= total / len(shards) + largest
 
 
 @contextmanager
@@ -239,10 +257,10 @@ def train_alone(engine: Engine, steps: range) -> None:
         engine.step(RATE)
 
 
-def state_of_one_process(steps: range):
+def state_of_one_process(steps: range) -> SavedState:
     engine = one_process_engine()
     train_alone(engine, steps)
-    return engine.state()
+    return whole_state(engine)
 
 
 def test_a_rank_without_weight_keeps_the_graph_and_no_weight_at_all_is_an_error():
@@ -256,10 +274,10 @@ def test_a_rank_without_weight_keeps_the_graph_and_no_weight_at_all_is_an_error(
 
 def test_a_gradient_that_is_not_finite_moves_nothing():
     engine = one_process_engine()
-    before, _ = engine.state()
+    before = whole_parameters(engine)
     engine.backward(engine.parameters["gain"].sum() * float("inf"))
     assert engine.step(RATE) == float("inf")
-    assert relative(engine.state()[0], before) == 0
+    assert relative(whole_parameters(engine), before) == 0
 
 
 OURS = {
@@ -332,8 +350,8 @@ def test_engines_that_cannot_work_say_so(name, precision, environment, said):
         )
 
 
-def hand_state_over(_group, stage: int, given) -> Any:
-    """The state after three steps; and three steps more from the given state of one process."""
+def hand_state_over(_group, stage: int, given: SavedState) -> Shards:
+    """This rank's shards after three steps; and three steps more from one process's state."""
     share = Share(dist.get_world_size() // 2, 2)
 
     def fresh() -> Engine:
@@ -352,14 +370,14 @@ def hand_state_over(_group, stage: int, given) -> Any:
 
     with silent():
         engine = fresh()
-        assert engine.state()[1] == {}  # before the first step there is nothing to remember
+        before = engine.state()  # before the first step there is nothing to remember
+        assert {kind for own in before.values() for kind in own} <= {PARAMETER}
         train(engine, share, range(3), torch.float32, 1)
         state = engine.state()
         engine = fresh()
-        engine.load_state(*given)
+        engine.load_state(given)
         train(engine, share, range(3, 6), torch.float32, 1)
-        values, _ = engine.state()
-    if dist.get_rank() == 0:
-        expected, _ = one_process(range(6), torch.float32, "adamw", 0.0)
-        assert relative(values, expected) <= 1e-5, stage
+        values = whole_parameters(engine)
+    expected, _ = one_process(range(6), torch.float32, "adamw", 0.0)
+    assert relative(values, expected) <= 1e-5, stage
     return state

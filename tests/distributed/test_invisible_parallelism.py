@@ -20,6 +20,7 @@ from scaling.parallel.shard import SequenceShard
 from scaling.train.objective import Objective
 from tests.distributed.test_engine import relative, silent
 from tests.small_models import small_batch, small_model
+from tests.states import whole_parameters
 
 LENGTHS = [13, 5, 9, 1, 12, 13, 7, 2]
 STEPS, RATE = 20, 0.02
@@ -85,7 +86,7 @@ def on_a_mesh(mesh: Mesh, name: str, engine_name: Any, stage: int, dtype: torch.
             local_sum, *_ = engine(*objective.enter(part))
             engine.backward(engine_loss(local_sum, weight, engine.world))
         engine.step(RATE)
-    return {key.removeprefix("model."): value for key, value in engine.state()[0].items()}
+    return {key.removeprefix("model."): value for key, value in whole_parameters(engine).items()}
 
 
 def error(_group, name: str, engine_name: str, stage: int, dtype: torch.dtype) -> float:

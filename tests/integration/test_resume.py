@@ -28,6 +28,7 @@ from scaling.train.report import claimed_together
 from scaling.train.settings import EngineSettings, OptimSettings, TrainSettings
 from scaling.train.stop import SAME_REQUEST_S
 from tests import processes
+from tests.states import saved_tensors
 
 STEPS = 6
 CPU = torch.device("cpu")
@@ -92,15 +93,6 @@ def curve(folder: Path) -> list[dict]:
     return [{name: row[name] for name in names if name in row} for row in rows]
 
 
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    last = folder / "checkpoints" / f"step-{STEPS:08d}"
-    model = torch.load(last / "model.pt", weights_only=True)
-    optimizer = torch.load(last / "optimizer.pt", weights_only=True)
-    return model | {
-        f"{name}/{key}": x for name, state in optimizer.items() for key, x in state.items()
-    }
-
-
 def assert_same(run: Path, straight: Path, tolerance: float) -> None:
     """Every step is there once, and curve, parameters and optimiser state are the straight run's;
     tolerance 0 means bitwise."""
@@ -111,7 +103,8 @@ def assert_same(run: Path, straight: Path, tolerance: float) -> None:
     for mine, other in zip(ours, theirs, strict=True):
         for name in mine.keys() & {"loss", "grad_norm", "lr", "tokens"}:
             assert mine[name] == pytest.approx(other[name], rel=tolerance, abs=0)
-    mine, other = tensors(run), tensors(straight)
+    mine, other = (saved_tensors(folder / "checkpoints" / f"step-{STEPS:08d}")
+                   for folder in (run, straight))  # fmt: skip
     assert mine.keys() == other.keys()
     floor = 1e-3 * max(x.float().norm() for x in other.values())
     for name, x in other.items():
@@ -272,17 +265,22 @@ def test_a_loss_that_is_not_a_number_stops_every_rank_before_it_spreads(distribu
     assert [row["step"] for row in curve(tmp_path)].count(1) == 1
 
 
-def a_disk_that_is_full(group, folder: Path, dp: int, sp: int) -> str:
-    """On the first rank, from the first checkpoint on, which is that of step 3."""
+def a_disk_that_is_full(group, folder: Path, dp: int, sp: int, full: int) -> str:
+    """Of one rank, from the first checkpoint on, which is that of step 3."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RunError) as error:
-        patch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "no space left")))
+        if dist.get_rank() == full:
+            patch.setattr(
+                torch, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "no space left"))
+            )
         train(folder, dp=dp, sp=sp)
     return str(error.value)
 
 
-@pytest.mark.parametrize(("dp", "sp"), [(1, 8), (2, 4), (4, 2)])
-def test_a_checkpoint_that_cannot_be_written_ends_every_rank_alike(distributed, tmp_path, dp, sp):
-    errors = distributed(a_disk_that_is_full, 8, tmp_path, dp, sp)
+@pytest.mark.parametrize(("dp", "sp", "full"), [(1, 8, 0), (2, 4, 3), (4, 2, 7)])
+def test_a_checkpoint_that_cannot_be_written_ends_every_rank_alike(
+    distributed, tmp_path, dp, sp, full
+):
+    errors = distributed(a_disk_that_is_full, 8, tmp_path, dp, sp, full)
     assert len(set(errors)) == 1 and "no space left" in errors[0] and "make room" in errors[0]
     last = max(row["step"] for row in curve(tmp_path))
     assert 3 <= last < STEPS and saved_step(tmp_path) == 0

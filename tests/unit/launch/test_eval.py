@@ -184,9 +184,9 @@ def damage(file: Path) -> None:
 
 def test_a_damaged_checkpoint_is_said_and_the_one_before_it_serves(copy: Path, capsys):
     last = copy / "checkpoints" / "step-00000004"
-    damage(last / "optimizer.pt")  # which no evaluation needs
+    damage(last / "optimizer-00000.pt")  # which no evaluation needs
     assert evaluate(copy)["step"] == 4
-    damage(last / "model.pt")
+    damage(last / "model-00000.pt")
     capsys.readouterr()
     assert evaluate(copy)["step"] == 2
     first = capsys.readouterr().out.splitlines()[0]

@@ -13,8 +13,10 @@ from data_pipeline.errors import ConfigError, RunError
 from data_pipeline.tasks.registry import build_task
 from launch import eval as evaluation
 from launch import export, train
+from scaling.engine.shards import PARAMETER
 from scaling.models import from_pretrained
 from scaling.runs.rows import Row, of_split, read_rows
+from tests.states import saved_tensors
 
 RECALL = ["experiment=recall", "task.held_out_size=5", "model.channels=2", "model.hidden=4",
           "model.operators=1", "train.batch_size=4", "train.micro_batch_size=2", "train.steps=2",
@@ -42,10 +44,11 @@ def evaluate(folder: Path, *overrides: str) -> Row:
 
 
 def test_the_model_is_the_runs_and_needs_no_engine(run: Path, exported: Path, tmp_path: Path):
-    saved = torch.load(run / "checkpoints/step-00000002/model.pt", weights_only=True)
+    saved = saved_tensors(run / "checkpoints" / "step-00000002")
     state = from_pretrained(exported).state_dict()
-    assert saved.keys() == {f"model.{name}" for name in state}
-    assert all(torch.equal(saved[f"model.{name}"], x) for name, x in state.items())
+    names = {name: f"model.{name}/{PARAMETER}" for name in state}
+    assert {name for name in saved if name.endswith(PARAMETER)} == set(names.values())
+    assert all(torch.equal(saved[names[name]], x.flatten()) for name, x in state.items())
     script = (
         "import sys; from scaling.models import from_pretrained\n"
         f"model = from_pretrained({str(exported)!r})\n"

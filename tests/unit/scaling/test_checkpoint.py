@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import zlib
 from itertools import pairwise
 from pathlib import Path
 from threading import Event
@@ -14,6 +15,7 @@ from data_pipeline.errors import RunError
 from data_pipeline.stream.stream import Stream
 from scaling.checkpoint.checkpoint import Checkpoints
 from scaling.engine.build import build_engine
+from scaling.engine.shards import PARAMETER, SavedState, shard_of
 from scaling.train.loop import learning_rate, optimizer_maker
 from scaling.train.settings import OptimSettings
 
@@ -52,8 +54,8 @@ def advance(engine, stream) -> None:
 
 
 def everything(engine, stream) -> dict[str, torch.Tensor]:
-    _, optimizer = engine.state()
-    state = {f"{name}/{key}": x for name, each in optimizer.items() for key, x in each.items()}
+    state = {f"{name}/{kind}": x.values for name, own in engine.state().items()
+             for kind, x in own.items()}  # fmt: skip
     return {**state, **engine.module.state_dict(), "cursor": torch.tensor(stream.cursor)}
 
 
@@ -112,7 +114,7 @@ def test_killed_at_any_moment_of_saving_the_one_before_is_read(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
-@pytest.mark.parametrize("name", ["model.pt", "optimizer.pt", "state.json"])
+@pytest.mark.parametrize("name", ["model-00000.pt", "optimizer-00000.pt", "state.json"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, name, damage):
     state, checkpoints = make(), Checkpoints(tmp_path, keep_last=2)
     for step in (1, 2):
@@ -132,8 +134,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, name
     shutil.rmtree(tmp_path / "step-00000002")
     assert checkpoints.load(*state) == (1, "")
     later = tmp_path / "step-00000001" / "state.json"
-    later.write_text(later.read_text().replace('"format": 1', '"format": 9'))
-    with pytest.raises(RunError, match="step-00000001 has format 9, this program reads 1"):
+    later.write_text(later.read_text().replace('"format": 2', '"format": 9'))
+    with pytest.raises(RunError, match="step-00000001 has format 9, this program reads 1 to 2"):
         checkpoints.load(*state)
 
 
@@ -185,12 +187,22 @@ def test_another_model_is_refused(tmp_path):
 def test_a_full_disk_is_an_error_of_ours(tmp_path):
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
     checkpoints, state = Checkpoints(tmp_path / "checkpoints"), make()
-    checkpoints.save(1, *state, identity={})
-    checkpoints.close()
-    assert checkpoints.failed
     with pytest.raises(RunError, match="cannot write"):
+        checkpoints.save(1, *state, identity={})
+
+
+def test_a_write_that_fails_is_said_by_the_next_save(tmp_path, monkeypatch):
+    checkpoints, state = Checkpoints(tmp_path), make()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "no space")))
+        checkpoints.save(1, *state, identity={})
+        checkpoints.close()
+    assert checkpoints.failed
+    with pytest.raises(RunError, match=r"no space.*make room"):
         checkpoints.save(2, *state, identity={})
     assert not checkpoints.failed
+    save(checkpoints, 2, state)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
@@ -212,6 +224,45 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
         assert torch.equal(x, before[name]), name
         changed = everything(*state)[name]
         assert "num_batches" in name or not torch.equal(x, changed), name
+
+
+def test_a_checkpoint_of_the_first_format_is_read(tmp_path):
+    """One file of whole tensors of each kind, and no shapes."""
+    first, checkpoints = make(), Checkpoints(tmp_path)
+    advance(*first)
+    save(checkpoints, 1, first)
+    folder = tmp_path / "step-00000001"
+    whole = first[0].module.state_dict()
+    kept = {name: dict(first[0].optimizer.state[p]) for name, p in first[0].parameters.items()}
+    for name, content in (("model", whole), ("optimizer", kept)):
+        (folder / f"{name}-00000.pt").unlink()
+        torch.save(content, folder / f"{name}.pt")
+    state = json.loads((folder / "state.json").read_text())
+    del state["shapes"]
+    state["format"] = 1
+    state["checksums"] = {
+        name: zlib.crc32((folder / name).read_bytes()) for name in ("model.pt", "optimizer.pt")
+    }
+    (folder / "state.json").write_text(json.dumps(state))
+    second = make()
+    assert checkpoints.load(*second) == (1, "")
+    for name, value in everything(*first).items():
+        assert torch.equal(value, everything(*second)[name]), name
+    (folder / "optimizer.pt").write_bytes(b"no more")
+    with pytest.raises(RunError, match=r"checksum of optimizer\.pt is wrong"):
+        checkpoints.load(*second)
+
+
+def test_a_state_with_a_shard_missing_or_there_twice_is_refused():
+    x = torch.arange(10.0)
+    shards = [{"x": {PARAMETER: shard_of(x, rank, 3)}} for rank in range(3)]
+    state = SavedState(shards)
+    assert state.numel("x", PARAMETER) == 10 and torch.equal(state.read("x", PARAMETER), x)
+    assert torch.equal(state.read("x", PARAMETER, 2, 7), x[2:7])
+    assert state.read("x", PARAMETER, 4, 6).data_ptr() == shards[1]["x"][PARAMETER][1][1].data_ptr()
+    for wrong in (shards[1:], [shards[0], *shards], [shards[0], shards[2]]):
+        with pytest.raises(ValueError, match=r"x \(parameter\) has a shard at"):
+            SavedState(wrong).numel("x", PARAMETER)
 
 
 def test_the_best_are_kept_besides_the_newest(tmp_path):
