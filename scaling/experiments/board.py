@@ -1,4 +1,4 @@
-"""TensorBoard of a sweep: its figures as images, its lines as scalars over N, ranks or FLOP."""
+"""A sweep shown: its figure, and TensorBoard with the same as images and lines as scalars."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from scaling.observe.sinks import Summary, TensorBoardSink, about_folder, pages
 from scaling.runs.folder import RunFolder
 from scaling.runs.rows import Row
 
-FITS = "fits.json"
+FITS, FIGURE = "fits.json", "figure.png"
 DPI = 150
 
 
@@ -41,8 +41,10 @@ def read_fits(folder: Path) -> list[Fit]:
 
 
 def write_board(run: RunFolder) -> None:
-    """Writes the folder's tensorboard/ anew, from its rows and fits."""
+    """Writes the folder's figure.png and tensorboard/ anew, from its rows and fits."""
     shown = charts(run.rows(), read_fits(run.path))
+    if shown:
+        draw(*shown).savefig(run.path / FIGURE, dpi=DPI)
     layout = {"scaling": {f"{each.name}: {each.y}": [f"{each.name}/.*"] for each in shown}}
     images = [_image(f"scaling/{each.name}", draw(each)) for each in shown]
     sink = TensorBoardSink(run.tensorboard)

@@ -95,7 +95,11 @@ def charts(rows: Sequence[Row], fits: Sequence[Fit] = ()) -> list[Chart]:
         Chart("loss against compute", "training compute, FLOP", "validation loss",
               _by_compute(trained), fits=_fitted(fits, "loss", "train_flops")),
     ]  # fmt: skip
-    return [chart for chart in made if any(_measured(line) for line in chart.lines)]
+    for least in (2, 1):  # a chart of points alone says little beside one of lines
+        if shown := [each for each in made
+                     if any(len(_measured(line)) >= least for line in each.lines)]:  # fmt: skip
+            return shown
+    return []
 
 
 def _measured(line: Line) -> list[Spot]:

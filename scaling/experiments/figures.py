@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator
@@ -24,10 +24,17 @@ def sweep_figures(rows: Sequence[Row], fits: Sequence[Fit] = ()) -> dict[str, Fi
     return {chart.name: draw(chart) for chart in charts(rows, fits)}
 
 
-def draw(chart: Chart) -> Figure:
-    """Both axes logarithmic. Colours and markers tell models apart, line styles their settings;
-    hollow points have more ranks than cores."""
-    figure = Figure(figsize=(4.8, 4.4), layout="constrained")
+def draw(*charts: Chart) -> Figure:
+    """Charts side by side. All axes logarithmic. Colours and markers tell models apart, line styles
+    their settings; hollow points have more ranks than cores."""
+    figure = Figure(figsize=(4.8 * len(charts), 4.4), layout="constrained")
+    places = figure.subfigures(1, len(charts), squeeze=False).flat
+    for chart, place in zip(charts, places, strict=True):
+        _draw(chart, place)
+    return figure
+
+
+def _draw(chart: Chart, figure: SubFigure) -> None:
     axes = figure.subplots()
     styles = styles_of([line.model for line in chart.lines])
     legend: dict[str, Any] = {}
@@ -52,7 +59,6 @@ def draw(chart: Chart) -> Figure:
     columns = 1 if max(map(len, legend)) > 30 else 2
     figure.legend([*legend.values()], [*legend], loc="outside lower center", fontsize=8,
                   handlelength=3, ncols=columns, frameon=False)  # fmt: skip
-    return figure
 
 
 def _across(chart: Chart, spots: Sequence[Spot]) -> tuple[list[float], list[float]]:

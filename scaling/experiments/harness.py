@@ -2,7 +2,8 @@
 
 points/<name>/      what a point's processes were told, found and said
 rows.csv            all rows        summary.md      the table, what it was measured on and how
-figure.png          the concluded rows over N     tensorboard/     of a sweep: its scaling figures
+figure.png          a bench: the concluded rows over N; a sweep: what it says about scaling
+tensorboard/        of a sweep: the same
 """
 
 import shlex
@@ -14,7 +15,7 @@ from typing import Any
 
 from data_pipeline.disk import locked
 from data_pipeline.errors import RunError
-from scaling.experiments.board import write_board
+from scaling.experiments.board import FIGURE, write_board
 from scaling.experiments.experiment import Experiment, Point
 from scaling.experiments.figures import draw
 from scaling.experiments.options import Running
@@ -26,7 +27,7 @@ from scaling.runs.folder import RunFolder, RunWriter, claimed
 from scaling.runs.identity import Identity
 from scaling.runs.rows import Row
 
-TABLE, SUMMARY, FIGURE = "rows.csv", "summary.md", "figure.png"
+TABLE, SUMMARY = "rows.csv", "summary.md"
 
 
 Measure = Callable[[Point, Path], tuple[str, list[Row]]]
@@ -165,14 +166,16 @@ def _present(
     text = "\n\n".join(filter(None, [table(concluded, experiment.goals), remarks, missing]))
     run.write(SUMMARY, f"`{environment['command']}`\n\n{text}\n\n{_circumstances(environment)}\n")
     with run.writing():
-        if chart := experiment.chart(concluded):
+        if experiment.independent:
+            write_board(run)
+        elif chart := experiment.chart(concluded):
             draw(chart).savefig(run.path / FIGURE, dpi=150)
         else:
             plot(concluded, run.path / FIGURE, run.path.name, missing)
-        if experiment.independent:
-            write_board(run)
     print("", text, "", f"numbers   {run.path / TABLE}", sep="\n")
-    print(f"table     {run.path / SUMMARY}\nfigure    {run.path / FIGURE}")
+    print(f"table     {run.path / SUMMARY}")
+    if (run.path / FIGURE).exists():  # runs without an evaluation have nothing to draw
+        print(f"figure    {run.path / FIGURE}")
     if experiment.independent:
         print(f"curves    {tensorboard_command(run.path.parent)}")
 

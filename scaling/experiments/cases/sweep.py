@@ -117,7 +117,12 @@ class Sweep(SweepOptions, Experiment):
         ]
         more = list(_efficiencies(medians)) if self.kind == "step" else []
         what = f"One training step of {self.model['name']}, {self.rows} sequence(s)."
-        return found + more, what if self.kind == "step" else f"Runs of {' '.join(self.train)}."
+        if self.kind == "train":
+            what = f"Runs of {' '.join(self.train)}."
+        if crowded := sorted({each["ranks"] for each in rows if each.get("oversubscribed")}):
+            counts = " and ".join(map(str, crowded))
+            what += f" {counts} ranks were more than cores: they say nothing about a cluster."
+        return found + more, what
 
 
 def _measured_peak() -> float | None:

@@ -70,7 +70,7 @@ def test_a_failed_or_endless_cell_is_a_gap_in_its_line():
     assert [np.isnan(each.get_ydata()).tolist() for each in drawn] == [
         [False, True, False, True, False]
     ]
-    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    labels = [text.get_text() for text in figure.subfigs[0].legends[0].get_texts()]
     assert "nothing measured" in labels
 
 
@@ -88,7 +88,9 @@ def test_more_ranks_than_cores_are_hollow():
     figure = draw(chart("strong scaling", known_rows()))
     hollow = [each for each in figure.axes[0].lines if each.get_markerfacecolor() == "none"]
     assert [np.asarray(each.get_xdata()).tolist() for each in hollow] == [[4], [4]]
-    assert "more ranks than cores" in [t.get_text() for t in figure.legends[0].get_texts()]
+    assert "more ranks than cores" in [
+        t.get_text() for t in figure.subfigs[0].legends[0].get_texts()
+    ]
 
 
 def test_the_memory_frontier_is_read_from_memory_to_length():
@@ -106,7 +108,7 @@ def test_fits_are_drawn_with_interval_and_the_scale_held_out():
     (fit,) = length.fits  # the refused one has no curve
     assert fit.held_out and fit.held_out[:4] == (2**15, 0.33, 0.3, 0.4)
     figure = draw(length)
-    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    labels = [text.get_text() for text in figure.subfigs[0].legends[0].get_texts()]
     assert {"fit, 95 % interval", "predicted without that scale"} <= set(labels)
     broken = known_fits()
     broken[0]["curve"][3]["value"] = math.nan
