@@ -7,6 +7,7 @@ grid, such as model.hidden or seed, are columns of their own.
 COLUMNS = {  # name: unit, meaning
     "point": ("", "names the cell and the repeat"),
     "status": ("", "ok, or why the row holds nothing else"),
+    "took_s": ("s", "the point as a whole, from the start of its processes"),
     "kind": ("", "step: some steps on random input; train: a whole run"),
     "hardware": ("", "cores and processor, or GPUs"),
     "versions": ("", "of torch and Longfold"),

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 from data_pipeline.disk import locked
@@ -109,15 +110,17 @@ def _measure_once(
             print(f"{title}: measured before, kept", flush=True)
             return True
         print(f"{title} ...", end=" ", flush=True)
+        began = perf_counter()
         try:
             with run.writing():
                 status, rows = measure(point, place)
         except BaseException:
             with claim():
                 raise  # there its folder says so
-        print(status, flush=True)
+        took = perf_counter() - began
+        print(f"{status}, {took:.0f} s", flush=True)
         rows = [point.labels | row for row in rows or [{}]]
-        rows[-1]["status"] = status
+        rows[-1] |= {"status": status, "took_s": took}
         with claim() as writer:
             writer.append(*rows)
     return True
@@ -163,7 +166,8 @@ def _present(
     """Table, figure and where they are, written and printed."""
     concluded, remarks = experiment.conclude([row for row in rows if row["point"] not in failed])
     missing = "\n".join(f"- Not measured: {point}: {why}." for point, why in failed.items())
-    text = "\n\n".join(filter(None, [table(concluded, experiment.goals), remarks, missing]))
+    took = f"Its points took {sum(row.get('took_s', 0.0) for row in rows) / 60:.1f} minutes."
+    text = "\n\n".join(filter(None, [table(concluded, experiment.goals), remarks, missing, took]))
     run.write(SUMMARY, f"`{environment['command']}`\n\n{text}\n\n{_circumstances(environment)}\n")
     with run.writing():
         if experiment.independent:
