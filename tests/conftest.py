@@ -137,5 +137,12 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def without_annotations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes are not checked, where one case after the other runs the same code: that would take
+    half of the time."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
 def pytest_configure() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu" if not torch.cuda.is_available() else "cuda")

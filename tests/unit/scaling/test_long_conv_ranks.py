@@ -4,7 +4,6 @@ are threads; what they send, and that they never wait for a device."""
 from random import Random
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 import torch.distributed as dist
@@ -52,12 +51,6 @@ def check(world: int, cases: list[Case]) -> None:
     for errors in run_threaded(errors_of, world, cases):
         for error, case in zip(errors, cases, strict=True):
             assert error <= TOLERANCE[case.dtype], f"{error} on {world} ranks: {case}"
-
-
-@pytest.fixture
-def without_annotations(monkeypatch):
-    """They are checked at every other test's calls; here that would take most of the time."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.mark.parametrize("world, cases", list(enumerate((12, 190, 120, 75, 45, 25, 20, 15), 1)))
