@@ -112,10 +112,10 @@ class DeepSpeedEngine(Engine):
                 state = self.optimizer.state[flat]
                 for kind in kinds:
                     values = saved.read(name, kind, start, start + part.stop - part.start)
+                    if kind not in state:
+                        state[kind] = torch.zeros_like(flat) if values.ndim else values.clone()
                     if values.ndim:
-                        state.setdefault(kind, torch.zeros_like(flat))[part] = values
-                    else:
-                        state[kind] = values.clone()
+                        state[kind][part] = values
 
     def _place(self, parameter: Any) -> tuple[int, Tensor, slice] | None:
         """Where in a trained parameter the elements begin that this rank owns; the flat tensor that
