@@ -32,6 +32,9 @@ class DeepSpeedEngine(Engine):
         _quieten_deepspeed()
         import deepspeed  # slow: only who chooses it pays
 
+        logger = logging.getLogger("DeepSpeed")  # every rank's would print
+        logger.handlers.clear()
+        logger.propagate = True
         # Its all-reduce in shared memory serves inference alone, and would first be compiled.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
