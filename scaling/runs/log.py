@@ -40,6 +40,7 @@ class RankLog:
         self._early = MemoryHandler(capacity=1000, flushLevel=sys.maxsize)
         self._screen = logging.StreamHandler()
         self._screen.setLevel(logging.WARNING)
+        self._screen.addFilter(lambda record: record.name != __name__)  # who ends says it once
         self._handlers = [self._early, self._screen][: 2 if rank == 0 else 1]
 
     def __enter__(self) -> "RankLog":

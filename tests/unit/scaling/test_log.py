@@ -49,17 +49,20 @@ def test_a_rank_writes_what_it_hears_and_the_first_one_shows_warnings(tmp_path, 
     )  # fmt: skip
 
 
-def test_an_error_is_there_with_its_traceback_and_is_told_where(tmp_path):
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_is_there_with_its_traceback_and_is_told_where(tmp_path, rank, capfd):
+    """The screen gets it from whoever ends the process."""
     with (
         pytest.raises(RuntimeError, match="boom") as error,
-        RankLog(1) as mine,
+        RankLog(rank) as mine,
         mine.written_to(RunFolder(tmp_path), "cpu"),
     ):
         raise RuntimeError("boom")
-    last = records(tmp_path, 1)[-1]
+    assert not capfd.readouterr().err
+    last = records(tmp_path, rank)[-1]
     assert last["level"] == "CRITICAL" and last["traceback"].endswith("RuntimeError: boom\n")
     assert "written_to" in last["traceback"]
-    assert error.value.__notes__ == [f"this rank's log is {tmp_path}/logs/rank-00001.jsonl"]
+    assert error.value.__notes__ == [f"this rank's log is {tmp_path}/logs/rank-0000{rank}.jsonl"]
 
 
 def test_without_a_folder_warnings_of_other_ranks_are_shown(capfd):
