@@ -33,11 +33,12 @@ help:
 
 install: $(VENV)/installed
 
-# A mistake in ARGS is found by one process, with one line. Port 0: a free one, so that two jobs on
-# one machine do not collide. Threads: all cores, shared by the ranks.
+# A mistake in ARGS is found by one process, with one line; without ARGS, and with a store, nothing
+# stands before the launch. Port 0: a free one, so that two jobs on one machine do not collide.
+# Threads: all cores, shared by the ranks.
 train: install
-	@$(BIN)/python -m launch train --cfg $(ARGS) > /dev/null
-	@$(BIN)/python -m launch prepare
+	@$(if $(ARGS),$(BIN)/python -m launch train --cfg $(ARGS) > /dev/null)
+	@test -e stores/bundled || $(BIN)/python -m launch prepare
 	$(ON_CPU) OMP_NUM_THREADS=$(THREADS) $(BIN)/accelerate launch \
 	  --config_file $(ACCELERATE_CONFIG) --num_processes $(NPROC) --main_process_port 0 \
 	  -m launch.train $(ARGS)

@@ -18,6 +18,7 @@ from launch.config.compose import command_line
 from launch.config.settings import Config, EvalConfig, PredictConfig, mesh_sizes
 from launch.ranks.discovery import Ranks, discover, require_ranks
 from launch.ranks.process import Unheard, choose_device, process_group, run_command, share_cores
+from scaling.runs.log import RankLog
 from scaling.train.stop import launcher_chain
 
 if TYPE_CHECKING:
@@ -33,8 +34,9 @@ def main(arguments: list[str]) -> None:
     ranks = discover()
     share_cores(ranks)  # the check of names is the first to import torch
     config, _ = command_line([*accelerate_overrides(), *arguments], "train", Config)
-    with on_ranks(ranks, config, needed=config.engine.name == "deepspeed") as device:
-        train(config, device)
+    needed = config.engine.name == "deepspeed"
+    with RankLog(ranks.rank) as log, on_ranks(ranks, config, needed) as device:
+        train(config, device, log)
 
 
 @contextlib.contextmanager
@@ -52,7 +54,7 @@ def on_ranks(
         yield device
 
 
-def train(config: Config, device: "torch.device") -> None:
+def train(config: Config, device: "torch.device", log: RankLog) -> None:
     """Build task, mesh and model, and fit; inside the process group, where there is one."""
     import torch
 
@@ -87,6 +89,7 @@ def train(config: Config, device: "torch.device") -> None:
     folder = Path(config.runs) / config.name
     with (
         claimed_together(folder, identity, dataclasses.asdict(config)) as run,
+        log.written_to(run, f"{device.type}, one of {group_size(None)} rank(s)"),
         options_within(config, "train", "optim", "engine", "parallel", "model"),
     ):
         fit(model, task, mesh, config.train, config.optim, config.engine, run, device)

@@ -4,7 +4,7 @@ Every test is marked by its folder: unit, equivariance, distributed, integration
 what a test needs: `gpu`, `slurm` (a running SLURM), `browser` (Chromium), `mmseqs`, `mpirun` (Open
 MPI and MPICH), `root`, `nodes` (root and what makes network namespaces), `package("name")` (an
 optional Python package; a test with the parameter `name=` of a model that needs one has it
-unmarked). `slow` tests run only where they are asked for: make test ARGS="-m slow".
+unmarked). `slow` and `soak` tests run only where they are asked for: make test ARGS="-m slow".
 """
 
 import os
@@ -21,7 +21,7 @@ import torch
 TESTS = Path(__file__).parent
 MPIRUNS = ("mpirun.openmpi", "mpirun.mpich")
 MODEL_PACKAGES = {"equiformer": "e3nn"}
-SLOW = "slow: make test ARGS='-m slow' runs it"
+ASKED_FOR = ("slow", "soak")
 _left_out: defaultdict[str, list[str]] = defaultdict(list)
 
 
@@ -61,8 +61,9 @@ def _why_no_nodes() -> str | None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     reasons = missing()
-    if "slow" not in str(config.getoption("markexpr")):
-        reasons["slow"] = SLOW
+    for mark in ASKED_FOR:
+        if mark not in str(config.getoption("markexpr")):
+            reasons[mark] = f"{mark}: make test ARGS='-m {mark}' runs it"
     runs = []
     for item in items:
         item.add_marker(item.path.relative_to(TESTS).parts[0])

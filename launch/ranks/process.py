@@ -129,7 +129,8 @@ def run_command(command: Callable[[list[str]], None], arguments: list[str]) -> i
         code = 1
     except Exception as error:
         said = _lack_of_memory(error) or lost_rank(error)
-        code, text = 1, said or traceback.format_exc().rstrip()
+        notes = getattr(error, "__notes__", ())
+        code, text = 1, "; ".join([said, *notes]) if said else traceback.format_exc().rstrip()
     return _leave(code, text)
 
 

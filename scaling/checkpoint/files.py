@@ -11,8 +11,10 @@ whole tensors of each kind (model.pt, optimizer.pt), and is read as shards that 
 """
 
 import json
+import logging
 import math
 import shutil
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +28,8 @@ from torch import Tensor
 from data_pipeline.disk import sync, write_atomically
 from data_pipeline.errors import LongfoldError, RunError
 from scaling.engine.shards import PARAMETER, SavedState, Shards
+
+_log = logging.getLogger(__name__)
 
 Shapes = dict[str, tuple[int, ...]]
 """Name -> shape of a whole tensor."""
@@ -58,7 +62,7 @@ def begin(folder: Path, step: int) -> Path:
 
 def write_shards(temporary: Path, rank: int, shards: Shards) -> None:
     """A rank's files, and last of all a note with their checksums."""
-    checksums = {}
+    began, size, checksums = time.monotonic(), 0, {}
     for kind in (MODEL, OPTIMIZER):
         content = {
             name: {k: tuple(x) for k, x in own.items() if (k == PARAMETER) == (kind == MODEL)}
@@ -69,7 +73,10 @@ def write_shards(temporary: Path, rank: int, shards: Shards) -> None:
             torch.save(content, file)
         sync(path)
         checksums[path.name] = _checksum(path)
+        size += path.stat().st_size
     write_atomically(note_of(temporary, rank), json.dumps(checksums))
+    seconds = time.monotonic() - began
+    _log.info("%s: wrote this rank's part, %d bytes in %.3f s", temporary, size, seconds)
 
 
 def note_of(temporary: Path, rank: int) -> Path:
@@ -90,6 +97,7 @@ def publish(temporary: Path, ranks: int, state: Mapping[str, Any]) -> Path:
         shutil.rmtree(target)
     temporary.rename(target)
     sync(target.parent)
+    _log.info("%s is complete", target)
     return target
 
 

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from data_pipeline.errors import ConfigError
 from scaling.engine.base import DistributedDataParallelEngine, Engine
+from scaling.engine.late import import_dynamo_late
 from scaling.parallel.collectives import Group, group_size
 
 # DeepSpeed believes every rank to be data-parallel: its own switches for sequence parallelism
@@ -78,6 +79,7 @@ def build_engine(
         ConfigError: a combination that cannot work, or a launcher that was told otherwise.
     """
     check_launcher(name, precision, environment)
+    import_dynamo_late()
     optimizer = make_optimizer(module.parameters())
     if name == "ddp":
         return DistributedDataParallelEngine(module, optimizer, gradient_clipping, group)

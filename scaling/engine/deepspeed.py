@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -29,12 +30,7 @@ class DeepSpeedEngine(Engine):
                 "DeepSpeed needs torch.distributed and all of its ranks; start by torchrun, "
                 "accelerate launch, deepspeed or srun, or say engine=ddp"
             )
-        _quieten_deepspeed()
-        import deepspeed  # slow: only who chooses it pays
-
-        # Its all-reduce in shared memory serves inference alone, and would first be compiled.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
+        deepspeed = _import_deepspeed()
         self.stage: int = config["zero_optimization"]["stage"]
         for part in module.modules() if self.stage == 3 else ():
             if getattr(part, "gathers_whole", False):
@@ -151,14 +147,29 @@ def _ask_for_a_gradient(_part: nn.Module, given: tuple[Any, ...]) -> tuple[Any, 
     return (first if first.requires_grad else first.detach().requires_grad_(), *others)
 
 
-def _quieten_deepspeed() -> None:
-    """Silences what DeepSpeed says in any case: that it does not know torch's SGD (our tests do),
-    that stage 3 does not look into a GeometricBatch (modules that own parameters pass tensors),
-    and that it calls collectives by names which PyTorch has replaced."""
+def _import_deepspeed() -> Any:
+    """Only who chooses it pays, and compiles nothing: operators of its own serve inference or are
+    optimisers (which of them could be built here it would ask a compiler, on every rank), and of
+    its optimiser Muon, which is not used, it compiles the functions while it imports them."""
+    import deepspeed
+    from deepspeed.runtime import compiler
+
+    deepspeed.ops.__compatible_ops__ = {}
+    with patch.object(compiler, "compile", lambda: compiler.dummy_decorator):
+        import deepspeed.runtime.zero.muon.original_muon
+    _quieten(logging.getLogger("DeepSpeed"))
+    return deepspeed
+
+
+def _quieten(logger: logging.Logger) -> None:
+    """DeepSpeed speaks through the program's log, and does not say what it says in any case: that
+    it does not know torch's SGD (our tests do), that stage 3 does not look into a GeometricBatch
+    (modules that own parameters pass tensors), and that it calls collectives by names which PyTorch
+    has replaced."""
     known = ("untested optimizer", "unknown inputs or outputs type")
-    logging.getLogger("DeepSpeed").addFilter(
-        lambda record: not any(text in record.getMessage() for text in known)
-    )
+    logger.addFilter(lambda record: not any(text in record.getMessage() for text in known))
+    logger.handlers.clear()
+    logger.propagate = True
     warnings.filterwarnings(
         "ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning
     )

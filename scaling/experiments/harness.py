@@ -22,9 +22,8 @@ from scaling.experiments.figures import draw
 from scaling.experiments.options import Running
 from scaling.experiments.views import as_csv, plot, table
 from scaling.observe.memory import hardware
-from scaling.observe.sinks import tensorboard_command
 from scaling.runs.environment import describe_environment
-from scaling.runs.folder import RunFolder, RunWriter, claimed
+from scaling.runs.folder import RunFolder, RunWriter, claimed, tensorboard_command
 from scaling.runs.identity import Identity
 from scaling.runs.rows import Row
 

@@ -14,6 +14,7 @@ from scaling.experiments.cases.neighbours import NeighbourSearch
 from scaling.experiments.cases.network import Network
 from scaling.experiments.cases.plan import Plan
 from scaling.experiments.cases.scaling import Scaling
+from scaling.experiments.cases.startup import Startup
 from scaling.experiments.cases.sweep import Sweep
 from scaling.experiments.cases.train_step import TrainStep
 from scaling.experiments.experiment import Experiment
@@ -33,6 +34,7 @@ BENCHES: dict[str, type[Experiment]] = {
     "network": Network,
     "plan": Plan,
     "scaling": Scaling,
+    "startup": Startup,
     "train_step": TrainStep,
 }
 """Those of `python -m launch bench`."""

@@ -1,7 +1,5 @@
 """TensorBoard: a view of the rows in metrics.jsonl, with what the folder says about the run."""
 
-import os
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -43,12 +41,6 @@ PAGES = {
     },
 }
 """Of a run's custom scalars: page -> chart -> tags."""
-
-
-def tensorboard_command(folder: Path) -> str:
-    """What to type to see the curves of the runs in `folder`, under their names, whether or not
-    the environment is activated."""
-    return f"{os.path.relpath(Path(sys.executable).with_name('tensorboard'))} --logdir {folder}"
 
 
 def about_run(run: RunFolder) -> list[Summary]:

@@ -7,7 +7,7 @@ import shlex
 import socket
 import subprocess
 import sys
-from importlib.metadata import distributions
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,9 @@ PACKAGES = ("longfold", "torch", "deepspeed", "accelerate", "zarr", "numpy", "hy
 
 def describe_environment(**further: Any) -> dict[str, Any]:
     """Command, versions, machine and commit; what only torch knows is handed in."""
-    installed = {each.name: each.version for each in distributions()}
     return {
         "command": shlex.join([sys.executable, *sys.argv]),
-        "versions": {name: installed.get(name) for name in PACKAGES},
+        "versions": {name: _version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "host": socket.gethostname(),
@@ -28,6 +27,13 @@ def describe_environment(**further: Any) -> dict[str, Any]:
         **further,
         "git": git_commit(),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _cpu() -> str:

@@ -7,6 +7,7 @@ status.json         state (running, finished, failed, interrupted), step, proces
 metrics.jsonl       rows: see rows.py                   tensorboard/    a view of them
 checkpoints/        see checkpoint/checkpoint.py        profile/        see observe/profile.py
 evaluations.jsonl   rows that `eval` adds, also while the run goes on
+logs/               a file a rank: see log.py
 jobs/               of SLURM, counted from 1: script, configuration, program, logs, job.json
 STOP                put there by a person: save, stop, and remove it
 Experiments have points/ (what their processes were told and said) and tables instead of the latter.
@@ -15,6 +16,7 @@ Experiments have points/ (what their processes were told and said) and tables in
 import json
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -40,6 +42,8 @@ class RunFolder:
         self.tensorboard = self.path / "tensorboard"
         self.stop_file = self.path / "STOP"
         self._rows_file = self.path / "metrics.jsonl"
+        self.step = 0
+        """How far the run is, as far as this process knows."""
 
     def config(self) -> dict[str, Any]:
         """The whole configuration of the latest start.
@@ -103,6 +107,12 @@ class RunFolder:
         return content
 
 
+def tensorboard_command(folder: Path) -> str:
+    """What to type to see the curves of the runs in `folder`, under their names, whether or not
+    the environment is activated."""
+    return f"{os.path.relpath(Path(sys.executable).with_name('tensorboard'))} --logdir {folder}"
+
+
 def add_evaluation(run: RunFolder, row: Row) -> Path:
     """Adds a row, with the time, to the file of evaluations that came after training, which no
     lock guards: the run itself may be going on. The file.
@@ -122,9 +132,6 @@ def add_evaluation(run: RunFolder, row: Row) -> Path:
 
 class RunWriter(RunFolder):
     """The one process that writes; see `claimed`."""
-
-    step = 0
-    """How far the run is."""
 
     def append(self, *rows: Row) -> list[Row]:
         """Adds rows, with the time; they are on disk when it returns."""

@@ -1,5 +1,6 @@
 """Everything a run tells, in one place: rows, TensorBoard, progress, status, summary."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
@@ -11,12 +12,13 @@ from typing import Any
 from data_pipeline.tasks.protocol import Task
 from scaling.observe.memory import hardware
 from scaling.observe.metrics import TIME_SHARES
-from scaling.observe.sinks import TensorBoardSink, about_run, tensorboard_command
 from scaling.parallel.collectives import first_rank_says
 from scaling.runs.environment import describe_environment
-from scaling.runs.folder import RunFolder, RunWriter, claimed
+from scaling.runs.folder import RunFolder, RunWriter, claimed, tensorboard_command
 from scaling.runs.identity import Identity
 from scaling.runs.rows import Row, of_split
+
+_log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -24,11 +26,14 @@ def claimed_together(
     path: Path, identity: Identity, config: Mapping[str, Any]
 ) -> Iterator[RunFolder]:
     """The folder, claimed by the first rank for all; a refusal is everybody's. Collective."""
-    environment = describe_environment(**hardware())
     with ExitStack() as stack:
         runs: list[RunFolder] = []
-        claim = claimed(path, identity, config, environment)
-        first_rank_says(lambda: runs.append(stack.enter_context(claim)))
+
+        def claim() -> None:
+            environment = describe_environment(**hardware())
+            runs.append(stack.enter_context(claimed(path, identity, config, environment)))
+
+        first_rank_says(claim)
         yield runs[0] if runs else RunFolder(path)
 
 
@@ -137,13 +142,14 @@ def _number(value: float | int | None, form: str, unit: int = 1) -> str:
 
 
 class Reporter:
-    """Tells on the first rank; on others it is silent."""
+    """Tells on the first rank; others tell their logs."""
 
     def __init__(self, run: RunFolder, task: Task, steps: int) -> None:
         self._run, self._task, self._steps = run, task, steps
         self._writer = run if isinstance(run, RunWriter) else None
-        self._sink = TensorBoardSink(run.tensorboard)
-        self._began_finished = False
+        self._earlier: list[Row] = []
+        self._sink: Any = None
+        self._began_finished = self._stepped = False
 
     def __enter__(self) -> "Reporter":
         return self
@@ -155,18 +161,15 @@ class Reporter:
             damage: why no newer checkpoint is used.
         """
         self._began_finished = step >= self._steps
-        if self._writer is None:
-            return
-        self._writer.step = step
-        rows = self._writer.keep(lambda row: row["step"] <= step)
-        with self._writer.writing():
-            self._sink.start(rows, about_run(self._run))
+        self._run.step = step
+        if self._writer is not None:
+            self._earlier = self._writer.keep(lambda row: row["step"] <= step)
+            if not self._began_finished:
+                self._writer.set_status("running")
         if damage:
             self.say(f"{damage}: an older one is used")
-        if not self._began_finished:
-            self._writer.set_status("running")
-            if step > 0:
-                self.say(f"{self._run.path}: going on after step {step}")
+        if step > 0 and not self._began_finished:
+            self.say(f"{self._run.path}: going on after step {step}")
 
     def row(self, row: Row) -> None:
         """A row for metrics.jsonl, TensorBoard and the person who watches."""
@@ -174,22 +177,27 @@ class Reporter:
             return
         (row,) = self._writer.append(row)
         with self._writer.writing():
-            self._sink.write(row)
-        self.say(progress_line(row, self._steps))
+            self._tensorboard().write(row)
+        print(progress_line(row, self._steps), flush=True)
 
-    def say(self, line: str) -> None:
-        """A line for the person who watches."""
+    def say(self, text: str) -> None:
+        """For the person who watches, and every rank's log."""
+        _log.info(text)
         if self._writer is not None:
-            print(line, flush=True)
+            print(text, flush=True)
 
     def advance(self, step: int, saved: bool) -> None:
         """A step is done."""
+        self._run.step = step
+        if not self._stepped:
+            self._stepped = True
+            _log.info("the first step of this process is done")
         if self._writer is None:
             return
-        self._writer.step = step
         if saved:
             with self._writer.writing():
-                self._sink.flush()
+                if self._sink is not None:
+                    self._sink.flush()
             self._writer.set_status("running")
 
     def finish(self, step: int) -> Summary:
@@ -201,9 +209,9 @@ class Reporter:
             summary.baselines = earlier.get("baselines") or self._task.baselines("validation")
             self._writer.set_status(state, summary=asdict(summary))
             with self._writer.writing():
+                self._tensorboard()
                 self._run.stop_file.unlink(missing_ok=True)
-        for line in summary.lines():
-            self.say(line)
+        self.say("\n".join(summary.lines()))
         if state == "interrupted":
             self.say("  the same command goes on from here")
         elif self._began_finished:
@@ -214,4 +222,14 @@ class Reporter:
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         # Of two errors the first says why.
         with suppress(OSError) if kind else nullcontext():
-            self._sink.close()
+            if self._sink is not None:
+                self._sink.close()
+
+    def _tensorboard(self) -> Any:
+        """Its sink, opened at the first row: the first step need not wait for the import."""
+        if self._sink is None:
+            from scaling.observe.sinks import TensorBoardSink, about_run
+
+            self._sink = TensorBoardSink(self._run.tensorboard)
+            self._sink.start(self._earlier, about_run(self._run))
+        return self._sink

@@ -1,5 +1,6 @@
 """What asks a run to stop: a signal, a file named STOP in its directory, its launcher's end."""
 
+import logging
 import os
 import re
 import signal
@@ -11,6 +12,8 @@ from types import FrameType
 from typing import Any
 
 from psutil import Error, NoSuchProcess, Process
+
+_log = logging.getLogger(__name__)
 
 INSISTENT = (signal.SIGTERM, signal.SIGINT)
 """Sent again, these end the process at once."""
@@ -69,6 +72,7 @@ class StopRequest:
     def __init__(self, file: Path) -> None:
         self._file = file
         self._asked_at: float | None = None
+        self._asked_by, self._said = "", False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -82,11 +86,20 @@ class StopRequest:
 
     def asked(self) -> bool:
         """A signal has come, the file is there, or the launcher has ended."""
-        return self._asked_at is not None or self._file.exists() or launcher_ended()
+        if self._asked_at is not None:
+            why = self._asked_by
+        elif self._file.exists():
+            why = str(self._file)
+        else:
+            why = "the end of its launcher" if launcher_ended() else ""
+        if why and not self._said:
+            self._said = True
+            _log.info("asked to stop by %s", why)
+        return bool(why)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if self._asked_at is None:
-            self._asked_at = monotonic()
+            self._asked_at, self._asked_by = monotonic(), signal.Signals(number).name
         elif number in INSISTENT and monotonic() - self._asked_at > SAME_REQUEST_S:
             os.write(2, b"asked again: stopping at once, without a checkpoint\n")
             os._exit(128 + number)

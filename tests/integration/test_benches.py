@@ -1,19 +1,23 @@
 """The benches behind `python -m launch bench bench=<name>`, each run small, in this process."""
 
 import csv
+import os
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from pydantic import TypeAdapter
 
 from data_pipeline.batch import GeometricBatch
-from data_pipeline.errors import ConfigError, RunError
+from data_pipeline.errors import ConfigError, LongfoldError, RunError
 from launch import bench
 from launch.config.compose import compose, config_folder
 from scaling.algebra import clifford
 from scaling.execution import Execution
 from scaling.experiments import ranks
+from scaling.experiments.cases import startup
 from scaling.experiments.cases.attention import (
     BLOCKED,
     CONVOLUTION,
@@ -304,3 +308,30 @@ def test_the_search_for_neighbours_is_set_against_its_goals(small):
     for kind in ("chain", "uniform"):
         assert 4 * 64 < rows[f"{kind}: distances / (N k)", 64] < 50 * 4 * 64
         assert f"| {kind}: longest / shortest |" in summary and "<= 12" in summary
+
+
+SPAWN = """
+import os, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+with open(sys.argv[1], "w") as mark:
+    mark.write(f"{child.pid} {time.time()}.")
+child.wait()
+"""
+
+
+def test_a_start_is_timed_until_something_has_happened_and_leaves_no_process(tmp_path):
+    mark, starts = tmp_path / "mark", []
+
+    def happens(began: float) -> float | None:
+        starts.append(began)
+        text = mark.read_text() if mark.exists() else ""
+        return float(text.split()[1][:-1]) if text.endswith(".") else None
+
+    command = [sys.executable, "-c", SPAWN, str(mark)]
+    seconds = startup.seconds_until(command, happens, dict(os.environ))
+    child, at = mark.read_text().split()
+    assert seconds == float(at[:-1]) - starts[-1] > 0
+    assert not psutil.pid_exists(int(child)) or psutil.Process(int(child)).status() == "zombie"
+    with pytest.raises(LongfoldError, match=r"ended too early, exit code 3: oh"):
+        early = [sys.executable, "-c", "print('oh'); raise SystemExit(3)"]
+        startup.seconds_until(early, happens=lambda _: None, environ=dict(os.environ))

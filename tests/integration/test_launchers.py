@@ -96,6 +96,21 @@ def test_all_launchers_used_two_ranks(runs: Path):
         assert environment["world"] == 2, name
 
 
+def test_every_rank_has_a_log_from_its_start_to_its_end(runs: Path):
+    """Under every launcher; with the steps that were done, and what it wrote of the checkpoint."""
+    for name in commands(0):
+        for rank in range(2):
+            file = runs / name / "logs" / f"rank-{rank:05d}.jsonl"
+            said = [json.loads(line) for line in file.read_text().splitlines()]
+            assert {record["rank"] for record in said} == {rank}
+            words = ["begins, cpu, one of 2 rank(s)", "first step", "wrote this rank's part"]
+            words += ["is complete"] * (rank == 0) + ["finished at step 4", "ends"]
+            places = [next((n for n, record in enumerate(said) if word in record["text"]), -1)
+                      for word in words]  # fmt: skip
+            assert places == sorted(places) and places[0] >= 0, (name, said)
+            assert (said[places[1]]["step"], said[-1]["step"]) == (1, 4)
+
+
 @pytest.mark.parametrize(
     ("launcher", "name", "mesh"),
     [

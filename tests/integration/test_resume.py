@@ -28,7 +28,7 @@ from scaling.train.report import claimed_together
 from scaling.train.settings import EngineSettings, OptimSettings, TrainSettings
 from scaling.train.stop import SAME_REQUEST_S
 from tests import processes
-from tests.states import saved_tensors
+from tests.states import assert_same, curve
 
 STEPS = 6
 CPU = torch.device("cpu")
@@ -84,31 +84,6 @@ def train(
 def saved_step(folder: Path) -> int:
     saved = (folder / "checkpoints").glob("step-*[0-9]")
     return max((int(path.name.removeprefix("step-")) for path in saved), default=0)
-
-
-def curve(folder: Path) -> list[dict]:
-    """What the rows say of the training itself, not of the time it took."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    names = ("step", "split", "loss", "grad_norm", "lr", "tokens", "equivariance_error")
-    return [{name: row[name] for name in names if name in row} for row in rows]
-
-
-def assert_same(run: Path, straight: Path, tolerance: float) -> None:
-    """Every step is there once, and curve, parameters and optimiser state are the straight run's;
-    tolerance 0 means bitwise."""
-    ours, theirs = curve(run), curve(straight)
-    assert [(row["step"], row["split"]) for row in ours] == [
-        (row["step"], row["split"]) for row in theirs
-    ]
-    for mine, other in zip(ours, theirs, strict=True):
-        for name in mine.keys() & {"loss", "grad_norm", "lr", "tokens"}:
-            assert mine[name] == pytest.approx(other[name], rel=tolerance, abs=0)
-    mine, other = (saved_tensors(folder / "checkpoints" / f"step-{STEPS:08d}")
-                   for folder in (run, straight))  # fmt: skip
-    assert mine.keys() == other.keys()
-    floor = 1e-3 * max(x.float().norm() for x in other.values())
-    for name, x in other.items():
-        assert (mine[name] - x).norm() <= tolerance * max(x.norm(), floor), name
 
 
 @pytest.fixture(scope="module")
