@@ -7,7 +7,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, MutableMapping
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TextIO
 
 from data_pipeline.errors import ConfigError, LongfoldError
@@ -85,6 +84,8 @@ def process_group(
     import torch.distributed as dist
     from torch._C._distributed_c10d import HashStore
 
+    from scaling.parallel.mesh import group_timeout
+
     places = {"RANK": ranks.rank, "WORLD_SIZE": ranks.world, "LOCAL_RANK": ranks.local_rank,
               "LOCAL_WORLD_SIZE": ranks.local_world}  # fmt: skip
     os.environ.update({key: str(value) for key, value in places.items()})  # DeepSpeed reads them
@@ -95,9 +96,15 @@ def process_group(
         meeting = {"store": HashStore(), "rank": 0, "world_size": 1}
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **meeting)
+        dist.init_process_group(backend, timeout=group_timeout(timeout_s, backend), **meeting)
     except (dist.DistError, TimeoutError, ValueError) as error:
         address = ":".join(ranks.master or ())
+        if "EADDRINUSE" in str(error):
+            raise ConfigError(
+                f"rank {ranks.rank} cannot wait for the others at {address}: another process has "
+                "that port; free it, or choose another by MASTER_PORT (torchrun: --standalone, "
+                "accelerate: --main_process_port 0)"
+            ) from None
         reason = str(error).strip().splitlines()[0][:200]
         raise ConfigError(
             f"rank {ranks.rank} of {ranks.world} could not meet the others at {address} within "
@@ -130,7 +137,7 @@ def run_command(command: Callable[[list[str]], None], arguments: list[str]) -> i
     except Exception as error:
         said = _lack_of_memory(error) or lost_rank(error)
         code, text = 1, said or traceback.format_exc().rstrip()
-    return _leave(code, text)
+    return leave(code, text)
 
 
 class Unheard:
@@ -182,7 +189,8 @@ def lost_rank(error: Exception) -> str | None:
     return None
 
 
-def _leave(code: int, text: str) -> int:
+def leave(code: int, text: str) -> int:
+    """Says it on stderr and gives the code back, or ends the process where there are ranks."""
     ranks = Ranks()
     with contextlib.suppress(LongfoldError):
         ranks = discover()
