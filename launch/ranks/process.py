@@ -7,6 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, MutableMapping
+from threading import Timer
 from typing import TYPE_CHECKING, Any, TextIO
 
 from data_pipeline.errors import ConfigError, LongfoldError
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 _PATIENCE_S = 3.0
 """Longer than a launcher needs to end the other ranks after one has failed."""
+
+_GUARD_S = 10.0
+"""For PyTorch to notice by itself that the ranks did not meet in time."""
 
 _met_others = False
 """Whether this process has had a process group."""
@@ -95,10 +99,19 @@ def process_group(
     else:  # alone: no port, so that two such jobs never collide
         meeting = {"store": HashStore(), "rank": 0, "world_size": 1}
     backend = "nccl" if device.type == "cuda" else "gloo"
+    patience = group_timeout(timeout_s, backend)
+    address = ":".join(ranks.master or ())
+    alone = f"rank {ranks.rank} of {ranks.world} could not meet the others at {address} within"
+    fix = "were all ranks started, is the port free?"
+    # Who listens there without being a store is waited for without end.
+    too_long = patience.total_seconds() + _GUARD_S
+    guard = Timer(too_long, leave, (2, f"error: {alone} {timeout_s:g} s; {fix}"))
+    guard.daemon = True
+    guard.start()
     try:
-        dist.init_process_group(backend, timeout=group_timeout(timeout_s, backend), **meeting)
+        with _python_alone_on_stderr():
+            dist.init_process_group(backend, timeout=patience, **meeting)
     except (dist.DistError, TimeoutError, ValueError) as error:
-        address = ":".join(ranks.master or ())
         if "EADDRINUSE" in str(error):
             raise ConfigError(
                 f"rank {ranks.rank} cannot wait for the others at {address}: another process has "
@@ -106,10 +119,9 @@ def process_group(
                 "accelerate: --main_process_port 0)"
             ) from None
         reason = str(error).strip().splitlines()[0][:200]
-        raise ConfigError(
-            f"rank {ranks.rank} of {ranks.world} could not meet the others at {address} within "
-            f"{timeout_s:g} s ({reason}); were all ranks started, is the port free?"
-        ) from None
+        raise ConfigError(f"{alone} {timeout_s:g} s ({reason}); {fix}") from None
+    finally:
+        guard.cancel()
     global _met_others
     _met_others = True
     yield
@@ -159,6 +171,20 @@ class Unheard:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def _python_alone_on_stderr() -> Iterator[None]:
+    """Not C++, which writes forty frames about an error that it raises as well."""
+    sys.stderr.flush()
+    with os.fdopen(os.dup(2), "w") as kept, contextlib.redirect_stderr(kept):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 2)
+        os.close(null)
+        try:
+            yield
+        finally:
+            os.dup2(kept.fileno(), 2)
 
 
 def _silence(stream: TextIO) -> None:

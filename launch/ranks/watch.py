@@ -114,9 +114,11 @@ class Watch:
         if self._world == 1:
             return
         self._frozen = True  # where it was, not where it goes from here
-        foreseen = isinstance(error, LongfoldError) or not isinstance(error, Exception)
-        if not foreseen and lost_rank(error):
-            at = " in ".join(filter(None, [here.exchange(), f"step {here.step}"])) + origin(error)
+        bug = None  # what nobody foresaw
+        if isinstance(error, Exception) and not isinstance(error, LongfoldError):
+            bug = error
+        if bug is not None and lost_rank(bug):
+            at = " in ".join(filter(None, [here.exchange(), f"step {here.step}"])) + origin(bug)
             self._word = replace(self._word, step=here.step, doing=at, waits=True)
             raise RunError(self._conclude()) from error
         self._end.set()
@@ -126,10 +128,10 @@ class Watch:
                 self._file(self._rank).unlink()
                 self._folder.rmdir()  # by the last
             return
-        text = " ".join(str(error).split()) if foreseen else described(error)
+        text = described(bug) if bug is not None else " ".join(str(error).split())
         self._write(replace(self._word, ended=text or type(error).__name__))
-        if not foreseen and not out_of_memory(error):
-            raise RunError(f"{text}; the traceback is in {self._keep(error)}") from error
+        if bug is not None and not out_of_memory(bug):
+            raise RunError(f"{text}; the traceback is in {self._keep(bug)}") from error
 
     def _look_on(self) -> None:
         """In the thread: writes, and leaves in place of a rank that cannot."""
@@ -285,6 +287,7 @@ def described(error: BaseException) -> str:
 
 def origin(error: BaseException) -> str:
     """The innermost place of ours that an error came through, as the end of a phrase."""
-    frames = reversed([*traceback.walk_tb(error.__traceback__)])
-    ours = next((f for f in frames if f[0].f_code.co_filename.startswith(OURS)), (None,))
-    return place_of(*ours)
+    for frame, line in reversed([*traceback.walk_tb(error.__traceback__)]):
+        if frame.f_code.co_filename.startswith(OURS):
+            return place_of(frame, line)
+    return ""

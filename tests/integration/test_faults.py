@@ -23,6 +23,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from psutil import pid_exists
+from torch._C._distributed_c10d import TCPStore
 
 from data_pipeline.errors import RunError
 from launch import train as command
@@ -201,8 +202,8 @@ def train_faulty(happens: Callable[[], object] | None, options: Sequence[str]) -
 
     def faulty(config: Any) -> Any:
         task, model = make(config)
-        if happens and dist.get_rank() == dist.get_world_size() - 1:
-            plan(model, FAULTY, lambda out: happens())
+        if dist.get_rank() == dist.get_world_size() - 1:
+            plan(model, FAULTY, lambda out: happens and happens())
         return task, model
 
     command.task_and_model = faulty
@@ -284,7 +285,7 @@ def test_deepspeed_killed_on_one_rank_goes_on_as_one_process(deepspeed_worlds, t
 
 
 def serve_store(port: int) -> None:
-    store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
     signal.pause()
     del store
 
@@ -293,7 +294,10 @@ def test_a_store_that_goes_away_costs_nothing(tmp_path, straight):
     """Where the ranks met, as torchrun's agent holds it; it is killed in step 4."""
     store = FORK.Process(target=serve_store, args=(port := free_port(),), daemon=True)
     store.start()
-    theirs = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    theirs: dict[str, Any] = {
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
     with Ranks(tmp_path, store.kill, port=port, **theirs).running() as ranks:
         assert ranks.codes(0, 1) == [0, 0], ranks.said(0) + ranks.said(1)
     store.join(PATIENCE_S)
@@ -302,14 +306,19 @@ def test_a_store_that_goes_away_costs_nothing(tmp_path, straight):
     assert_same(tmp_path / "run", straight, 1e-5)
 
 
-def test_a_port_in_use_is_one_line(tmp_path):
+def test_a_port_in_use_is_one_line_of_each(tmp_path, monkeypatch):
+    """Of one that waits for ever, too: who listens there says nothing."""
+    monkeypatch.setattr("launch.ranks.process._GUARD_S", 1.0)
     with (
         socket.create_server(("127.0.0.1", 0)) as taken,
-        Ranks(tmp_path, port=(port := taken.getsockname()[1])).running() as ranks,
+        Ranks(
+            tmp_path, None, "parallel.timeout_s=1", port=(port := taken.getsockname()[1])
+        ).running() as ranks,
     ):
-        assert ranks.codes(0) == [2]
-        (line,) = ranks.said(0)
-        assert line.startswith(f"error: rank 0 cannot wait for the others at 127.0.0.1:{port}")
+        assert ranks.codes(0, 1) == [2, 2]
+        ((first,), (second,)) = map(ranks.said, (0, 1))
+        assert first.startswith(f"error: rank 0 cannot wait for the others at 127.0.0.1:{port}")
+        assert second.startswith("rank 1: error: rank 1 of 2 could not meet the others")
 
 
 BIN = Path(sys.executable).parent
@@ -324,11 +333,10 @@ LAUNCHERS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-@pytest.mark.parametrize("fault", ["stops", "loops", "fails", "dies"])
+@pytest.mark.parametrize("fault", ["stops", "fails"])
 def test_a_launcher_ends_all_four_ranks_with_the_cause(launcher, fault, tmp_path):
     """PyTorch's agent kills after 30 s what does not end when it is asked to."""
     environ = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    environ |= {"PET_SHUTDOWN_TIMEOUT": "3"}
     ended = processes.run(
         [*LAUNCHERS[launcher], __file__, fault, f"runs={tmp_path}"], cwd=ROOT, env=environ
     )
