@@ -83,7 +83,8 @@ def evaluate(config: EvalConfig, device: "torch.device") -> None:
 
     check_precision(config.train.precision)
     with options_within(config, "parallel"):
-        mesh = Mesh(*mesh_sizes(config.parallel, group_size(None)))
+        sizes = mesh_sizes(config.parallel, group_size(None))
+        mesh = Mesh(*sizes, config.parallel.timeout_s)
     run = RunFolder(config.paths[0])
     task, model = task_and_model_of_run(config, trained_with(config.paths[0]))
     set_execution(model, config.execution)

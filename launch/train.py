@@ -34,6 +34,9 @@ def main(arguments: list[str]) -> None:
     ranks = discover()
     share_cores(ranks)  # the check of names is the first to import torch
     config, _ = command_line([*accelerate_overrides(), *arguments], "train", Config)
+    # Where NCCL's flight recorder leaves what it has seen, when its watchdog ends a rank.
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", f"{config.runs}/{config.name}/ranks/nccl_")
     needed = config.engine.name == "deepspeed"
     with RankLog(ranks.rank) as log, on_ranks(ranks, config, needed) as device:
         train(config, device, log)
@@ -59,6 +62,7 @@ def train(config: Config, device: "torch.device", log: RankLog) -> None:
     import torch
 
     from data_pipeline.tasks.registry import TASKS
+    from launch.ranks.watch import Watch
     from scaling.models import MODELS
     from scaling.ops.tiles import set_execution
     from scaling.parallel.collectives import group_rank, group_size
@@ -69,7 +73,8 @@ def train(config: Config, device: "torch.device", log: RankLog) -> None:
     from scaling.train.settings import OptimSettings, TrainSettings
 
     with options_within(config, "parallel"):
-        mesh = Mesh(*mesh_sizes(config.parallel, group_size(None)))
+        sizes = mesh_sizes(config.parallel, group_size(None))
+        mesh = Mesh(*sizes, config.parallel.timeout_s)
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refuses
         torch.use_deterministic_algorithms(True)
@@ -92,7 +97,8 @@ def train(config: Config, device: "torch.device", log: RankLog) -> None:
         log.written_to(run, f"{device.type}, one of {group_size(None)} rank(s)"),
         options_within(config, "train", "optim", "engine", "parallel", "model"),
     ):
-        fit(model, task, mesh, config.train, config.optim, config.engine, run, device)
+        watch = Watch(run, config.parallel.timeout_s, by_device=device.type == "cuda")
+        fit(model, task, mesh, config.train, config.optim, config.engine, run, device, watch)
 
 
 def task_and_model(config: Config | EvalConfig) -> "tuple[Task, Model]":

@@ -82,6 +82,13 @@ class Stream:
         self._prepare()
         return step
 
+    def names(self) -> list[list[str]]:
+        """What the last step's rows are called, by micro-batch: item and place in the order."""
+        return [
+            [f"{self._task.describe(self._split, item)} (place {place})" for item, place in rows]
+            for rows in self._rows(self._cursor - self._batch_size)
+        ]
+
     def state_dict(self) -> dict[str, Any]:
         """The place of the next step in the order, and what the order follows from."""
         state = {"cursor": self._cursor, "seed": self._seed, "digest": self._task.digest}
@@ -121,16 +128,23 @@ class Stream:
         self._ahead.clear()
 
     def _step(self, cursor: int) -> list[Sample]:
-        samples = [
-            (item, hash64("sample", self._seed, place))
-            for item, place in self._order.samples(cursor, cursor + self._batch_size)
+        return [
+            _micro_batch(
+                self._task,
+                self._split,
+                [(item, hash64("sample", self._seed, place)) for item, place in rows],
+                self._slot,
+            )
+            for rows in self._rows(cursor)
         ]
+
+    def _rows(self, cursor: int) -> list[list[tuple[int, int]]]:
+        """(item, place) of this rank's rows, by micro-batch."""
+        samples = self._order.samples(cursor, cursor + self._batch_size)
         # A step's sum knows no order; rows of like length together need little padding.
         samples.sort(key=lambda sample: -self._task.length(self._split, sample[0]))
-        return [
-            _micro_batch(self._task, self._split, samples[row : row + self._micro], self._slot)
-            for row in self._slot.rows(self._batch_size, self._micro)
-        ]
+        rows = self._slot.rows(self._batch_size, self._micro)
+        return [samples[row : row + self._micro] for row in rows]
 
 
 def evaluation_batches(

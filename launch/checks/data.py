@@ -9,10 +9,11 @@ from copy import copy
 from pathlib import Path
 from typing import Any
 
-from launch.checks.finding import Finding, Job, failed, not_here, ok, who
+from launch.checks.finding import Finding, Job, failed, not_here, ok
 from launch.checks.machine import PROBE, existing
 from launch.config.check import options_of, options_within
 from launch.config.settings import mesh_sizes
+from launch.ranks.discovery import who
 
 STEPS = 2
 """Optimiser steps whose readings are compared."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from data_pipeline.errors import LongfoldError
 from launch.config.settings import Config
-from launch.ranks.discovery import Ranks
+from launch.ranks.discovery import Ranks, who
 from launch.ranks.process import lost_rank
 
 if TYPE_CHECKING:
@@ -124,18 +124,3 @@ def _said(texts: Mapping[int, str], job: Job, always: bool = False) -> str:
     said = [f"{who(each, job.hosts)}: {text}" for text, each in ranks.items()]
     more = f" | and {len(said) - SHOWN} other answers" if len(said) > SHOWN else ""
     return " | ".join(said[:SHOWN]) + more
-
-
-def who(ranks: list[int], hosts: Mapping[int, str]) -> str:
-    """Ranks and their machines: rank 3 (node1), ranks 0-3, 8 (node1, node2)."""
-    runs: list[list[int]] = []
-    for rank in sorted(ranks):
-        if runs and rank == runs[-1][-1] + 1:
-            runs[-1].append(rank)
-        else:
-            runs.append([rank])
-    numbers = ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
-    machines = list(dict.fromkeys(hosts[rank] for rank in sorted(ranks) if rank in hosts))
-    more = ", ..." if len(machines) > 4 else ""
-    where = f" ({', '.join(machines[:4])}{more})" if machines else ""
-    return f"rank{'s' * (len(ranks) > 1)} {numbers}{where}"

@@ -15,8 +15,8 @@ from datetime import timedelta
 from typing import Any
 
 from data_pipeline.errors import ConfigError
-from launch.checks.finding import Finding, failed, ok, who
-from launch.ranks.discovery import Ranks
+from launch.checks.finding import Finding, failed, ok
+from launch.ranks.discovery import Ranks, who
 
 FAREWELL_S = 10.0
 LOST = "a rank is lost"

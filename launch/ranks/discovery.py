@@ -190,3 +190,18 @@ def tasks_per_node(text: str) -> list[int]:
         raise ConfigError(f"cannot read SLURM's tasks per node {text!r}")
     parts = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
     return [int(count) for count, times in parts for _ in range(int(times or 1))]
+
+
+def who(ranks: list[int], hosts: Mapping[int, str]) -> str:
+    """Ranks and their machines: rank 3 (node1), ranks 0-3, 8 (node1, node2)."""
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    numbers = ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
+    machines = list(dict.fromkeys(hosts[rank] for rank in sorted(ranks) if rank in hosts))
+    more = ", ..." if len(machines) > 4 else ""
+    where = f" ({', '.join(machines[:4])}{more})" if machines else ""
+    return f"rank{'s' * (len(ranks) > 1)} {numbers}{where}"

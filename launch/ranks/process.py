@@ -7,7 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, MutableMapping
-from datetime import timedelta
+from threading import Timer
 from typing import TYPE_CHECKING, Any, TextIO
 
 from data_pipeline.errors import ConfigError, LongfoldError
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 _PATIENCE_S = 3.0
 """Longer than a launcher needs to end the other ranks after one has failed."""
+
+_GUARD_S = 10.0
+"""For PyTorch to notice by itself that the ranks did not meet in time."""
 
 _met_others = False
 """Whether this process has had a process group."""
@@ -85,6 +88,8 @@ def process_group(
     import torch.distributed as dist
     from torch._C._distributed_c10d import HashStore
 
+    from scaling.parallel.mesh import group_timeout
+
     places = {"RANK": ranks.rank, "WORLD_SIZE": ranks.world, "LOCAL_RANK": ranks.local_rank,
               "LOCAL_WORLD_SIZE": ranks.local_world}  # fmt: skip
     os.environ.update({key: str(value) for key, value in places.items()})  # DeepSpeed reads them
@@ -94,15 +99,29 @@ def process_group(
     else:  # alone: no port, so that two such jobs never collide
         meeting = {"store": HashStore(), "rank": 0, "world_size": 1}
     backend = "nccl" if device.type == "cuda" else "gloo"
+    patience = group_timeout(timeout_s, backend)
+    address = ":".join(ranks.master or ())
+    alone = f"rank {ranks.rank} of {ranks.world} could not meet the others at {address} within"
+    fix = "were all ranks started, is the port free?"
+    # Who listens there without being a store is waited for without end.
+    too_long = patience.total_seconds() + _GUARD_S
+    guard = Timer(too_long, leave, (2, f"error: {alone} {timeout_s:g} s; {fix}"))
+    guard.daemon = True
+    guard.start()
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **meeting)
+        with _python_alone_on_stderr():
+            dist.init_process_group(backend, timeout=patience, **meeting)
     except (dist.DistError, TimeoutError, ValueError) as error:
-        address = ":".join(ranks.master or ())
+        if "EADDRINUSE" in str(error):
+            raise ConfigError(
+                f"rank {ranks.rank} cannot wait for the others at {address}: another process has "
+                "that port; free it, or choose another by MASTER_PORT (torchrun: --standalone, "
+                "accelerate: --main_process_port 0)"
+            ) from None
         reason = str(error).strip().splitlines()[0][:200]
-        raise ConfigError(
-            f"rank {ranks.rank} of {ranks.world} could not meet the others at {address} within "
-            f"{timeout_s:g} s ({reason}); were all ranks started, is the port free?"
-        ) from None
+        raise ConfigError(f"{alone} {timeout_s:g} s ({reason}); {fix}") from None
+    finally:
+        guard.cancel()
     global _met_others
     _met_others = True
     yield
@@ -131,7 +150,7 @@ def run_command(command: Callable[[list[str]], None], arguments: list[str]) -> i
         said = _lack_of_memory(error) or lost_rank(error)
         notes = getattr(error, "__notes__", ())
         code, text = 1, "; ".join([said, *notes]) if said else traceback.format_exc().rstrip()
-    return _leave(code, text)
+    return leave(code, text)
 
 
 class Unheard:
@@ -153,6 +172,20 @@ class Unheard:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def _python_alone_on_stderr() -> Iterator[None]:
+    """Not C++, which writes forty frames about an error that it raises as well."""
+    sys.stderr.flush()
+    with os.fdopen(os.dup(2), "w") as kept, contextlib.redirect_stderr(kept):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 2)
+        os.close(null)
+        try:
+            yield
+        finally:
+            os.dup2(kept.fileno(), 2)
 
 
 def _silence(stream: TextIO) -> None:
@@ -183,7 +216,8 @@ def lost_rank(error: Exception) -> str | None:
     return None
 
 
-def _leave(code: int, text: str) -> int:
+def leave(code: int, text: str) -> int:
+    """Says it on stderr and gives the code back, or ends the process where there are ranks."""
     ranks = Ranks()
     with contextlib.suppress(LongfoldError):
         ranks = discover()

@@ -175,7 +175,7 @@ class Checkpoints:
         loss = self.losses()
         evaluated = [path for path in older if step_of(path) in loss]
         best = sorted(evaluated, key=lambda path: loss[step_of(path)])[: self.keep_best]
-        for old in older[: len(older) + 1 - self.keep_last]:
+        for old in older[: max(len(older) + 1 - self.keep_last, 0)]:
             if old not in best:
                 shutil.rmtree(old)
 

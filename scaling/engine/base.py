@@ -54,9 +54,9 @@ class Engine(ABC):
         """Adds the gradient of the average over ranks of `loss`."""
 
     @abstractmethod
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float, move: bool = True) -> float:
         """Clips, moves the parameters, forgets the gradients. Returns the global gradient norm
-        before clipping; if that is not finite, nothing has moved."""
+        before clipping; if that is not finite, or not `move`, nothing has moved."""
 
     def state(self) -> Shards:
         """Copies of this rank's shards of parameters and optimiser state, on the CPU: an equal part
@@ -125,9 +125,9 @@ class DistributedDataParallelEngine(Engine):
         # DDP waits for all parameters: one that a step leaves unused would make it wait forever.
         _Touch.apply(loss, *self.parameters.values()).backward()
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float, move: bool = True) -> float:
         norm = self._clip_gradients(self.clipping)
-        if norm.isfinite():
+        if move and norm.isfinite():
             self._set_learning_rate(learning_rate)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

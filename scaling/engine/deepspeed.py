@@ -4,6 +4,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from math import isfinite
 from typing import Any
 from unittest.mock import patch
 
@@ -63,15 +64,14 @@ class DeepSpeedEngine(Engine):
         # Our loss is over the whole window already; by default it would be divided again.
         self._deepspeed.backward(loss, scale_wrt_gas=False)
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float, move: bool = True) -> float:
         self._set_learning_rate(learning_rate)
-        if self.stage > 0:
-            self._deepspeed.step()  # ZeRO skips the step by itself if the norm is not finite
-            return float(self._deepspeed.get_global_grad_norm())
-        norm = self._clip_gradients(0.0)  # DeepSpeed will
-        if norm.isfinite():
+        norm = None
+        if self.stage == 0:  # ZeRO leaves out by itself a step whose norm is not finite
+            norm = self._clip_gradients(0.0).item()  # DeepSpeed will clip
+        with nullcontext() if move and isfinite(norm or 0.0) else _at_rest(self.optimizer):
             self._deepspeed.step()
-        return norm.item()
+        return float(self._deepspeed.get_global_grad_norm()) if norm is None else norm
 
     def state(self) -> Shards:
         if self.stage == 0:
@@ -140,6 +140,19 @@ class DeepSpeedEngine(Engine):
         return GatheredParameters([parameter], modifier_rank=modifier_rank)
 
 
+@contextmanager
+def _at_rest(optimizer: Optimizer) -> Iterator[None]:
+    """Inside, the optimiser moves nothing, while DeepSpeed counts the step and forgets the
+    gradients as after any other."""
+    own = vars(optimizer)
+    before = own.get("step")
+    own["step"] = lambda *_: None
+    try:
+        yield
+    finally:
+        own.pop("step") if before is None else own.update(step=before)
+
+
 def _ask_for_a_gradient(_part: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
     """ZeRO-3 takes the gradients of what it gathered when it sees that of an input: the first has
     one, even if it is data."""
@@ -164,9 +177,9 @@ def _import_deepspeed() -> Any:
 def _quieten(logger: logging.Logger) -> None:
     """DeepSpeed speaks through the program's log, and does not say what it says in any case: that
     it does not know torch's SGD (our tests do), that stage 3 does not look into a GeometricBatch
-    (modules that own parameters pass tensors), and that it calls collectives by names which PyTorch
-    has replaced."""
-    known = ("untested optimizer", "unknown inputs or outputs type")
+    (modules that own parameters pass tensors), that it leaves out a step that is not finite (we say
+    more), and that it calls collectives by names which PyTorch has replaced."""
+    known = ("untested optimizer", "unknown inputs or outputs type", "OVERFLOW! Skipping step")
     logger.addFilter(lambda record: not any(text in record.getMessage() for text in known))
     logger.handlers.clear()
     logger.propagate = True

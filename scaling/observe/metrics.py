@@ -19,6 +19,8 @@ and how ranks spent the step on average; these add up to the mean rank's step_s:
                              ranks at the loss, the backward of modules too small for tiles
 and besides
     transfer_s               exchanges under way; what of it is not in comm_s, computing hid
+    skipped                  with train.not_finite=skip: steps left out so far, each with a row of
+                             its own, of split not_finite (train/not_finite.py)
     slow_rank slow_by        only where one rank computed SLOW times as long as the others' median
                              in the last SEEN steps: which, and how many times
 Validation rows: step, split, loss and its standard_error over samples, samples (that count),
@@ -41,7 +43,7 @@ import torch
 
 from scaling.observe.memory import peak_bytes
 from scaling.parallel.collectives import global_maxima, global_sums, group_rank, group_size
-from scaling.parallel.telemetry import is_traced, measuring
+from scaling.parallel.telemetry import here, is_traced, measuring
 from scaling.runs.rows import Row
 
 WARMUP_STEPS = 2
@@ -66,10 +68,12 @@ class StepMeter:
     _computing: deque[float] = field(default_factory=lambda: deque(maxlen=SEEN))
 
     @contextmanager
-    def step(self) -> Iterator[None]:
-        """Around a step, which sets `tokens`; its data is waited for inside."""
+    def step(self, number: int = 0) -> Iterator[None]:
+        """Around the step of that number, which sets `tokens`; its data is waited for inside."""
         with measuring(self.device) as measured:
+            here.step, here.measured = number, measured
             yield
+        here.measured = None
         shares = {f"{name}_s": seconds for name, seconds in measured.innermost().items() if name}
         step = {name: shares.get(name, 0.0) for name in TIME_SHARES}
         step["other_s"] = measured.total_s - sum(step.values())

@@ -55,6 +55,8 @@ class Measurement:
         self.exchanges: defaultdict[str, ExchangeCount] = defaultdict(ExchangeCount)
         """By operator."""
         self.total_s = 0.0
+        self.exchange: str | None = None
+        """The one that is waited for."""
         self._seconds: dict[tuple[str, ...], float] = defaultdict(float)
         """By the ranges entered, from the outside in."""
         self._on_cuda = device.type == "cuda"
@@ -161,11 +163,14 @@ def exchanging(operator: str, sent: int, transfer: "Transfer | None" = None) -> 
     Args:
         transfer: of an exchange that was started before.
     """
-    began = perf_counter()
+    began, measurements = perf_counter(), _active()
+    for measurement in measurements:
+        measurement.exchange = f"{'all_to_all' if transfer else 'all_reduce'} of {operator}"
     with timed("comm"):
         yield
     waited = perf_counter() - began
-    for measurement in _active():
+    for measurement in measurements:
+        measurement.exchange = None
         count = measurement.exchanges[operator]
         count.calls += 1
         count.bytes += sent
@@ -187,6 +192,30 @@ class Transfer:
     def seconds(self) -> float:
         """Until it arrived, or until now."""
         return (self._arrived or perf_counter()) - self._began
+
+
+class Here:
+    """Where this process is in its training, for a thread that looks on."""
+
+    step = 0
+    """The one under way, or the last."""
+    measured: Measurement | None = None
+    """Of the step under way."""
+
+    def ranges(self) -> tuple[str, ...]:
+        """From the outside in."""
+        return () if self.measured is None else tuple(self.measured._inside)
+
+    def exchange(self) -> str | None:
+        """The one that is waited for: `all_to_all of long_conv`."""
+        return None if self.measured is None else self.measured.exchange
+
+    def moves(self) -> int:
+        """How often a range was entered or left in the step."""
+        return 0 if self.measured is None else len(self.measured._marks)
+
+
+here = Here()
 
 
 def innermost_range() -> str | None:

@@ -8,6 +8,7 @@ metrics.jsonl       rows: see rows.py                   tensorboard/    a view o
 checkpoints/        see checkpoint/checkpoint.py        profile/        see observe/profile.py
 evaluations.jsonl   rows that `eval` adds, also while the run goes on
 logs/               a file a rank: see log.py
+ranks/              while it trains, where each rank is: see launch/ranks/watch.py
 jobs/               of SLURM, counted from 1: script, configuration, program, logs, job.json
 STOP                put there by a person: save, stop, and remove it
 Experiments have points/ (what their processes were told and said) and tables instead of the latter.

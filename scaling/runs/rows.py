@@ -7,6 +7,8 @@ from typing import Any
 
 from data_pipeline.errors import RunError
 
+NOT_FINITE = "not_finite"
+"""Split of the row of a step that could not be taken (train/not_finite.py)."""
 Row = dict[str, Any]
 """`time` (unix seconds; rows of early versions have none) and what its writer measured. Training
 rows: step, split, loss, ... (observe/metrics.py). Rows of experiments: point, case, sp (ranks),

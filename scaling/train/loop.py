@@ -2,17 +2,16 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float, Float64
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from data_pipeline.batch import Sample
-from data_pipeline.errors import RunError
 from data_pipeline.stream.order import DataSlot
 from data_pipeline.stream.stream import Stream, check_lengths
 from data_pipeline.tasks.protocol import Task
@@ -27,12 +26,15 @@ from scaling.parallel.collectives import first_rank_says, sum_over_ranks
 from scaling.parallel.mesh import Mesh
 from scaling.parallel.telemetry import timed
 from scaling.runs.folder import RunFolder
-from scaling.runs.rows import Row
+from scaling.runs.rows import NOT_FINITE, Row
 from scaling.train.evaluate import Evaluation
+from scaling.train.not_finite import LeftOut, not_finite_row
 from scaling.train.objective import Objective
 from scaling.train.report import Reporter, Summary
 from scaling.train.settings import EngineSettings, OptimSettings, TrainSettings
 from scaling.train.stop import StopRequest
+
+UNWATCHED = nullcontext()
 
 
 def fit(
@@ -44,6 +46,7 @@ def fit(
     engine: EngineSettings,
     run: RunFolder,
     device: torch.device,
+    watch: AbstractContextManager[object] = UNWATCHED,
 ) -> Summary:
     """Trains to the last step, from the newest checkpoint of the run if it has one.
 
@@ -51,9 +54,13 @@ def fit(
     neither the number of ranks, the engine nor the micro-batch size. Stops early, after a
     checkpoint, when a signal or a STOP file asks any rank. The first rank prints.
 
+    Args:
+        watch: around the steps; says where the ranks are.
+
     Raises:
         ConfigError: settings that cannot work together.
-        RunError: loss or gradient left the finite numbers, or the checkpoint does not fit.
+        RunError: loss or gradient left the finite numbers (see LeftOut), or the checkpoint does not
+            fit.
     """
 
     def due(step: int) -> bool:
@@ -66,19 +73,23 @@ def fit(
         losses = run.validation_losses
         checkpoints = Checkpoints(run.checkpoints, train.keep_last, train.keep_best, losses)
         profiler = StepProfiler(run.path / "profile", train.profile_steps, report.say)
-        with closing(trainer.stream) as stream, closing(checkpoints), profiler:
+        with closing(trainer.stream) as stream, closing(checkpoints), profiler, watch:
             step, damage = checkpoints.load(trainer.engine, stream)
             report.start(step, damage)
+            left_out = LeftOut(train, optim, run)
             if step and due(step) and first_rank_says(lambda: step not in losses()):
                 report.row(evaluation.row(step))  # it had been saved, but not evaluated
             stopped = False
             while step < train.steps and not stopped:
                 step += 1
-                with profiler.step(step), trainer.meter.step():
+                with profiler.step(step), trainer.meter.step(step):
                     row, stopped = trainer.step(step, stop.asked() or checkpoints.failed)
                 last = step == train.steps
-                if last or step % train.log_every == 0:
-                    report.row(row | trainer.meter.row())
+                if row["split"] == NOT_FINITE:
+                    report.row(row)
+                    left_out.add(row)  # or that is the end
+                elif last or step % train.log_every == 0:
+                    report.row(row | trainer.meter.row() | left_out.row())
                 save = last or stopped or step % train.save_every == 0
                 if save:  # first: whatever becomes of the evaluation, the step is kept
                     checkpoints.save(step, trainer.engine, stream, run.identity())
@@ -102,49 +113,46 @@ class Trainer:
     meter: StepMeter
 
     def step(self, step: int, stop: bool) -> tuple[Row, bool]:
-        """One optimiser step, which is the row's; and whether any rank wants to stop after it."""
+        """One optimiser step, which is the row's; and whether any rank wants to stop after it. If
+        loss or gradient are not finite, nothing moves, and the row says why (not_finite.py)."""
         with timed("data_wait"):
             window = next(self.stream)
-        numbers = self.add_gradients(window, stop)
+        numbers, losses = self.add_gradients(window, stop)
         total, weight, tokens, stops = numbers.tolist()  # here the host waits for the device
         check_weight(weight)
         loss = total / weight / self.task.unit
-        self._check_finite(step, "loss", loss)
         rate = learning_rate(step, self.train.steps, self.optim)
         with timed("optimizer"):
-            norm = self.engine.step(rate)
-        self._check_finite(step, "gradient norm", norm)
+            norm = self.engine.step(rate, move=math.isfinite(loss))
         self.meter.tokens = round(tokens)
         row = {"step": step, "split": "train", "loss": loss, "grad_norm": norm, "lr": rate}
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            row = not_finite_row(step, loss, norm, losses, self.stream.names())
         return row, stops > 0
 
-    def add_gradients(self, window: Sequence[Sample], stop: bool) -> Float64[Tensor, "4"]:
+    def add_gradients(
+        self, window: Sequence[Sample], stop: bool
+    ) -> tuple[Float64[Tensor, "4"], list[Float[Tensor, " b"]]]:
         """Adds up the gradients of a step's micro-batches; nothing in it waits for the device.
 
-        Returns, over all ranks: the loss sum, its weight, the tokens, and who wants to stop.
+        Returns, over all ranks: the loss sum, its weight, the tokens, and who wants to stop; and
+        this rank's loss sum of every row, by micro-batch.
         """
         objective, sp = self.objective, self.objective.mesh.slot.sp
         own = sum(map(objective.weight, window)), sum(s.tokens for s in window) / sp, float(stop)
         counts = torch.tensor(own, dtype=torch.float64, device=objective.device)
         weight = sum_over_ranks(counts)[0] * self.task.unit
         samples = [objective.place(sample) for sample in window]
-        total = counts.new_zeros(1)
+        total, losses = counts.new_zeros(1), []
         for number, sample in enumerate(samples):
             with self.engine.accumulate(last=number == len(window) - 1):
                 with timed("forward"):
-                    local_sum, *_ = self.engine(*objective.enter(sample))
+                    local_sum, errors, _ = self.engine(*objective.enter(sample))
                     total += local_sum.detach()
+                    losses.append(errors.detach().unsqueeze(1).flatten(1).sum(1))
                 with timed("backward"):
                     self.engine.backward(engine_loss(local_sum, weight, self.engine.world))
-        return torch.cat([sum_over_ranks(total), counts])
-
-    def _check_finite(self, step: int, what: str, value: float) -> None:
-        if not math.isfinite(value):
-            raise RunError(
-                f"the {what} of step {step} is {value}; the parameters of step {step - 1} were "
-                f"kept: try a smaller optim.lr (now {self.optim.lr:g}), more optim.warmup_steps "
-                f"({self.optim.warmup_steps}) or optim.gradient_clipping=1"
-            )
+        return torch.cat([sum_over_ranks(total), counts]), losses
 
 
 def build_trainer(

@@ -16,7 +16,8 @@ from scaling.parallel.collectives import first_rank_says
 from scaling.runs.environment import describe_environment
 from scaling.runs.folder import RunFolder, RunWriter, claimed, tensorboard_command
 from scaling.runs.identity import Identity
-from scaling.runs.rows import Row, of_split
+from scaling.runs.rows import NOT_FINITE, Row, of_split
+from scaling.train.not_finite import said_of
 
 _log = logging.getLogger(__name__)
 
@@ -40,6 +41,8 @@ def claimed_together(
 def progress_line(row: Row, steps: int) -> str:
     """What a row says to a person who waits for step `steps`."""
     at = f"step {row['step']}/{steps}"
+    if row["split"] == NOT_FINITE:
+        return f"{at} left out: {said_of(row)}"
     if row["split"] != "train":
         error = row["equivariance_error"]
         return f"{at} validation loss {row['loss']:.4f} equivariance error {error:.1e}"

@@ -50,6 +50,9 @@ class TrainSettings(EvaluationSettings):
     keep_best: Annotated[int, Ge(0), NotIdentity()] = 0
     """Checkpoints kept besides, of the steps with the smallest validation loss so far; of these are
     those that are saved and evaluated, see save_every and evaluate_every."""
+    not_finite: Annotated[Literal["stop", "skip"], NotIdentity()] = "stop"
+    """What a loss or gradient that is not finite does: it ends the run; or the step is left out,
+    with its samples named, until ten in a row are."""
     deterministic: Annotated[bool, NotIdentity()] = False
     """Use PyTorch's deterministic algorithms alone: the same ranks and machine give the same bits,
     on GPUs, too; an operator that has none is an error."""

@@ -5,6 +5,7 @@ differ by rank, a row without weight, a parameter that is never used.
 """
 
 import logging
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -106,7 +107,17 @@ class Share:
             yield [x[start : start + size][..., tokens] for x in tensors]
 
 
-def train(engine: Engine, share: Share, steps: range, dtype: torch.dtype, accumulation: int):
+def train(
+    engine: Engine,
+    share: Share,
+    steps: range,
+    dtype: torch.dtype,
+    accumulation: int,
+    factor=1.0,
+    move=True,
+):
+    """Gradient norms. The last rank's loss has that factor."""
+    factor = factor if share.sp_rank == share.sp - 1 else 1.0
     norms = []
     for step in steps:
         window = list(share.micro_batches(batch(step, dtype), accumulation))
@@ -114,8 +125,8 @@ def train(engine: Engine, share: Share, steps: range, dtype: torch.dtype, accumu
         for number, micro_batch in enumerate(window):
             with engine.accumulate(last=number == accumulation - 1):
                 local_sum, _ = engine(*micro_batch)
-                engine.backward(engine_loss(local_sum, weight, engine.world))
-        norms.append(engine.step(RATE))
+                engine.backward(engine_loss(local_sum, weight, engine.world) * factor)
+        norms.append(engine.step(RATE, move))
     return norms
 
 
@@ -277,7 +288,44 @@ def test_a_gradient_that_is_not_finite_moves_nothing():
     before = whole_parameters(engine)
     engine.backward(engine.parameters["gain"].sum() * float("inf"))
     assert engine.step(RATE) == float("inf")
-    assert relative(whole_parameters(engine), before) == 0
+    engine.backward(engine.parameters["gain"].sum())
+    assert engine.step(RATE, move=False) == 1
+    assert relative(whole_parameters(engine), before) == 0 and not engine.optimizer.state
+
+
+def test_deepspeed_forgets_a_step_that_may_not_move(deepspeed_worlds):
+    """Not finite on one rank, or only its loss was: the state is bitwise that of before, and the
+    steps that follow are as if it had not been. It may be the first of all, too."""
+    for stage in STAGES[2]:
+        deepspeed_worlds[2](leave_steps_out, 2, stage)
+
+
+def leave_steps_out(_group, stage: int) -> None:
+    share, float32 = Share(1, 2), torch.float32
+    with silent():
+        engine = build_engine(
+            "deepspeed",
+            toy(float32, share.sequence_group),
+            make_optimizer("adamw"),
+            gradient_clipping=0.5,
+            micro_batch_size=ROWS // 2,
+            accumulation=2,
+            zero_stage=stage,
+            environment={},
+        )
+        for step in range(3):
+            before = engine.state()
+            (norm,) = train(engine, share, range(9, 10), float32, 2, factor=float("nan"))
+            assert not math.isfinite(norm)
+            assert 0 < train(engine, share, range(9, 10), float32, 2, move=False)[0] < 100
+            for name, kinds in engine.state().items():
+                assert kinds.keys() == before[name].keys()
+                for kind, shard in kinds.items():
+                    assert torch.equal(shard.values, before[name][kind].values), (stage, name, kind)
+            train(engine, share, range(step, step + 1), float32, 2)
+        values = whole_parameters(engine)
+    expected, _ = one_process(range(3), float32, "adamw", 0.5)
+    assert relative(values, expected) <= 1e-5, stage
 
 
 OURS = {

@@ -1,6 +1,6 @@
 """Nothing is lost: stop or kill a run anywhere, and the same command gives the same curve.
 
-Run as a script, the file is one rank of a small training run that may be told to kill itself.
+Run as a script, the file is a small training run that may be told to kill itself.
 """
 
 import json
@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,71 +18,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from data_pipeline.errors import ConfigError, RunError
 from data_pipeline.tasks.recall import Recall
-from data_pipeline.tasks.registry import build_task
-from scaling.models import build
-from scaling.parallel.mesh import Mesh
-from scaling.runs.identity import Identity
-from scaling.train.loop import fit
-from scaling.train.report import claimed_together
-from scaling.train.settings import EngineSettings, OptimSettings, TrainSettings
+from scaling.runs.rows import of_split, read_rows
 from scaling.train.stop import SAME_REQUEST_S
 from tests import processes
+from tests.small_runs import STEPS, saved_step, train
 from tests.states import assert_same, curve
-
-STEPS = 6
-CPU = torch.device("cpu")
-
-
-def plan(model: torch.nn.Module, forward: int, happens) -> None:
-    """`happens` to the outputs of the model's training forward of that number."""
-    count = 0
-
-    def hook(module, arguments, out):
-        nonlocal count
-        count += torch.is_grad_enabled()
-        if count == forward and torch.is_grad_enabled():
-            return happens(out)
-
-    model.register_forward_hook(hook)
-
-
-def train(
-    folder: Path,
-    dp=1,
-    sp=1,
-    precision: Any = "float32",
-    engine: Any = "ddp",
-    step=0,
-    happens=None,
-    **changes,
-):
-    """A run of six steps of AdamW on recall, saved after every third; `happens` in `step`."""
-    task = build_task("recall", tokens=9, held_out_size=4)
-    torch.manual_seed(0)
-    model = build("se3_hyena", task.vectors, task.scalars, channels=2, hidden=2, operators=1)
-    # One forward a step.
-    train = TrainSettings(
-        steps=STEPS,
-        batch_size=4,
-        micro_batch_size=4 // dp,
-        precision=precision,
-        log_every=1,
-        evaluate_every=4,
-        save_every=3,
-    )
-    optim = OptimSettings(warmup_steps=2)
-    for name, value in changes.items():
-        setattr(train, name, value)
-    settings = {"train": (TrainSettings, asdict(train)), "optim": (OptimSettings, asdict(optim))}
-    if happens:
-        plan(model, step - saved_step(folder), happens)
-    with claimed_together(folder, Identity(settings), {}) as run:
-        return fit(model, task, Mesh(dp, sp), train, optim, EngineSettings(name=engine), run, CPU)
-
-
-def saved_step(folder: Path) -> int:
-    saved = (folder / "checkpoints").glob("step-*[0-9]")
-    return max((int(path.name.removeprefix("step-")) for path in saved), default=0)
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +33,8 @@ def straight(tmp_path_factory):
     return folder
 
 
-def launch(world: int, *arguments: str) -> subprocess.CompletedProcess:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-    command = [sys.executable, *(launcher if world > 1 else []), __file__, *arguments]
+def launch(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, __file__, *arguments]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     environment |= {"OMP_NUM_THREADS": "1"}
     return processes.run(command, env=environment)
@@ -105,14 +43,14 @@ def launch(world: int, *arguments: str) -> subprocess.CompletedProcess:
 def test_killed_and_started_again_in_a_new_process_is_bitwise_the_same(tmp_path, straight):
     """Killed in step 5, after the rows of step 4 and the checkpoint of step 3."""
     run = tmp_path / "run"
-    killed = launch(1, str(run), "ddp", "5")
+    killed = launch(str(run), "5")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert [row["step"] for row in curve(run)] == [1, 2, 3, 4, 4]
     assert json.loads((run / "status.json").read_text())["state"] == "running"
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "spl')  # the power failed while it wrote
     (run / "checkpoints" / "step-00000005.tmp").mkdir()
-    again = launch(1, str(run), "ddp")
+    again = launch(str(run))
     assert again.returncode == 0, again.stderr
     assert "going on after step 3" in again.stdout
     assert_same(run, straight, 0)
@@ -120,16 +58,6 @@ def test_killed_and_started_again_in_a_new_process_is_bitwise_the_same(tmp_path,
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("loss/train")] == list(range(1, STEPS + 1))
-
-
-def test_deepspeed_killed_on_one_rank_goes_on_as_one_process(tmp_path, straight):
-    """ZeRO-1 on two sequence ranks, one killed: its checkpoint is any engine's, any world's."""
-    run = tmp_path / "run"
-    killed = launch(2, str(run), "deepspeed", "5")
-    assert killed.returncode != 0 and "SIGKILL" in killed.stderr, killed.stderr
-    assert saved_step(run) == 3
-    train(run)
-    assert_same(run, straight, 1e-5)
 
 
 def interrupted_on_eight_ranks(group, folder: Path) -> tuple[str, int]:
@@ -224,16 +152,19 @@ def test_what_validation_cannot_read_is_said_before_the_first_step(tmp_path, mon
 
 def not_a_number_on_one_rank(group, folder: Path) -> str:
     def happens(out):
-        return out.replace(vectors=out.vectors * float("nan")) if dist.get_rank() == 3 else None
+        return out.replace(vectors=out.vectors * float("nan")) if dist.get_rank() == 6 else None
 
     with pytest.raises(RunError) as error:
-        train(folder, sp=8, step=2, happens=happens)
+        train(folder, dp=2, sp=4, step=2, happens=happens)
     return str(error.value)
 
 
 def test_a_loss_that_is_not_a_number_stops_every_rank_before_it_spreads(distributed, tmp_path):
     errors = distributed(not_a_number_on_one_rank, 8, tmp_path)
     assert len(set(errors)) == 1 and "loss of step 2 is nan" in errors[0] and "lr" in errors[0]
+    (row,) = of_split(read_rows(tmp_path / "metrics.jsonl"), "not_finite")
+    assert row["among"] == 2 and all(name in errors[0] for name in row["samples"])  # of dp rank 1
+    assert row["ranks"][0] >= 4 and 6 in row["ranks"]
     status = json.loads((tmp_path / "status.json").read_text())
     assert status["state"] == "failed" and "loss of step 2" in status["error"]
     train(tmp_path)  # the directory is free again, and the run can be started anew
@@ -304,18 +235,14 @@ def test_accumulating_micro_batches_equals_one_batch(tmp_path, straight):
     assert_same(tmp_path, straight, 1e-5)
 
 
-def one_rank(folder: str, engine: str, kill_in: int = 0) -> None:
+def in_a_process_of_its_own(folder: str, kill_in: int = 0) -> None:
     torch.set_num_threads(1)
-    if "RANK" in os.environ:
-        dist.init_process_group("gloo")
 
     def happens(out):
-        if "RANK" not in os.environ or dist.get_rank() == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
 
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    train(Path(folder), 1, world, engine=engine, step=kill_in, happens=happens if kill_in else None)
+    train(Path(folder), step=kill_in, happens=happens if kill_in else None)
 
 
 if __name__ == "__main__":
-    one_rank(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:]))
+    in_a_process_of_its_own(sys.argv[1], *map(int, sys.argv[2:]))

@@ -19,11 +19,11 @@ from data_pipeline.prepare import ensure_bundled
 from data_pipeline.stream.order import DataSlot
 from launch import doctor
 from launch.checks import data, machine, together
-from launch.checks.finding import Check, Finding, Job, combine, failed, ok, who
+from launch.checks.finding import Check, Finding, Job, combine, failed, ok
 from launch.checks.meeting import Meeting
 from launch.config.compose import compose
 from launch.config.settings import Config
-from launch.ranks.discovery import Ranks
+from launch.ranks.discovery import Ranks, who
 from launch.ranks.process import run_command
 from tests.processes import run
 

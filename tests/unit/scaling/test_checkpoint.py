@@ -275,6 +275,13 @@ def test_the_best_are_kept_besides_the_newest(tmp_path):
     assert kept == [[1], [1, 2], [1, 2, 3], [2, 3, 4], [2, 4, 5], [2, 4, 6]]
 
 
+def test_none_is_removed_before_there_are_more_than_are_kept(tmp_path):
+    checkpoints, state = Checkpoints(tmp_path, keep_last=5), make()
+    for step in range(1, 7):
+        save(checkpoints, step, state)
+    assert [path.name[-1] for path in sorted(tmp_path.iterdir())] == ["2", "3", "4", "5", "6"]
+
+
 def test_the_learning_rate_is_a_function_of_the_step():
     optim = OptimSettings(lr=2.0, warmup_steps=4, final_lr_ratio=0.1)
     rates = [learning_rate(step, 12, optim) for step in range(1, 13)]

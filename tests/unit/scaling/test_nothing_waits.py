@@ -108,8 +108,9 @@ def waits(task: Any, rows: int, asks: str = "", name: str = "") -> list[str]:
     assert len(window) == 2 and mesh.slot == DataSlot(0, 1, RANK, RANKS)
     trainer = Trainer(engine, objective, stream, task, TrainSettings(), OptimSettings(), meter)
     with measuring(), seen:
-        numbers = trainer.add_gradients(window, stop=False)
+        numbers, losses = trainer.add_gradients(window, stop=False)
     assert numbers.shape == (4,) and numbers.device == META
+    assert [x.shape for x in losses] == [(rows,)] * 2
     assert next(model.parameters()).grad is not None  # the backward pass reached the first layer
     return seen.found
 
