@@ -35,10 +35,12 @@ class Mesh:
 def check_sizes(dp: int, sp: int, world: int) -> None:
     """Raises OptionError unless dp · sp is the number of ranks."""
     if min(dp, sp) < 1 or dp * sp != world:
-        fitting = f"sp={world // dp}" if dp >= 1 and world % dp == 0 else f"dp=1 sp={world}"
+        fitting = [f"dp={world // sp}"] if sp >= 1 and world % sp == 0 else []
+        fitting += [f"sp={world // dp}"] if dp >= 1 and world % dp == 0 else []
+        ways = " or ".join(fitting) or f"dp=1 sp={world}"
         raise OptionError(
             "sp",
             sp,
             f"dp({dp}) * sp({sp}) = {dp * sp}, but the world has {world} rank"
-            f"{'s' * (world != 1)}; try {fitting}, or start {max(dp * sp, 1)} ranks",
+            f"{'s' * (world != 1)}; try {ways}, or start {max(dp * sp, 1)} ranks",
         )
