@@ -84,6 +84,7 @@ def process_group(
         return
     import torch.distributed as dist
     from torch._C._distributed_c10d import HashStore
+    from torch.distributed import distributed_c10d as c10d
 
     places = {"RANK": ranks.rank, "WORLD_SIZE": ranks.world, "LOCAL_RANK": ranks.local_rank,
               "LOCAL_WORLD_SIZE": ranks.local_world}  # fmt: skip
@@ -94,8 +95,11 @@ def process_group(
     else:  # alone: no port, so that two such jobs never collide
         meeting = {"store": HashStore(), "rank": 0, "world_size": 1}
     backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_s)
+    # Groups made later, by us and by DeepSpeed, would not inherit it.
+    c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **meeting)
+        dist.init_process_group(backend, timeout=timeout, **meeting)
     except (dist.DistError, TimeoutError, ValueError) as error:
         address = ":".join(ranks.master or ())
         reason = str(error).strip().splitlines()[0][:200]
@@ -172,8 +176,11 @@ def _lack_of_memory(error: Exception) -> str | None:
 def lost_rank(error: Exception) -> str | None:
     """One line where the cause is another rank, whose own message says more than our traceback."""
     text = str(error)
-    if re.search(r"[Cc]onnection (closed|reset) by peer", text):
+    if re.search(r"[Cc]onnection (closed|reset) by peer|Broken pipe", text):
         return "error: another rank ended first; its message says why"
+    if re.search(r"Connection timed out|No route to host|(Network|Host) is unreachable", text):
+        return (f"error: another rank's machine is out of reach ({text.splitlines()[0][:200]}); "
+                "mend its network, or leave it out, and start the same command again")  # fmt: skip
     if re.search(r"[Tt]imed out (waiting|after)", text):
         return (
             f"error: another rank did not come within parallel.timeout_s ({text.splitlines()[0]}); "
