@@ -83,8 +83,7 @@ def evaluate(config: EvalConfig, device: "torch.device") -> None:
 
     check_precision(config.train.precision)
     with options_within(config, "parallel"):
-        sizes = mesh_sizes(config.parallel, group_size(None))
-        mesh = Mesh(*sizes, config.parallel.timeout_s)
+        mesh = Mesh(*mesh_sizes(config.parallel, group_size(None)))
     run = RunFolder(config.paths[0])
     task, model = task_and_model_of_run(config, trained_with(config.paths[0]))
     set_execution(model, config.execution)

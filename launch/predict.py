@@ -83,8 +83,7 @@ def predict(config: PredictConfig, device: "torch.device") -> None:
     check_precision(config.precision)
     files = first_rank_says(lambda: _files(config))
     with options_within(config, "parallel"):
-        sizes = mesh_sizes(config.parallel, group_size(None))
-        mesh = Mesh(*sizes, config.parallel.timeout_s)
+        mesh = Mesh(*mesh_sizes(config.parallel, group_size(None)))
     run = RunFolder(config.paths[0])
     inputs, model = inputs_and_model(trained_with(config.paths[0]))
     set_execution(model, config.execution)

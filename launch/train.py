@@ -73,8 +73,7 @@ def train(config: Config, device: "torch.device", log: RankLog) -> None:
     from scaling.train.settings import OptimSettings, TrainSettings
 
     with options_within(config, "parallel"):
-        sizes = mesh_sizes(config.parallel, group_size(None))
-        mesh = Mesh(*sizes, config.parallel.timeout_s)
+        mesh = Mesh(*mesh_sizes(config.parallel, group_size(None)))
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refuses
         torch.use_deterministic_algorithms(True)

@@ -204,4 +204,11 @@ def check_batches(batch_size: int, micro_batch_size: int, dp: int) -> None:
         times = batch_size // together
         near = [str(n * together) for n in (times, times + 1) if n > 0]
         rule = f"must be a multiple of dp({dp}) * micro_batch_size({micro_batch_size}); try "
-        raise OptionError("batch_size", batch_size, rule + " or ".join(near))
+        rule += " or ".join(near)
+        if min(batch_size, micro_batch_size) > 0:  # a run that has begun keeps its batch
+            key, share, most = "dp", batch_size, dp
+            if batch_size % dp == 0:
+                key, share, most = "micro_batch_size", batch_size // dp, micro_batch_size
+            fitting = max(n for n in range(1, most + 1) if share % n == 0)
+            rule += f", or {key}={fitting}, which keeps it"
+        raise OptionError("batch_size", batch_size, rule)

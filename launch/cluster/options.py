@@ -61,10 +61,6 @@ class JobOptions:
             if not re.fullmatch(r"--[a-z][a-z-]*(=\S+)?", option):
                 rule = 'one option each is written "--name=value" or "--name"'
                 raise OptionError("sbatch", repr(option), rule)
-        if self.launcher == "deepspeed" and self.nodes > 1:
-            rule = ("its launcher reaches other nodes by ssh alone; launcher=srun runs "
-                    "engine=deepspeed on any number of them")  # fmt: skip
-            raise OptionError("launcher", f"deepspeed with nodes={self.nodes}", rule)
         if self.launcher == "accelerate" and self.ranks == 1:
             rule = "accelerate gives a single process no rank; launcher=srun does"
             raise OptionError("launcher", "accelerate with one rank", rule)

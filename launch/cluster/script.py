@@ -103,15 +103,17 @@ def launch_line(options: JobOptions, arguments: Sequence[str], by_hand: bool = F
             f"torchrun --nnodes={options.nodes} --nproc-per-node={tasks} --rdzv-backend=c10d",
             '--rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" -m launch.train',
         ],
-        "accelerate": [  # each node says which it is
+        # Each node says which it is.
+        "accelerate": [
             """bash -c 'exec accelerate launch --machine_rank "$SLURM_NODEID" "$@"' accelerate""",
             f"--multi_gpu --num_machines {options.nodes} --num_processes {options.ranks}",
             "--mixed_precision no --dynamo_backend no",
             '--main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT" -m launch.train',
         ],
         "deepspeed": [
-            f"deepspeed --no_local_rank --num_accelerators {tasks}",
-            '--master_port "$MASTER_PORT" --module launch.train',
+            """bash -c 'exec deepspeed --no_ssh --node_rank "$SLURM_NODEID" "$@"' deepspeed""",
+            '--no_local_rank --hostfile "$logs/hosts"',
+            '--master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" --module launch.train',
         ],
     }[options.launcher]
     return CONTINUED.join([" ".join(srun), " ".join(output), *launcher, *_wrapped(arguments)])

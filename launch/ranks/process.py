@@ -7,6 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, MutableMapping
+from datetime import timedelta
 from threading import Timer
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -87,8 +88,7 @@ def process_group(
         return
     import torch.distributed as dist
     from torch._C._distributed_c10d import HashStore
-
-    from scaling.parallel.mesh import group_timeout
+    from torch.distributed import distributed_c10d as c10d
 
     places = {"RANK": ranks.rank, "WORLD_SIZE": ranks.world, "LOCAL_RANK": ranks.local_rank,
               "LOCAL_WORLD_SIZE": ranks.local_world}  # fmt: skip
@@ -99,7 +99,10 @@ def process_group(
     else:  # alone: no port, so that two such jobs never collide
         meeting = {"store": HashStore(), "rank": 0, "world_size": 1}
     backend = "nccl" if device.type == "cuda" else "gloo"
-    patience = group_timeout(timeout_s, backend)
+    # NCCL's watchdog ends a process without a word: a minute later, so that others can speak.
+    patience = timedelta(seconds=timeout_s + (60 if backend == "nccl" else 0))
+    # Groups made later, by us and by DeepSpeed, would not inherit it.
+    c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = patience
     address = ":".join(ranks.master or ())
     alone = f"rank {ranks.rank} of {ranks.world} could not meet the others at {address} within"
     fix = "were all ranks started, is the port free?"
@@ -206,8 +209,11 @@ def _lack_of_memory(error: Exception) -> str | None:
 def lost_rank(error: Exception) -> str | None:
     """One line where the cause is another rank, whose own message says more than our traceback."""
     text = str(error)
-    if re.search(r"[Cc]onnection (closed|reset) by peer", text):
+    if re.search(r"[Cc]onnection (closed|reset) by peer|Broken pipe", text):
         return "error: another rank ended first; its message says why"
+    if re.search(r"Connection timed out|No route to host|(Network|Host) is unreachable", text):
+        return (f"error: another rank's machine is out of reach ({text.splitlines()[0][:200]}); "
+                "mend its network, or leave it out, and start the same command again")  # fmt: skip
     if re.search(r"[Tt]imed out (waiting|after)", text):
         return (
             f"error: another rank did not come within parallel.timeout_s ({text.splitlines()[0]}); "

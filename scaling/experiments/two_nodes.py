@@ -2,6 +2,8 @@
 
     with two_nodes(Link(bandwidth=25e6, latency=2e-3)) as nodes:
         nodes[0].command(["hostname"])      # what to run for it to be on the first node
+        with nodes[1].unplugged():          # meanwhile what the nodes send each other is lost
+            ...
 
 Each node has a TUN device whose packets a process of its own hands to the other's, late by the
 latency and paced by the bandwidth in either direction. That needs nothing of the kernel but
@@ -12,13 +14,14 @@ import fcntl
 import os
 import select
 import shutil
+import signal
 import struct
 import subprocess
 import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +60,22 @@ class Node:
     def command(self, arguments: Sequence[str]) -> list[str]:
         """What runs them on this node. Mounts stay as they are (`ip netns exec` hides cgroups)."""
         return ["nsenter", f"--net=/var/run/netns/{self.namespace}", *arguments]
+
+    @contextmanager
+    def unplugged(self) -> Iterator[None]:
+        """Meanwhile nothing reaches it or leaves it, and nobody is told."""
+        interface = ("-netns", self.namespace, "link", "set", "eth0")
+        _ip(*interface, "down")
+        try:
+            yield
+        finally:
+            _ip(*interface, "up")
+
+    def power_off(self) -> None:
+        """Ends all that runs on it, without a word."""
+        for process in _ip("netns", "pids", self.namespace).split():
+            with suppress(ProcessLookupError):
+                os.kill(int(process), signal.SIGKILL)
 
 
 @contextmanager
@@ -104,14 +123,16 @@ def check_tools() -> None:
                           "machine lacks (Debian: iproute2, util-linux)")  # fmt: skip
 
 
-def _ip(*arguments: str) -> None:
+def _ip(*arguments: str) -> str:
     run = subprocess.run(["ip", *arguments], capture_output=True, text=True, timeout=30)
     if run.returncode:
         raise ConfigError(f"ip {' '.join(arguments)}: {run.stderr.strip()}")
+    return run.stdout
 
 
 def relay(devices: Sequence[int], link: Link) -> None:
-    """Hands packets from either device to the other, for ever; nothing is lost or overtaken."""
+    """Hands packets from either device to the other, for ever; nothing is overtaken, and lost only
+    what arrives at an unplugged one."""
     under_way: dict[int, deque[tuple[float, bytes]]] = {device: deque() for device in devices}
     free_from = dict.fromkeys(devices, 0.0)
     other = dict(zip(devices, reversed(devices), strict=True))
@@ -119,7 +140,9 @@ def relay(devices: Sequence[int], link: Link) -> None:
         now = time.monotonic()
         for device, packets in under_way.items():
             while packets and packets[0][0] <= now:
-                os.write(device, packets.popleft()[1])
+                packet = packets.popleft()[1]
+                with suppress(OSError):  # it is unplugged
+                    os.write(device, packet)
         due = min((packets[0][0] for packets in under_way.values() if packets), default=now + 1.0)
         ready, _, _ = select.select(devices, [], [], max(due - time.monotonic(), 0.0))
         for device in ready:

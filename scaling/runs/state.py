@@ -27,7 +27,7 @@ class RunState:
     state: str
     """not started, running, interrupted, finished, failed, killed: its process is gone without a
     word; unknown: it ran on another machine. Of a job of SLURM too: pending, not begun; preempted,
-    begun and in the queue again."""
+    it has saved and is in the queue again."""
     detail: str
 
 
@@ -48,6 +48,9 @@ def state_of(run: RunFolder, in_queue: Callable[[str], str | None] = lambda job:
     state = status.get("state", "not started")
     job = run.job() if state != "finished" else ""
     queued = in_queue(job) if job else None
+    if queued == "PENDING" and state == "running":
+        why = f"without a word; job {job} is in the queue again, and goes on"
+        return RunState("killed", _joined(place, why, _age(run, rows)))
     if queued == "PENDING":
         word = "preempted" if status else "pending"
         return RunState(word, _joined(place, f"job {job} is in the queue", _age(run, rows)))

@@ -150,8 +150,12 @@ def test_a_job_is_submitted_once_and_status_knows_it(cluster, capsys):
     path.write_text('{"state": "interrupted", "step": 1}')
     status.main(["runs/job"])
     assert "preempted   step 1 of 2, job 4242 is in the queue" in capsys.readouterr().out
-    (cluster / "queue").write_text("RUNNING\n")
     path.write_text('{"state": "running", "step": 1, "host": "elsewhere"}')
+    status.main(["runs/job"])  # a node failed
+    assert "killed      step 1 of 2, without a word; job 4242 is in the queue again" in (
+        capsys.readouterr().out
+    )
+    (cluster / "queue").write_text("RUNNING\n")
     status.main(["runs/job"])
     assert "running     step 1 of 2, job 4242" in capsys.readouterr().out
     (cluster / "queue").unlink()
@@ -172,7 +176,6 @@ def test_a_job_is_submitted_once_and_status_knows_it(cluster, capsys):
         (["signal=USR1"], "signal='USR1': must be 'USR2'"),
         (["time=tomorrow"], "time='tomorrow': SLURM takes minutes"),
         (["sbatch=[exclusive]"], "sbatch='exclusive': one option each"),
-        (["launcher=deepspeed", "nodes=2"], "other nodes by ssh alone; launcher=srun runs"),
         (["launcher=accelerate", "tasks_per_node=1"], "launcher=srun does"),
         (["node=2"], "unknown key node, did you mean nodes?"),
         (["train.stops=2"], "unknown key train.stops, did you mean train.steps?"),

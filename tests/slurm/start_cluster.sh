@@ -3,25 +3,45 @@
 #   apt-get install slurm-wlm munge iproute2
 #   tests/slurm/start_cluster.sh FOLDER [CPUS [NODES]]   then: export SLURM_CONF=FOLDER/slurm.conf
 #   tests/slurm/start_cluster.sh --stop FOLDER
+#   tests/slurm/start_cluster.sh --power-off FOLDER NODE    its network and all that runs there end
+#   tests/slurm/start_cluster.sh --power-on FOLDER NODE
 # Everything lies in FOLDER. A node may be given more CPUs than it has: ranks then share them. More
 # than one node: each has a network namespace, a name and an address of its own, on a bridge.
 set -euo pipefail
 
-stop=""
-if [[ ${1:-} == --stop ]]; then
-  stop=1
+action=--start
+if [[ ${1:-} == --* ]]; then
+  action=$1
   shift
 fi
 if [[ $# == 0 || $EUID != 0 ]]; then
-  echo "usage, as root: $0 [--stop] FOLDER [CPUS [NODES]]" >&2
+  echo "usage, as root: $0 FOLDER [CPUS [NODES]], or --stop FOLDER, or" \
+    "--power-off|--power-on FOLDER NODE" >&2
   exit 2
 fi
 mkdir -p "$1"
 folder=$(cd "$1" && pwd)
-cpus=${2:-2} nodes=${3:-1}
 bridge=longfold0 network=10.79.0
 
-if [[ -n $stop ]]; then
+start_node() {
+  # `ip netns exec` would hide the control groups, without which slurmd stops.
+  # shellcheck disable=SC2016
+  SLURM_CONF=$folder/slurm.conf nsenter --net="/var/run/netns/longfold-$1" \
+    unshare --uts --mount sh -c \
+    'hostname "$1"; mount --bind "$2/hosts" /etc/hosts; exec slurmd -N "$1"' sh "$1" "$folder"
+}
+
+if [[ $action == --power-off ]]; then
+  ip link set "lf-$2" down
+  ip netns pids "longfold-$2" | xargs --no-run-if-empty kill -KILL
+  exit 0
+fi
+if [[ $action == --power-on ]]; then
+  ip link set "lf-$2" up
+  start_node "$2"
+  exit 0
+fi
+if [[ $action == --stop ]]; then
   for file in "$folder"/slurmd*.pid "$folder"/slurmctld.pid "$folder"/munged.pid; do
     [[ ! -f $file ]] || kill "$(< "$file")" 2> /dev/null || true
   done
@@ -40,6 +60,7 @@ for program in munged slurmctld slurmd; do
   fi
 done
 
+cpus=${2:-2} nodes=${3:-1}
 mkdir -p "$folder/state"
 chmod 755 "$folder"
 [[ -f $folder/munge.key ]] || head -c 1024 /dev/urandom > "$folder/munge.key"
@@ -106,11 +127,7 @@ if ((nodes == 1)); then
 else
   unshare --uts sh -c 'hostname control; exec slurmctld -c'
   for ((number = 1; number <= nodes; number++)); do
-    # `ip netns exec` would hide the control groups, without which slurmd stops.
-    # shellcheck disable=SC2016
-    nsenter --net="/var/run/netns/longfold-node$number" unshare --uts --mount sh -c \
-      'hostname "$1"; mount --bind "$2/hosts" /etc/hosts; exec slurmd -N "$1"' \
-      sh "node$number" "$folder"
+    start_node "node$number"
   done
 fi
 for ((second = 0; second < 30; second++)); do

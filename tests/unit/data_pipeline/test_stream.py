@@ -7,10 +7,15 @@ import torch
 
 from data_pipeline.batch import Sample
 from data_pipeline.counter_rng import permuted
-from data_pipeline.errors import ConfigError, RunError
+from data_pipeline.errors import ConfigError, OptionError, RunError
 from data_pipeline.prepare import ensure_bundled
 from data_pipeline.stream.order import DataSlot
-from data_pipeline.stream.stream import Stream, check_lengths, evaluation_batches
+from data_pipeline.stream.stream import (
+    Stream,
+    check_batches,
+    check_lengths,
+    evaluation_batches,
+)
 from data_pipeline.tasks.denoising import Denoising
 from data_pipeline.tasks.recall import Recall
 
@@ -233,6 +238,19 @@ def test_errors_of_the_thread_arrive_and_do_not_shift_the_order():
     other = Stream(task, "train", batch_size=2, micro_batch_size=2, seed=0, max_length=9)
     assert torch.equal(next(other)[0].target, batch.target)
     other.close()
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "dp", "ways"),
+    [
+        (8, 4, 4, "try 16, or micro_batch_size=2, which keeps it"),
+        (8, 2, 3, "try 6 or 12, or dp=2, which keeps it"),  # of 4 nodes one is lost
+        (1, 1, 2, "try 2, or dp=1, which keeps it"),
+    ],
+)
+def test_a_batch_that_ranks_cannot_share_says_how_they_can(batch, micro, dp, ways):
+    with pytest.raises(OptionError, match=ways):
+        check_batches(batch, micro, dp)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 64, 65, 1000])

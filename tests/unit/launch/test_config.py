@@ -19,6 +19,7 @@ from launch.config.compose import command_line, compose, config_folder, read_val
 from launch.config.settings import Config, ParallelSettings, mesh_sizes
 from launch.train import main as train_command
 from scaling.models import MODELS
+from scaling.parallel.mesh import check_sizes
 
 
 def options_in(group: str) -> list[str]:
@@ -160,6 +161,20 @@ def test_names_are_checked_before_anything_is_printed(capsys: pytest.CaptureFixt
 )
 def test_null_sizes_fill_what_the_other_leaves(dp, sp, world, sizes):
     assert mesh_sizes(ParallelSettings(dp=dp, sp=sp), world) == sizes
+
+
+@pytest.mark.parametrize(
+    ("dp", "sp", "world", "ways"),
+    [
+        (2, 1, 1, "try dp=1, or start 2 ranks"),  # a node less
+        (2, 3, 8, "try sp=4, or start 6 ranks"),
+        (2, 2, 8, "try dp=4 or sp=4, or start 4 ranks"),
+        (2, 2, 3, "try dp=1 sp=3, or start 4 ranks"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_says_which_do(dp, sp, world, ways):
+    with pytest.raises(OptionError, match=f"the world has {world} ranks?; {ways}"):
+        check_sizes(dp, sp, world)
 
 
 def test_printed_configuration_composes_to_the_same(capsys: pytest.CaptureFixture):

@@ -207,6 +207,9 @@ def test_errors_of_the_user_are_one_line_and_ours_have_a_traceback(capsys):
     assert "Traceback" in capsys.readouterr().err
     assert run_command(fails(RuntimeError("Connection closed by peer [::1]:1")), []) == 1
     assert "another rank ended first" in capsys.readouterr().err
+    assert run_command(fails(RuntimeError("[pair.cc] No route to host [::1]:1\nat")), []) == 1
+    said = capsys.readouterr().err
+    assert "machine is out of reach ([pair.cc] No route to host [::1]:1); mend its" in said
     assert run_command(lambda _: torch.empty(1 << 60), []) == 1  # pyright: ignore
     said = capsys.readouterr().err.strip()
     assert said.startswith("error: out of memory: can't allocate memory: you tried to allocate 46")
