@@ -102,7 +102,8 @@ def process_group(
     # NCCL's watchdog ends a process without a word: a minute later, so that others can speak.
     patience = timedelta(seconds=timeout_s + (60 if backend == "nccl" else 0))
     # Groups made later, by us and by DeepSpeed, would not inherit it.
-    c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = patience
+    for default in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        setattr(c10d, default, patience)
     address = ":".join(ranks.master or ())
     alone = f"rank {ranks.rank} of {ranks.world} could not meet the others at {address} within"
     fix = "were all ranks started, is the port free?"

@@ -131,7 +131,8 @@ class Watch:
         text = described(bug) if bug is not None else " ".join(str(error).split())
         self._write(replace(self._word, ended=text or type(error).__name__))
         if bug is not None and not out_of_memory(bug):
-            raise RunError(f"{text}; the traceback is in {self._keep(bug)}") from error
+            logs = self._run.path / "logs"
+            raise RunError(f"{text}; the traceback is in this rank's log in {logs}") from error
 
     def _look_on(self) -> None:
         """In the thread: writes, and leaves in place of a rank that cannot."""

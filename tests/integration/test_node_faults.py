@@ -14,12 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from launch import train
 from launch.config.compose import command_line
 from launch.config.settings import Config
 from scaling.experiments.ranks import PORT, on_nodes
 from scaling.experiments.two_nodes import Link, Node, two_nodes
+from scaling.runs.log import RankLog
 from tests.conftest import RankPool
 from tests.integration.test_launchers import BIN, ROOT, TINY, curve, rows_of, wait_until
 
@@ -113,7 +115,7 @@ def left_alone(group: Any, arguments: list[str]) -> None:
     config, _ = command_line(arguments, "train", Config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # DeepSpeed's
-        train.train(config, torch.device("cpu"))
+        train.train(config, torch.device("cpu"), RankLog(dist.get_rank()))
 
 
 @pytest.mark.parametrize(
