@@ -97,7 +97,8 @@ def process_group(
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)
     # Groups made later, by us and by DeepSpeed, would not inherit it.
-    c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        setattr(c10d, name, timeout)
     try:
         dist.init_process_group(backend, timeout=timeout, **meeting)
     except (dist.DistError, TimeoutError, ValueError) as error:
