@@ -130,10 +130,11 @@ def test_a_killed_rank_ends_the_job_and_the_same_submit_goes_on(place: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_job_goes_on_when_its_node_has_power_again(place: Path):
     """Without a word the second node is gone: SLURM queues the job again, and status says so."""
-    options = ["train.steps=400", "train.log_every=10", "train.save_every=20",
-               "train.evaluate_every=400"]  # fmt: skip
+    options = ["train.steps=300", "train.log_every=10", "train.save_every=20",
+               "train.evaluate_every=300"]  # fmt: skip
     job = submitted(place, *options, "time=60")
     checkpoints = place / "runs" / "job" / "checkpoints"
     wait_for(lambda: list(checkpoints.glob("step-*[0-9]")), 120, place)
@@ -144,10 +145,10 @@ def test_a_job_goes_on_when_its_node_has_power_again(place: Path):
     finally:
         power("node2", "on")
     assert "killed" in said and f"job {job} is in the queue again" in said
-    assert status_of(place)["step"] < 400
+    assert status_of(place)["step"] < 300
     wait_for(lambda: say(place, "sinfo", "-h", "-n", "node2", "-o", "%T") == "idle\n", 60, place)
     say(place, "scontrol", "update", f"JobId={job}", "StartTime=now")
-    wait_for(lambda: "finished: not queued again" in log_of(place, job), 200, place)
+    wait_for(lambda: "finished: not queued again" in log_of(place, job), 450, place)
     assert "Restarts=1" in say(place, "scontrol", "show", "job", job)
     assert curve(place / "runs" / "job") == straight(place / "runs", [*SMALL, *options])
 
