@@ -154,7 +154,8 @@ def _import_deepspeed() -> Any:
     import deepspeed
     from deepspeed.runtime import compiler
 
-    deepspeed.ops.__compatible_ops__ = {}
+    operators: Any = deepspeed.ops
+    operators.__compatible_ops__ = {}
     with patch.object(compiler, "compile", lambda: compiler.dummy_decorator):
         import deepspeed.runtime.zero.muon.original_muon
     _quieten(logging.getLogger("DeepSpeed"))

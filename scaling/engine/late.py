@@ -18,7 +18,8 @@ DYNAMO = "torch._dynamo"
 def import_dynamo_late() -> None:
     """From now on, unless it is there already. A process group is to be made before: it asks."""
     if DYNAMO not in sys.modules:
-        sys.modules[DYNAMO] = vars(torch)["_dynamo"] = _Later(DYNAMO)
+        package: Any = torch
+        sys.modules[DYNAMO] = package._dynamo = _Later(DYNAMO)
 
 
 class _Later(ModuleType):
@@ -36,5 +37,6 @@ class _Later(ModuleType):
         if name.startswith("__") and name != "__path__":  # asked of every module, by `inspect`
             raise AttributeError(name)
         if sys.modules.get(DYNAMO) is self:
-            del sys.modules[DYNAMO], vars(torch)["_dynamo"]
+            package: Any = torch
+            del sys.modules[DYNAMO], package._dynamo
         return getattr(import_module(DYNAMO), name)
