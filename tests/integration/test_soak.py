@@ -3,7 +3,7 @@
     LONGFOLD_SOAK_KILLS=100 LONGFOLD_SOAK_SEED=1 make test ARGS="-m soak -n0 -s"
 
 At a random moment (of the start, of a step, of a save) a random one of launcher and ranks is ended,
-mostly by SIGKILL. 100 kills take about 25 minutes.
+mostly by SIGKILL. A kill takes 15 s and more, as long as a start and some steps.
 """
 
 import json
@@ -104,8 +104,8 @@ class Life:
 
     def end(self) -> int:
         """Waits until none of its processes is left; the launcher's exit code."""
-        deadline = time.time() + PATIENCE_S + 0.05 * STEPS
-        self.launcher.wait(PATIENCE_S + 0.05 * STEPS)
+        deadline = time.time() + PATIENCE_S + STEPS
+        self.launcher.wait(PATIENCE_S + STEPS)
         while left := alive(self.folder):
             assert time.time() < deadline, f"left over: {left}"
             time.sleep(0.1)
@@ -125,7 +125,7 @@ def alive(folder: Path) -> list[psutil.Process]:
 def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_happened(tmp_path: Path):
     print(f"\nseed {SEED}, {KILLS} kills, {STEPS} steps")
     straight, folder, log = tmp_path / "straight", tmp_path / "killed", tmp_path / "log"
-    ended = run([*COMMAND, f"runs={tmp_path}", "name=straight"], 1200, cwd=ROOT, env=ENVIRON)
+    ended = run([*COMMAND, f"runs={tmp_path}", "name=straight"], 3000, cwd=ROOT, env=ENVIRON)
     assert ended.returncode == 0, ended.stderr
     dice, kills, began = random.Random(SEED), [], time.time()
     try:
