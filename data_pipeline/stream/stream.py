@@ -140,9 +140,11 @@ class Stream:
 
     def _rows(self, cursor: int) -> list[list[tuple[int, int]]]:
         """(item, place) of this rank's rows, by micro-batch."""
-        samples = self._order.samples(cursor, cursor + self._batch_size)
         # A step's sum knows no order; rows of like length together need little padding.
-        samples.sort(key=lambda sample: -self._task.length(self._split, sample[0]))
+        samples = sorted(
+            self._order.samples(cursor, cursor + self._batch_size),
+            key=lambda sample: -self._task.length(self._split, sample[0]),
+        )
         rows = self._slot.rows(self._batch_size, self._micro)
         return [samples[row : row + self._micro] for row in rows]
 

@@ -243,6 +243,8 @@ class Watch:
         if waiting := set(words) - hanging:
             wait = "waits" if len(waiting) == 1 else "wait"
             texts.append(f"{self._who(waiting, words)} {wait} in {words[min(waiting)].doing}")
+        if hanging.isdisjoint(silent | busy):
+            texts.append("all wait: is the network between them whole?")
         return "; ".join(texts)
 
     def _who(self, ranks: set[int] | list[int], words: Mapping[int, Word]) -> str:
