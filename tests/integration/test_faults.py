@@ -308,11 +308,11 @@ def test_a_store_that_goes_away_costs_nothing(tmp_path, straight):
 
 def test_a_port_in_use_is_one_line_of_each(tmp_path, monkeypatch):
     """Of one that waits for ever, too: who listens there says nothing."""
-    monkeypatch.setattr("launch.ranks.process._GUARD_S", 1.0)
+    monkeypatch.setattr("launch.ranks.process._GUARD_S", 5.0)
     with (
         socket.create_server(("127.0.0.1", 0)) as taken,
         Ranks(
-            tmp_path, None, "parallel.timeout_s=1", port=(port := taken.getsockname()[1])
+            tmp_path, None, "parallel.timeout_s=3", port=(port := taken.getsockname()[1])
         ).running() as ranks,
     ):
         assert ranks.codes(0, 1) == [2, 2]
