@@ -31,7 +31,7 @@ from launch.ranks.discovery import who
 from launch.ranks.process import leave, lost_rank
 from scaling.observe.memory import out_of_memory
 from scaling.parallel.collectives import first_rank_says, group_rank, group_size
-from scaling.parallel.telemetry import here
+from scaling.parallel.telemetry import progress
 from scaling.runs.folder import RunFolder, RunWriter
 
 ROOT = Path(__file__).parents[2]
@@ -118,8 +118,8 @@ class Watch:
         if isinstance(error, Exception) and not isinstance(error, LongfoldError):
             bug = error
         if bug is not None and lost_rank(bug):
-            at = " in ".join(filter(None, [here.exchange(), f"step {here.step}"])) + origin(bug)
-            self._word = replace(self._word, step=here.step, doing=at, waits=True)
+            at = " in ".join(filter(None, [progress.exchange(), f"step {progress.step}"])) + origin(bug)
+            self._word = replace(self._word, step=progress.step, doing=at, waits=True)
             raise RunError(self._conclude()) from error
         self._end.set()
         self._thread.join()
@@ -156,13 +156,13 @@ class Watch:
         frame = sys._current_frames().get(main_thread().ident or 0)
         if self._frozen or frame is None:
             return self._word
-        exchange, ranges, file = here.exchange(), here.ranges(), frame.f_code.co_filename
+        exchange, ranges, file = progress.exchange(), progress.ranges(), frame.f_code.co_filename
         ranges = [exchange or "", *(name for name in reversed(ranges) if name != "comm")]
         word = replace(
             self._word,
-            step=here.step,
-            moves=here.moves(),
-            doing=" in ".join([*filter(None, ranges), f"step {here.step}"]) + place_of(frame),
+            step=progress.step,
+            moves=progress.moves(),
+            doing=" in ".join([*filter(None, ranges), f"step {progress.step}"]) + place_of(frame),
             waits=exchange is not None or any(each in file for each in WAITING),
         )
         before, self._line = self._line, (hash(frame.f_code), frame.f_lineno)

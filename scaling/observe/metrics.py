@@ -43,7 +43,7 @@ import torch
 
 from scaling.observe.memory import peak_bytes
 from scaling.parallel.collectives import global_maxima, global_sums, group_rank, group_size
-from scaling.parallel.telemetry import here, is_traced, measuring
+from scaling.parallel.telemetry import is_traced, measuring, progress
 from scaling.runs.rows import Row
 
 WARMUP_STEPS = 2
@@ -71,9 +71,9 @@ class StepMeter:
     def step(self, number: int = 0) -> Iterator[None]:
         """Around the step of that number, which sets `tokens`; its data is waited for inside."""
         with measuring(self.device) as measured:
-            here.step, here.measured = number, measured
+            progress.step, progress.measured = number, measured
             yield
-        here.measured = None
+        progress.measured = None
         shares = {f"{name}_s": seconds for name, seconds in measured.innermost().items() if name}
         step = {name: shares.get(name, 0.0) for name in TIME_SHARES}
         step["other_s"] = measured.total_s - sum(step.values())

@@ -194,7 +194,7 @@ class Transfer:
         return (self._arrived or perf_counter()) - self._began
 
 
-class Here:
+class Progress:
     """Where this process is in its training, for a thread that looks on."""
 
     step = 0
@@ -215,7 +215,7 @@ class Here:
         return 0 if self.measured is None else len(self.measured._marks)
 
 
-here = Here()
+progress = Progress()
 
 
 def innermost_range() -> str | None:
