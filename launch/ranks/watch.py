@@ -118,8 +118,9 @@ class Watch:
         if isinstance(error, Exception) and not isinstance(error, LongfoldError):
             bug = error
         if bug is not None and lost_rank(bug):
-            at = " in ".join(filter(None, [progress.exchange(), f"step {progress.step}"])) + origin(bug)
-            self._word = replace(self._word, step=progress.step, doing=at, waits=True)
+            at = " in ".join(filter(None, [progress.exchange(), f"step {progress.step}"]))
+            doing = at + origin(bug)
+            self._word = replace(self._word, step=progress.step, doing=doing, waits=True)
             raise RunError(self._conclude()) from error
         self._end.set()
         self._thread.join()

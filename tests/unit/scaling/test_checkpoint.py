@@ -13,7 +13,16 @@ from torch import nn
 
 from data_pipeline.errors import RunError
 from data_pipeline.stream.stream import Stream
+from scaling.checkpoint import files
 from scaling.checkpoint.checkpoint import Checkpoints
+from scaling.checkpoint.files import (
+    MODEL,
+    OPTIMIZER,
+    begin,
+    newest_whole,
+    publish,
+    write_shards,
+)
 from scaling.engine.build import build_engine
 from scaling.engine.shards import PARAMETER, SavedState, shard_of
 from scaling.train.loop import learning_rate, optimizer_maker
@@ -263,6 +272,53 @@ def test_a_state_with_a_shard_missing_or_there_twice_is_refused():
     for wrong in (shards[1:], [shards[0], *shards], [shards[0], shards[2]]):
         with pytest.raises(ValueError, match=r"x \(parameter\) has a shard at"):
             SavedState(wrong).numel("x", PARAMETER)
+
+
+RANKS = (1, 2, 3, 4, 8)
+
+
+@pytest.mark.parametrize("writers", RANKS)
+def test_what_any_number_of_ranks_wrote_any_number_reads(tmp_path, writers):
+    """Uneven parts, fewer elements than ranks, none at all, no axes; the readers check every file
+    once."""
+    whole = {
+        "uneven": torch.randn(7, 11, dtype=torch.float64),
+        "small": torch.randn(3),
+        "empty": torch.randn(0, 5),
+        "count": torch.tensor(41),
+        "turned": torch.randn(6, 4).t(),
+    }
+    temporary = begin(tmp_path, 5)
+    for rank in reversed(range(writers)):
+        kept = {name: {PARAMETER: x, "moment": x * 2, "step": torch.tensor(5.0)}
+                for name, x in whole.items()}  # fmt: skip
+        shards = {name: {kind: shard_of(x, rank, writers) for kind, x in kinds.items()}
+                  for name, kinds in kept.items()}  # fmt: skip
+        write_shards(temporary, rank, shards)
+    shapes = {name: tuple(x.shape) for name, x in whole.items()}
+    folder = publish(temporary, writers, {"step": 5, "shapes": shapes})
+    checked: list[str] = []
+    for readers in RANKS:
+        checked.clear()
+        for rank in range(readers):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(files, "_checksum", lambda p: checked.append(p.name) or crc(p))
+                _, _, state, saved = newest_whole([folder], MODEL, OPTIMIZER,
+                                                  rank=rank, ranks=readers)  # fmt: skip
+            for name, x in whole.items():
+                own = shard_of(x, rank, readers)
+                stop = own.start + own.values.numel()
+                for kind, factor in ((PARAMETER, 1), ("moment", 2)):
+                    read = saved.read(name, kind, own.start, stop)
+                    assert x.ndim == 0 or torch.equal(read, own.values * factor), (name, kind)
+                    again = saved.read(name, kind).view(state["shapes"][name])
+                    assert torch.equal(again, x * factor), (name, kind)
+                assert saved.read(name, "step") == 5.0
+        assert sorted(checked) == sorted(state["checksums"]) and len(checked) == 2 * writers
+
+
+def crc(path: Path) -> int:
+    return zlib.crc32(path.read_bytes())
 
 
 def test_the_best_are_kept_besides_the_newest(tmp_path):
