@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from data_pipeline.errors import LongfoldError
 from launch.config.settings import Config
 from launch.ranks.discovery import Ranks, who
+from launch.ranks.origin import described
 from launch.ranks.process import lost_rank
 
 if TYPE_CHECKING:
@@ -94,8 +95,7 @@ def look(check: Check, job: Job) -> Finding:
         if said := lost_rank(error):
             text, _, fix = said.removeprefix("error: ").partition("; ")
             return failed(text, fix)
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        return failed(reason, "nobody foresaw this: report it with this table")
+        return failed(described(error), "nobody foresaw this: report it with this table")
 
 
 def combine(check: Check, job: Job, findings: Mapping[int, Finding]) -> Finding:

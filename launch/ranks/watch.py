@@ -15,27 +15,25 @@ import os
 import shutil
 import socket
 import sys
-import traceback
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Event, Thread, main_thread
 from time import monotonic, sleep
-from types import FrameType, TracebackType
+from types import TracebackType
 
 from psutil import STATUS_STOPPED, STATUS_ZOMBIE, Error, NoSuchProcess, Process
 
 from data_pipeline.errors import LongfoldError, RunError
 from launch.ranks.discovery import who
+from launch.ranks.origin import described, origin, place_of
 from launch.ranks.process import leave, lost_rank
 from scaling.observe.memory import out_of_memory
 from scaling.parallel.collectives import first_rank_says, group_rank, group_size
 from scaling.parallel.telemetry import progress
 from scaling.runs.folder import RunFolder, RunWriter
 
-ROOT = Path(__file__).parents[2]
-OURS = tuple(f"{ROOT / package}{os.sep}" for package in ("launch", "scaling", "data_pipeline"))
 WAITING = (
     f"{os.sep}torch{os.sep}distributed{os.sep}",
     f"{os.sep}torch{os.sep}autograd{os.sep}graph.py",  # a backward averages gradients
@@ -262,30 +260,3 @@ class Watch:
         except Error:
             return None
         return "" if state == STATUS_ZOMBIE else state
-
-
-def place_of(frame: FrameType | None, line: int | None = None) -> str:
-    """The innermost place of ours in a stack, as the end of a phrase.
-
-    Args:
-        line: the frame's, if it has gone on since.
-    """
-    while frame is not None and not frame.f_code.co_filename.startswith(OURS):
-        frame, line = frame.f_back, None
-    if frame is None:
-        return ""
-    file = Path(frame.f_code.co_filename).relative_to(ROOT)
-    return f", at {file}:{line or frame.f_lineno} ({frame.f_code.co_name})"
-
-
-def described(error: BaseException) -> str:
-    """An error that nobody foresaw in one line, with the place in our code that it came from."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300] + origin(error)
-
-
-def origin(error: BaseException) -> str:
-    """The innermost place of ours that an error came through, as the end of a phrase."""
-    for frame, line in reversed([*traceback.walk_tb(error.__traceback__)]):
-        if frame.f_code.co_filename.startswith(OURS):
-            return place_of(frame, line)
-    return ""

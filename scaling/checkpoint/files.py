@@ -18,6 +18,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
@@ -120,18 +121,11 @@ def newest_whole(
     """
     damage = ""
     for path in reversed(paths):
-        whole = []
-
-        def problem(path: Path = path, whole: list[Any] = whole) -> str:
-            try:
-                whole.extend(_read(path, kinds, rank, ranks))
-            except DAMAGE as error:
-                return _reason(error)
-            return ""
-
+        opened: list[Any] = []
+        problem = partial(_open, path, kinds, rank, ranks, opened)
         problems = list(filter(None, ask(problem)))
         if not problems:
-            return path, damage, *whole
+            return path, damage, *opened
         damage = damage or f"{path} is damaged ({problems[0]})"
     if damage:
         raise RunError(f"{damage}, and so is every older one: remove {paths[0].parent} and train "
@@ -164,6 +158,15 @@ def check_shapes(source: Path, mine: Shapes, theirs: Shapes, fix: str) -> None:
             f"{source} holds another model: {wrong[0]} has the shape {theirs.get(wrong[0])} there "
             f"and {mine.get(wrong[0])} here ({len(wrong)} tensors differ); {fix}"
         )
+
+
+def _open(folder: Path, kinds: tuple[str, ...], rank: int, ranks: int, opened: list[Any]) -> str:
+    """Adds state and tensors to the list, or says why not."""
+    try:
+        opened.extend(_read(folder, kinds, rank, ranks))
+    except DAMAGE as error:
+        return _reason(error)
+    return ""
 
 
 def _read(
